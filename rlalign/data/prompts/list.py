@@ -1,0 +1,22 @@
+"""Prompts written in the run file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from rlalign.data.prompts.base import Prompts, first_of
+
+
+class ListedPrompts(Prompts):
+    """Prompts given in the run file itself. Source: the run file."""
+
+    prompts: tuple[str, ...] = Field(min_length=1, description="the prompts")
+    held_out_prompts: tuple[str, ...] = Field(default=(), description="prompts for evaluation; empty takes the first ones")
+
+    def pool(self) -> Sequence[str]:
+        return self.prompts
+
+    def held_out(self, count: int) -> list[tuple[int, str]]:
+        return first_of(self.held_out_prompts or self.prompts, count)

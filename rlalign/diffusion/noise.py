@@ -1,0 +1,35 @@
+"""Noise that depends on its key alone: (seed, stream, round, prompt, sample, step), never on a worker's state.
+
+Counter-based: Philox 4x64 (Salmon 2011), keyed by NumPy's SeedSequence over the whole tuple.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rlalign.records import Unit
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """A generator that depends on the key alone. Strings enter by their CRC-32."""
+    entropy = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) & 0xFFFFFFFFFFFFFFFF for k in key]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
+def normal(key: Sequence[int | str], shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal float32 of this shape, from the key alone."""
+    return torch.from_numpy(generator(*key).standard_normal(tuple(shape), dtype=np.float32))
+
+
+def unit_noise(unit: Unit, step: int, shape: Sequence[int]) -> torch.Tensor:
+    """(B, *shape) noise of one denoising step of a unit; step 0 is the starting latent, step k + 1 belongs to step k."""
+    key = unit.key
+    rows = [
+        normal(("noise", unit.seed, key.stream, key.round, prompt, sample, step), shape)
+        for prompt, sample in zip(unit.prompt_ids, unit.sample_ids, strict=True)
+    ]
+    return torch.stack(rows)

@@ -1,0 +1,120 @@
+"""Noise paths: x = alpha * clean + sigma * noise, on a grid of levels from noise to data.
+
+Levels, alphas and sigmas are float64 and cast to the latents' type where they meet them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class NoisePath(Protocol):
+    """A Gaussian path between data and noise."""
+
+    def levels(self, steps: int) -> torch.Tensor:
+        """(steps + 1,) float64, noisiest first; the last one is where sampling ends."""
+        ...
+
+    def alpha(self, level: torch.Tensor) -> torch.Tensor:
+        """Factor of the clean sample at each level."""
+        ...
+
+    def sigma(self, level: torch.Tensor) -> torch.Tensor:
+        """Factor of the noise at each level."""
+        ...
+
+    def timestep(self, level: torch.Tensor) -> torch.Tensor:
+        """What the denoiser is told: the number it was trained with."""
+        ...
+
+
+class VariancePreserving:
+    """alpha^2 + sigma^2 = 1 from a table of cumulative alphas (Ho 2020, arXiv:2006.11239, eq. 4).
+
+    A level is a training timestep in [0, T); -1 stands for the clean sample itself. ``spacing`` and ``offset`` choose the
+    sub-sampled grid as diffusers does (Lin 2023, arXiv:2305.08891, table 2). ``ends_clean`` False ends at timestep 0, whose
+    sigma is small but not zero, which is Stable Diffusion's ``set_alpha_to_one=False``.
+    """
+
+    def __init__(
+        self, alphas_cumprod: Sequence[float] | torch.Tensor, *, spacing: str = "leading", offset: int = 1, ends_clean: bool = False
+    ) -> None:
+        assert spacing in ("leading", "trailing", "linspace"), spacing
+        self.alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        self.spacing, self.offset, self.ends_clean = spacing, offset, ends_clean
+
+    @classmethod
+    def scaled_linear(cls, start: float = 0.00085, end: float = 0.012, train_steps: int = 1000, **grid: object) -> VariancePreserving:
+        """Stable Diffusion's schedule: betas whose square roots are evenly spaced (float32, as diffusers computes them)."""
+        betas = torch.linspace(start**0.5, end**0.5, train_steps, dtype=torch.float32) ** 2
+        return cls(torch.cumprod(1.0 - betas, dim=0), **grid)  # type: ignore[arg-type]
+
+    @property
+    def train_steps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def levels(self, steps: int) -> torch.Tensor:
+        total = self.train_steps
+        if self.spacing == "leading":
+            grid = (np.arange(steps) * (total // steps)).round()[::-1] + self.offset
+        elif self.spacing == "trailing":
+            grid = np.round(np.arange(total, 0, -total / steps)) - 1
+        else:
+            grid = np.linspace(0, total - 1, steps).round()[::-1]
+        grid = np.minimum(grid, total - 1)
+        return torch.tensor([*grid, -1.0 if self.ends_clean else 0.0], dtype=torch.float64)
+
+    def _cumulative(self, level: torch.Tensor) -> torch.Tensor:
+        index = level.to(torch.float64).round().long()
+        return torch.where(index < 0, torch.ones((), dtype=torch.float64), self.alphas_cumprod[index.clamp(min=0)])
+
+    def alpha(self, level: torch.Tensor) -> torch.Tensor:
+        return self._cumulative(level).sqrt()
+
+    def sigma(self, level: torch.Tensor) -> torch.Tensor:
+        return (1.0 - self._cumulative(level)).sqrt()
+
+    def timestep(self, level: torch.Tensor) -> torch.Tensor:
+        return level.round().long()
+
+
+class RectifiedFlow:
+    """x = (1 - s) * clean + s * noise with level s in [0, 1] (Liu 2022, arXiv:2209.03003; Esser 2024, arXiv:2403.03206).
+
+    ``shift`` moves the grid towards noise, s -> shift s / (1 + (shift - 1) s), as diffusers' FlowMatchEuler does; the
+    denoiser is told ``train_steps * s``.
+    """
+
+    def __init__(self, *, shift: float = 1.0, train_steps: int = 1000) -> None:
+        assert shift > 0
+        self.shift, self.train_steps = shift, train_steps
+
+    def shifted(self, level: torch.Tensor) -> torch.Tensor:
+        """The level after the shift."""
+        return self.shift * level / (1.0 + (self.shift - 1.0) * level)
+
+    def levels(self, steps: int) -> torch.Tensor:
+        # diffusers shifts its sigma_min = 1/T once before it lays the grid, and once more with the grid
+        lowest = self.shifted(torch.tensor(1.0 / self.train_steps, dtype=torch.float64))
+        grid = torch.linspace(1.0, float(lowest), steps, dtype=torch.float64)
+        return torch.cat([self.shifted(grid), torch.zeros(1, dtype=torch.float64)])
+
+    def alpha(self, level: torch.Tensor) -> torch.Tensor:
+        return 1.0 - level.to(torch.float64)
+
+    def sigma(self, level: torch.Tensor) -> torch.Tensor:
+        return level.to(torch.float64)
+
+    def timestep(self, level: torch.Tensor) -> torch.Tensor:
+        return level * self.train_steps
+
+
+def coefficients(path: NoisePath, level: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha and sigma of ``level`` (scalar or (B,)), in the type of ``like`` (B, ...), shaped to multiply it."""
+    shape = (-1, *([1] * (like.ndim - 1))) if level.ndim else ()
+    alpha, sigma = path.alpha(level), path.sigma(level)
+    return alpha.to(like).reshape(shape), sigma.to(like).reshape(shape)

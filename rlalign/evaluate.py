@@ -1,0 +1,166 @@
+"""Evaluation: fixed prompts and noise; trained and held-out rewards, diversity, distance from the reference, win rates."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+
+from rlalign.diffusion.rollout import replay
+from rlalign.diffusion.steps import Gaussian
+from rlalign.policies.base import Policy
+from rlalign.records import Plan, Scored, Unit, UnitKey
+from rlalign.registry import build
+from rlalign.rewards.base import Reward
+
+
+class EvaluateSettings(BaseModel):
+    """What a run measures beside what it trains on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(default=10, ge=0, description="rounds between evaluations; 0 is at the start and the end only")
+    prompts: int = Field(default=64, ge=1, description="held-out prompts")
+    rewards: tuple[
+        SerializeAsAny[Annotated[Reward, BeforeValidator(lambda v: build("rewards", v, "evaluate.rewards"))]], ...
+    ] = Field(default=(), description="held-out rewards: measured, never trained on")
+    grid: int = Field(default=16, ge=1, description="pictures in the sample grid")
+    seed: int = Field(default=0, ge=0, description="decides the noise")
+
+
+def evaluation_units(prompts: Sequence[tuple[int, str]], plan: Plan, seed: int, per_unit: int) -> list[Unit]:
+    """Units over (id, prompt), one sample each, with the same noise at every evaluation."""
+    parts = [prompts[i : i + per_unit] for i in range(0, len(prompts), per_unit)]
+    return [
+        Unit(
+            key=UnitKey("evaluate", 0, index),
+            prompts=tuple(text for _, text in part),
+            prompt_ids=tuple(number for number, _ in part),
+            sample_ids=tuple(range(index * per_unit, index * per_unit + len(part))),
+            seed=seed,
+            plan=plan,
+        )
+        for index, part in enumerate(parts)
+    ]
+
+
+def joined(scored: Sequence[Scored], title: str) -> np.ndarray:
+    """(N,) raw scores of one reward, or the weighted total, in unit order."""
+    return np.concatenate([s.total_B if title == "total" else s.raw[title] for s in scored])
+
+
+def media_of(scored: Sequence[Scored]) -> np.ndarray:
+    """(N, F, 3, H, W) uint8 in unit order."""
+    media = [s.media_BFCHW for s in scored]
+    assert all(m is not None for m in media), "an evaluation keeps its media"
+    return np.concatenate([m for m in media if m is not None])
+
+
+def summarise(scored: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str]) -> dict[str, float]:
+    """Mean and std of the total and of each reward, and the diversity of the pictures."""
+    out: dict[str, float] = {}
+    for prefix, titles in (("reward", ["total", *trained]), ("held_out", list(held_out))):
+        for title in titles:
+            score_N = joined(scored, title)
+            score_N = score_N[np.isfinite(score_N)].astype(np.float64)
+            out[f"{prefix}/{title}/mean"] = float(score_N.mean()) if len(score_N) else float("nan")
+            out[f"{prefix}/{title}/std"] = float(score_N.std()) if len(score_N) else float("nan")
+    out["diversity/pixel_rms"] = pixel_diversity(media_of(scored))
+    return out
+
+
+def pixel_diversity(media_NFCHW: np.ndarray) -> float:
+    """Root of the mean squared distance over pairs of pictures, each averaged over areas to 8 x 8 RGB in [0, 1].
+
+    0 when all pictures look alike at that size. By the identity mean over pairs |a - b|^2 = 2 N / (N - 1) * variance, per
+    element.
+    """
+    if len(media_NFCHW) < 2:
+        return 0.0
+    pictures_NCHW = torch.from_numpy(np.array(media_NFCHW)).flatten(0, 1).double() / 255.0
+    small_NCHW = torch.nn.functional.adaptive_avg_pool2d(pictures_NCHW, 8)
+    count = len(small_NCHW)
+    return float((2.0 * count / (count - 1) * small_NCHW.var(dim=0, unbiased=False).mean()).sqrt())
+
+
+def win_rate(score_N: np.ndarray, against_N: np.ndarray) -> float:
+    """Share of pairs that the first wins; ties count half; a pair with a missing score counts as a tie."""
+    wins = (score_N > against_N).astype(np.float64)
+    return float(np.where(score_N < against_N, 0.0, np.where(score_N > against_N, wins, 0.5)).mean())
+
+
+def compare(
+    base: Sequence[Scored], aligned: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str]
+) -> dict[str, Any]:
+    """Two models on the same prompts and noise: the content of ``evaluation.json`` but for what needs a live policy."""
+    before, after = summarise(base, trained, held_out), summarise(aligned, trained, held_out)
+    titles = ["total", *trained, *held_out]
+    words = [p for s in base for p in s.unit.prompts]
+    scores = {
+        side: {t: joined(scored, t).astype(np.float64) for t in titles} for side, scored in (("base", base), ("aligned", aligned))
+    }
+    return {
+        "plan": base[0].unit.plan.model_dump(),
+        "prompts": len(words),
+        "base": before,
+        "aligned": after,
+        "gain": {k: after[k] - before[k] for k in before},
+        "win_rate": {t: win_rate(scores["aligned"][t], scores["base"][t]) for t in titles},
+        "samples": [
+            {"prompt": word, **{side: {t: float(scores[side][t][i]) for t in titles} for side in ("base", "aligned")}}
+            for i, word in enumerate(words)
+        ],
+    }
+
+
+@torch.no_grad()
+def kl_to_reference(policy: Policy, scored: Sequence[Scored]) -> float:
+    """Mean over samples and stochastic steps of KL(policy || reference) per step, nats per latent element.
+
+    On the policy's own trajectories; times the steps and the elements of a latent it is the bound of DPOK's lemma 4.2 (Fan
+    2023, arXiv:2305.16381). 0 when no step is stochastic.
+    """
+    values: list[torch.Tensor] = []
+    for one in scored:
+        assert one.trajectory is not None
+        latents = torch.from_numpy(np.array(one.trajectory.latents_BK1, dtype=np.float32)).to(policy.device)
+        condition = policy.encode(one.unit.prompts)
+        for k in np.flatnonzero(one.trajectory.stochastic_K).tolist():
+            mine: Gaussian = replay(policy, one.unit, latents, [k], condition)
+            with policy.as_reference():
+                theirs = replay(policy, one.unit, latents, [k], condition)
+            values.append(mine.kl(theirs))
+    return float(torch.cat(values).double().mean()) if values else 0.0
+
+
+def write_samples(folder: Path, round: int, scored: Sequence[Scored], count: int) -> Path:
+    """``samples/round-00010.png``: the first pictures of the evaluation with captions and scores."""
+    from rlalign.pictures import write_grid
+
+    media = media_of(scored)[:count]
+    captions = [p for s in scored for p in s.unit.prompts][:count]
+    path = folder / "samples" / f"round-{round:05d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_grid(path, media[:, 0], captions, joined(scored, "total")[:count].tolist())
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON, whole or not at all; NaN becomes null."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(_finite(content), indent=1), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,244 @@
+"""One optimiser and one update(): shard, accumulate, clip, step, average. Knows no algorithm by name.
+
+An update's passes are dealt to a fixed number of *shards*. Each shard's gradient is summed on its own, then the shards are
+added in order. Shards may run on threads of one process or on several learner processes: the sum is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from rlalign.diffusion.noise import generator
+from rlalign.policies.base import Policy
+from rlalign.records import StepBatch, StepPass
+from rlalign.registry import UserError
+
+
+class LearnerSettings(BaseModel):
+    """How weights are updated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="AdamW's learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's moment decays")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this global norm")
+    epochs: int = Field(default=1, ge=1, description="times a round's samples are used")
+    updates_per_round: int = Field(default=2, ge=1, description="optimiser updates per epoch; must divide the units of a round")
+    steps_per_pass: int = Field(
+        default=1, ge=1, description="denoising steps in one forward pass; 1 keeps the rollout's batch shape"
+    )
+    shards: int = Field(default=1, ge=1, description="parts whose gradients are summed apart; they run side by side on a CPU")
+    ema_decay: float = Field(default=0.0, ge=0, lt=1, description="weight average used to evaluate and export; 0 is off")
+
+
+class PassLoss(Protocol):
+    """What the learner calls: a loss with its metrics for one pass (an Algorithm's ``loss``)."""
+
+    def __call__(self, batch: StepPass, policy: Policy, /) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Trainable weights with the number of updates that made them, and which of the kept sets they are."""
+
+    version: int
+    kind: str
+    """"current", "average" (EMA) or "base" (before any update)."""
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def tag(self) -> tuple[str, int]:
+        """Equal tags mean equal weights within a run."""
+        return (self.kind, self.version)
+
+
+class Learner:
+    """The live learner; the same object with one process and with many."""
+
+    def __init__(self, policy: Policy, loss: PassLoss, settings: LearnerSettings, *, seed: int, threads: int = 1) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=policy.device == "cpu")
+        self.policy, self.loss, self.settings, self.seed = policy, loss, settings, seed
+        self.version = 0
+        self._base = policy.weights()
+        self._average = policy.weights() if settings.ema_decay else None
+        self._parameters = policy.trainable()
+        self.optimiser = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if settings.shards % world:
+            raise UserError(f"learner.shards must be a multiple of runtime.learner_workers ({world}), got {settings.shards}")
+        self._own_shards = range(rank, settings.shards, world)
+        lanes = len(self._own_shards) if policy.device == "cpu" else 1
+        self._lanes = [policy, *(policy.replica() for _ in range(lanes - 1))]
+        self._pool = ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(threads,))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and publishes weights."""
+        return self.accelerator.is_main_process
+
+    def update(self, batch: StepBatch, *, round: int) -> dict[str, float]:
+        """All updates of one round. Returns its metrics: loss, grad_norm, the algorithm's own, and ``ratio/first_update``."""
+        collected: list[dict[str, float]] = []
+        for epoch in range(self.settings.epochs):
+            order = generator("shuffle", self.seed, round, epoch).permutation(len(batch.units))
+            for part in np.array_split(order, self.settings.updates_per_round):
+                collected.append(self._optimise(batch.pick(part.tolist())))
+        metrics = {
+            name: max(c[name] for c in collected) if name in self._maxima else float(np.mean([c[name] for c in collected]))
+            for name in collected[0]
+        }
+        if "ratio/max_deviation" in metrics:
+            metrics["ratio/first_update"] = collected[0]["ratio/max_deviation"]
+        return metrics
+
+    def _optimise(self, part: StepBatch) -> dict[str, float]:
+        """One optimiser update over all passes of ``part``."""
+        passes = list(part.passes(self.settings.steps_per_pass))
+        jobs = [(s, self._lanes[i % len(self._lanes)]) for i, s in enumerate(self._own_shards)]
+        mine = list(self._pool.map(lambda job: self._shard(passes[job[0] :: self.settings.shards], job[1]), jobs))
+        gradient = self._sum_of_shards([flat for flat, _, _ in mine])
+        if not bool(torch.isfinite(gradient).all()):
+            raise UserError(
+                f"learner: the gradient is not finite after {self.version} updates; lower learner.lr, or look at the rewards"
+            )
+        self._place(gradient)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.settings.max_grad_norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.version += 1
+        self._track_average()
+        means = self._reduced([m for _, m, _ in mine], "sum")
+        maxima = self._reduced([m for _, _, m in mine], "max")
+        self._maxima = frozenset(maxima)
+        return {**means, **maxima, "grad_norm": float(norm)}
+
+    _maxima: frozenset[str] = frozenset()
+
+    def _shard(self, passes: Sequence[StepPass], lane: Policy) -> tuple[torch.Tensor, dict[str, float], dict[str, float]]:
+        """The summed gradient of one shard as a flat vector, with its weighted means and its maxima."""
+        parameters = list(lane.trainable().values())
+        means: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+        for one in passes:
+            loss = self.loss(_moved(one, lane.device), lane)
+            (loss.value * one.weight).backward()
+            for name, value in {"loss": loss.value, **loss.means}.items():
+                means[name] = means.get(name, 0.0) + float(value.detach()) * one.weight
+            for name, value in loss.maxima.items():
+                maxima[name] = max(maxima.get(name, 0.0), float(value))
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+        return flat, means, maxima
+
+    def _sum_of_shards(self, own: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Adds all shards of all processes in shard order, so that no split changes a bit."""
+        if self.accelerator.num_processes == 1:
+            slots: Iterable[torch.Tensor] = own
+        else:
+            table = torch.zeros(self.settings.shards, own[0].numel(), device=own[0].device)
+            for shard, flat in zip(self._own_shards, own, strict=True):
+                table[shard] = flat
+            slots = self.accelerator.reduce(table, reduction="sum")  # type: ignore[assignment]
+        first, *rest = slots
+        for flat in rest:
+            first = first + flat
+        return first
+
+    def _place(self, gradient: torch.Tensor) -> None:
+        offset = 0
+        for parameter in self._parameters.values():
+            parameter.grad = gradient[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+    def _reduced(self, own: Sequence[Mapping[str, float]], how: str) -> dict[str, float]:
+        from accelerate.utils import gather_object
+
+        numbered = [(shard, dict(o)) for shard, o in zip(self._own_shards, own, strict=True)]
+        if self._spread:
+            numbered = sorted(gather_object(numbered), key=lambda pair: pair[0])  # shard order, as in one process
+        merged = [o for _, o in numbered]
+        names = sorted({name for o in merged for name in o})
+        fold = max if how == "max" else sum
+        return {name: float(fold([o[name] for o in merged if name in o])) for name in names}
+
+    @property
+    def _spread(self) -> bool:
+        return self.accelerator.num_processes > 1
+
+    @torch.no_grad()
+    def _track_average(self) -> None:
+        if self._average is None:
+            return
+        for name, parameter in self._parameters.items():
+            self._average[name].lerp_(parameter, 1.0 - self.settings.ema_decay)
+
+    def weights(self) -> Weights:
+        """The current weights: what rollouts use."""
+        return Weights(version=self.version, kind="current", tensors=self.policy.weights())
+
+    def weights_to_show(self) -> Weights:
+        """What is evaluated and exported: the average where there is one, else the current weights."""
+        if self._average is None:
+            return self.weights()
+        return Weights(version=self.version, kind="average", tensors={n: t.clone() for n, t in self._average.items()})
+
+    def base_weights(self) -> Weights:
+        """The weights before the first update of the run."""
+        return Weights(version=0, kind="base", tensors=self._base)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that an update depends on, as named tensors: weights, both moments, step counts, the average."""
+        tensors = {f"policy/{n}": p.detach() for n, p in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                tensors[f"optimiser/{key}/{name}"] = value
+        tensors.update({f"average/{n}": t for n, t in (self._average or {}).items()})
+        tensors["version"] = torch.tensor(self.version)
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of ``state_dict``; raises KeyError when a tensor is missing."""
+        self.policy.set_weights({n: tensors[f"policy/{n}"] for n in self._parameters})
+        self.optimiser.state.clear()
+        for name, parameter in self._parameters.items():
+            keys = {k.split("/")[1] for k in tensors if k.startswith("optimiser/") and k.endswith("/" + name)}
+            if keys:
+                self.optimiser.state[parameter] = {
+                    # AdamW keeps its step count on the CPU, its moments beside the weights
+                    k: tensors[f"optimiser/{k}/{name}"].to("cpu" if k == "step" else parameter.device, copy=True)
+                    for k in sorted(keys)
+                }
+        if self._average is not None:
+            self._average = {n: tensors[f"average/{n}"].to(p.device, copy=True) for n, p in self._parameters.items()}
+        self.version = int(tensors["version"])
+
+
+def _moved(one: StepPass, device: str) -> StepPass:
+    if device == "cpu":
+        return one
+    from dataclasses import replace
+
+    return replace(
+        one,
+        latents_BK1=one.latents_BK1.to(device),
+        log_prob_BS=one.log_prob_BS.to(device),
+        advantage_B=one.advantage_B.to(device),
+    )

@@ -1,0 +1,54 @@
+"""What algorithms optimise, as pure functions of tensors.
+
+Log-probs are averaged over latent elements (nats per element), the unit in which published clip ranges are given: with D
+elements, a per-element clip range c bounds the joint log-ratio by D * c.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def ratio(log_prob: torch.Tensor, behaviour_log_prob: torch.Tensor) -> torch.Tensor:
+    """exp(log_prob - behaviour_log_prob): the importance ratio per element; exactly 1 where the two are equal."""
+    return torch.exp(log_prob - behaviour_log_prob)
+
+
+def clipped_surrogate(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """max(-A r, -A clip(r, 1 - c, 1 + c)), element by element: a loss (Schulman 2017, arXiv:1707.06347, eq. 7)."""
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1.0 - clip_range, 1.0 + clip_range))
+
+
+def score_function(log_prob: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """-A log p, element by element: REINFORCE (Williams 1992); its gradient is that of the surrogate at ratio 1."""
+    return -advantage * log_prob
+
+
+def clip_fraction(ratio: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """Share of ratios outside [1 - c, 1 + c]."""
+    return ((ratio - 1.0).abs() > clip_range).to(torch.float32).mean()
+
+
+def gaussian_kl(mean: torch.Tensor, mean_other: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(B,) KL of two Gaussians with one std, averaged over elements: |difference|^2 / (2 std^2), nats per element.
+
+    Summed over a trajectory's steps (and times the element count) it is the upper bound of DPOK's lemma 4.2 (Fan 2023,
+    arXiv:2305.16381). Needs std > 0.
+    """
+    return ((mean - mean_other) ** 2 / (2.0 * std**2)).flatten(1).mean(1)
+
+
+def preference_logit(winner_log_ratio: torch.Tensor, loser_log_ratio: torch.Tensor, beta: float) -> torch.Tensor:
+    """beta * (winner - loser): the logit that the winner is preferred (Rafailov 2023, arXiv:2305.18290, eq. 7)."""
+    return beta * (winner_log_ratio - loser_log_ratio)
+
+
+def preference_loss(logit: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(logit): Bradley-Terry's negative log-likelihood; ln 2 at 0."""
+    return -F.logsigmoid(logit)
+
+
+def reward_weights(reward_B: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(B,) softmax(reward / temperature), rescaled to mean 1 (Lee 2023, arXiv:2302.12192; Black 2023 for RWR)."""
+    return torch.softmax(reward_B / temperature, dim=0) * len(reward_B)

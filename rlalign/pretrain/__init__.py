@@ -1,0 +1,27 @@
+"""Plain denoising training: the tiny pipeline from drawn pictures, autoencoder first, then denoiser and text encoder.
+
+    pictures -> autoencoder (L1 + L2 + KL) -> latents, standardised per channel -> denoiser + text encoder -> pipeline folder
+
+Everything random is keyed by (seed, purpose, update), nothing depends on a generator's state: a run that was stopped
+anywhere resumes from its checkpoint and ends in the same weights, bit for bit, as one that was not (same machine, same
+threads). The learning rate does not depend on how many updates are to come, so a longer run passes through the shorter
+one's weights. May import data, diffusion and registry. Another kind of denoiser is another loss in ``stages.py``.
+"""
+
+from __future__ import annotations
+
+from rlalign.pretrain.progress import Report, console_progress
+from rlalign.pretrain.run import pretrain
+from rlalign.pretrain.settings import Autoencoder, Denoiser, Optimisation, Pretrain
+from rlalign.pretrain.stages import denoising_loss
+
+__all__ = [
+    "Autoencoder",
+    "Denoiser",
+    "Optimisation",
+    "Pretrain",
+    "Report",
+    "console_progress",
+    "denoising_loss",
+    "pretrain",
+]

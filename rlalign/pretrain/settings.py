@@ -1,0 +1,59 @@
+"""Settings of a pretraining run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Optimisation(_Settings):
+    """How one of the two networks is trained: AdamW, linear warm-up, then a constant rate."""
+
+    updates: int = Field(ge=1, description="optimiser updates")
+    batch: int = Field(ge=1, description="pictures per update")
+    lr: float = Field(gt=0.0, description="learning rate")
+    warmup: int = Field(default=50, ge=0, description="updates over which the rate rises from 0")
+    ema_decay: float = Field(ge=0.0, lt=1.0, description="decay of the averaged weights, which are kept")
+
+
+class Autoencoder(Optimisation):
+    """Stage 1: pictures to latents of a quarter of the area and back."""
+
+    updates: int = Field(default=2000, ge=1, description="optimiser updates")
+    batch: int = Field(default=32, ge=1, description="pictures per update")
+    lr: float = Field(default=2.0e-3, gt=0.0, description="learning rate")
+    ema_decay: float = Field(default=0.99, ge=0.0, lt=1.0, description="decay of the averaged weights, which are kept")
+    kl: float = Field(default=1.0e-4, ge=0.0, description="weight of the KL to N(0, 1), nats per latent element")
+    channels: tuple[int, int] = Field(default=(16, 32), description="widths of its levels, multiples of 8")
+
+
+class Denoiser(Optimisation):
+    """Stage 2: the denoiser, and the text encoder that is trained with it."""
+
+    updates: int = Field(default=2000, ge=1, description="optimiser updates")
+    batch: int = Field(default=64, ge=1, description="latents per update")
+    lr: float = Field(default=1.0e-3, gt=0.0, description="learning rate")
+    ema_decay: float = Field(default=0.995, ge=0.0, lt=1.0, description="decay of the averaged weights, which are kept")
+    caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0, description="share of empty captions, for guidance")
+    channels: tuple[int, int, int] = Field(default=(32, 64, 64), description="widths of its levels, multiples of 16")
+    text_width: int = Field(default=64, ge=4, multiple_of=4, description="width of the text encoder")
+    text_layers: int = Field(default=2, ge=1, description="layers of the text encoder")
+
+
+class Pretrain(_Settings):
+    """Settings of a pretraining run.
+
+    ``out`` is the run folder: ``checkpoints/`` to resume from, and ``policy/``, which plain diffusers loads.
+    """
+
+    seed: int = Field(default=0, ge=0, description="decides the pictures, the first weights and all noise")
+    out: Path = Field(default=Path("runs/pretrain"), description="run folder")
+    images: int = Field(default=16000, ge=1, description="pictures drawn from the train split")
+    autoencoder: Autoencoder = Autoencoder()
+    denoiser: Denoiser = Denoiser()
+    checkpoint_every: int = Field(default=250, ge=1, description="updates between two checkpoints")

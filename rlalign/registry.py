@@ -1,0 +1,181 @@
+"""Recipes and the four shelves of plug-ins: the name in the YAML is the file's name.
+
+A *recipe* is a frozen pydantic model: its fields are the settings, its methods are the behaviour, and it pickles.
+A *shelf* is a package with a ``base.py`` that names the shelf's base class; every other file on it is one plug-in. A plug-in
+kept elsewhere is named ``package.module:Class``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SHELVES: dict[str, str] = {
+    "algorithms": "Algorithm",
+    "policies": "PolicyRecipe",
+    "prompts": "Prompts",
+    "rewards": "Reward",
+    "samplers": "Sampler",
+}
+"""Shelf -> name of the base class in its ``base.py``. The prompts shelf lives in ``rlalign/data/``."""
+
+_PACKAGES = {"prompts": "data.prompts"}
+
+
+class UserError(ValueError):
+    """A user's mistake: one message with place, rule, value and the way out. The command line ends with code 2 on it."""
+
+
+class Recipe(BaseModel):
+    """Base of every plug-in: settings as fields, behaviour as methods; frozen, picklable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    shelf: ClassVar[str] = ""
+
+    name: str = Field(default="", description="the plug-in's file name, or package.module:Class")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_name(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not data.get("name"):
+            return {**data, "name": plugin_name(cls)}
+        return data
+
+
+def plugin_name(cls: type) -> str:
+    """The name under which YAML finds a class: the file's name on a shelf, ``module:Class`` elsewhere."""
+    if any(cls.__module__.startswith(_package(shelf) + ".") for shelf in SHELVES):
+        return cls.__module__.rsplit(".", 1)[-1]
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _package(shelf: str) -> str:
+    return f"rlalign.{_PACKAGES.get(shelf, shelf)}"
+
+
+def _folder(shelf: str) -> Path:
+    return Path(__file__).parent.joinpath(*_PACKAGES.get(shelf, shelf).split("."))
+
+
+def names(shelf: str) -> list[str]:
+    """The plug-ins of a shelf, by reading the folder (nothing is imported)."""
+    return sorted(p.stem for p in _folder(shelf).glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A "did you mean" for an error message, or the list of what there is."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+
+
+def load_class(shelf: str, name: str) -> type[Recipe]:
+    """The recipe class that ``name`` means on ``shelf``.
+
+    Raises UserError when there is no such plug-in, or when it does not derive from the shelf's base class.
+    """
+    base = getattr(importlib.import_module(f"{_package(shelf)}.base"), SHELVES[shelf])
+    if ":" in name:
+        module_name, _, class_name = name.partition(":")
+        try:
+            found = importlib.import_module(module_name).__dict__[class_name]
+        except ModuleNotFoundError as error:
+            raise UserError(f"{shelf}: cannot import {module_name!r} ({error}); is it on PYTHONPATH?") from error
+        except KeyError as error:
+            raise UserError(f"{shelf}: module {module_name!r} has no class {class_name!r}") from error
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise UserError(f"{shelf}: {name!r} must be a class derived from {base.__module__}.{base.__qualname__}")
+        return found
+    if name not in names(shelf):
+        raise UserError(f"no plug-in {name!r} on shelf {shelf}; {nearest(name, names(shelf))}")
+    module = importlib.import_module(f"{_package(shelf)}.{name}")
+    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base) and c.__module__ == module.__name__]
+    public = [c for c in own if not c.__name__.startswith("_")]
+    assert len(public) == 1, f"{module.__name__} must define exactly one public {base.__name__}, has {public}"
+    return public[0]
+
+
+def build(shelf: str, settings: Mapping[str, Any] | Recipe, path: str = "") -> Recipe:
+    """A recipe from its YAML mapping. Raises UserError with the path, the rule, the value and the nearest valid name."""
+    if isinstance(settings, Recipe):
+        return settings
+    path = path or shelf
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
+        raise UserError(f"{path} must be a mapping with a name, got {settings!r}; {nearest('', names(shelf))}")
+    try:
+        cls = load_class(shelf, settings["name"])
+    except UserError as error:
+        raise UserError(f"{path}.name: {error}") from error
+    try:
+        return cls.model_validate(dict(settings))
+    except ValidationError as error:
+        raise UserError(explain(error, cls, path)) from error
+
+
+def explain(error: ValidationError, cls: type[BaseModel], path: str) -> str:
+    """Pydantic's first complaint as one line: place, rule, value, and the nearest valid name for an unknown key."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join([path, *(str(p) for p in first["loc"])]).strip(".")
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(cls, first["loc"][:-1])
+        return f"{place}: unknown setting; {nearest(str(first['loc'][-1]), known)}"
+    if first["type"] == "missing":
+        return f"{place} is required"
+    rule = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("greater than or equal to", ">=")
+    rule = rule.replace("less than or equal to", "<=").replace("greater than", ">").replace("less than", "<")
+    return f"{place} {rule}, got {first['input']!r}" if rule.startswith("must") else f"{place}: {rule}"
+
+
+def _fields_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc:
+        field = cls.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        cls = field.annotation
+    return sorted(cls.model_fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What ``rlalign list`` prints of one plug-in, read from its source without importing it."""
+
+    name: str
+    summary: str
+    source: str
+    settings: dict[str, str]
+
+
+def describe(shelf: str) -> list[Description]:
+    """Every plug-in of a shelf with its first docstring line, its ``Source:`` and its settings (read with ``ast``)."""
+    return [_describe(name, _folder(shelf) / f"{name}.py", SHELVES[shelf]) for name in names(shelf)]
+
+
+def _describe(name: str, file: Path, base: str) -> Description:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    chosen = next((c for c in classes if any(base in ast.unparse(b) for b in c.bases)), None)
+    chosen = chosen or next((c for c in classes if any(isinstance(n, ast.FunctionDef) for n in c.body)), classes[0])
+    doc = ast.get_docstring(chosen) or ast.get_docstring(tree) or ""
+    source = next((line.split("Source:", 1)[1].strip() for line in doc.splitlines() if "Source:" in line), "")
+    settings: dict[str, str] = {}
+    for node in chosen.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            if "ClassVar" in ast.unparse(node.annotation) or node.target.id.startswith("_"):
+                continue
+            settings[node.target.id] = _default(node.value)
+    return Description(name=name, summary=doc.splitlines()[0] if doc else "", source=source, settings=settings)
+
+
+def _default(value: ast.expr | None) -> str:
+    if value is None:
+        return "required"
+    if isinstance(value, ast.Call):
+        given = [k.value for k in value.keywords if k.arg == "default"] + value.args[:1]
+        return ast.unparse(given[0]) if given and ast.unparse(given[0]) != "..." else "required"
+    return ast.unparse(value)

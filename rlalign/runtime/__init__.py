@@ -1,0 +1,28 @@
+"""The cluster: thin actors around Ray-free objects. The only room that imports Ray.
+
+cluster.py      starts a local Ray or joins a cluster, and checks that a run fits before anything starts
+workers.py      the rollout and the reward actor
+pool.py         a group of actors: who is idle, who died, who came back (RLlib's FaultTolerantActorManager inside)
+coordinator.py  one asyncio actor: which unit is where, tries, versions; holds references and small facts only
+collect.py      the learner's side of the coordinator: rlalign.loop's Collect
+train.py        the driver: creates and owns the actors, runs the learner under Ray Train
+
+May import everything below it. To add a role: an actor in workers.py, a pool for it in train.py, a call in coordinator.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlalign.config import Run
+
+
+def train_on_ray(
+    run: Run, folder: Path, *, resume: bool, on_record: Callable[[dict[str, Any]], None], address: str | None = None
+) -> None:
+    """A run on Ray actors: a local Ray, or the cluster at ``address``. Raises UserError on a user's mistake."""
+    from rlalign.runtime.train import train
+
+    train(run, folder, resume=resume, on_record=on_record, address=address)

@@ -1,0 +1,82 @@
+"""The actors that do the work. They hold a policy or a scorer and nothing of the run's state: any of them may die."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from rlalign.config import Run
+from rlalign.records import Trajectory, Unit
+from rlalign.rewards.base import Reward
+
+
+class Worker:
+    """What the pool's manager asks of an actor. ``apply`` never ends the process on an application's error."""
+
+    label = "worker"
+
+    def ping(self) -> str:
+        """Alive."""
+        return "pong"
+
+    def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a function on the worker."""
+        return function(self, *args, **kwargs)
+
+    def process_id(self) -> int:
+        """The operating system's process."""
+        return os.getpid()
+
+    def __repr__(self) -> str:
+        return self.label
+
+
+class RolloutWorker(Worker):
+    """Holds a policy; denoises one unit a call under the weights that come with it."""
+
+    def __init__(self, run: Run, label: str) -> None:
+        import torch
+
+        torch.set_num_threads(run.runtime.rollout_threads)
+        self.label = label
+        self._policy = run.policy.load(run.runtime.device)
+        self._tag: tuple[str, int] = ("", -1)
+
+    @ray.method(num_returns=3)
+    def produce(
+        self, unit: Unit, tag: tuple[str, int], tensors: Mapping[str, np.ndarray]
+    ) -> tuple[Trajectory, np.ndarray, dict[str, Any]]:
+        """(trajectory, media uint8 BFCHW, facts): three objects, so that each goes only where it is needed."""
+        import torch
+
+        from rlalign.diffusion.rollout import rollout
+
+        start = time.monotonic()
+        if tag != self._tag:
+            self._policy.set_weights({n: torch.from_numpy(np.array(a)) for n, a in tensors.items()})
+            self._tag = tag
+        trajectory, media = rollout(self._policy, unit, tag[1])
+        return trajectory, media, {"seconds": time.monotonic() - start, "process": os.getpid()}
+
+
+class RewardWorker(Worker):
+    """Holds one reward's scorer; scores one unit's media a call."""
+
+    def __init__(self, reward: Reward, device: str, threads: int, label: str) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.label = label
+        self._reward, self._scorer = reward, reward.load(device)
+
+    def score(self, media_BFCHW: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, float]:
+        """(raw scores (B,) float32 under the reward's own error policy, seconds)."""
+        from rlalign.rewards.base import score
+
+        start = time.monotonic()
+        return score(self._reward, self._scorer, media_BFCHW, prompts), time.monotonic() - start

@@ -1,0 +1,41 @@
+"""What every test stands on: one thread, fixed seeds, and one small Ray for those that ask for it."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Ray and OpenMP read these when they are first imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every server of Ray binds to loopback
+os.environ["RAY_AUTH_MODE"] = "disabled"  # nothing but loopback listens, and no token file is left in the home folder
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is wrong
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Global generators start the same in every test; code under test draws from keyed ones."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for the whole session: eight logical CPUs, loopback only, no dashboard."""
+    import ray
+
+    assert not ray.is_initialized(), "a test started Ray by itself; ask for the fixture ray_cluster"
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -1,0 +1,117 @@
+"""The same runs on real Ray actors: bitwise the local run, undisturbed, killed and resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import assert_same_run, metrics, small_run
+
+from rlalign import checkpoint
+from rlalign.config import dump
+from rlalign.registry import UserError
+from rlalign.runtime import train_on_ray
+from rlalign.runtime.collect import RunFailed
+
+pytestmark = pytest.mark.ray
+
+
+def quiet(_: object) -> None:
+    """No screen."""
+
+
+def process_of(role: str) -> int:
+    """The process of the first actor of a role in the running cluster."""
+    import ray
+
+    names = [n for n in ray.util.list_named_actors() if f"/{role}" in n]
+    return ray.get(ray.get_actor(sorted(names)[0]).process_id.remote(), timeout=60)
+
+
+def test_two_workers_equal_the_local_loop(local_run: Path, tmp_path: Path) -> None:
+    train_on_ray(small_run(), tmp_path / "run", resume=False, on_record=quiet)
+    assert_same_run(tmp_path / "run", local_run)
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    import json
+
+    assert 0 < json.loads(last)["driver_bytes_per_sample"] <= 1000
+
+
+def test_a_kill_of_each_kind_of_worker_changes_nothing(local_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    killed: list[str] = []
+
+    def kill(line: dict[str, Any]) -> None:
+        target = {1: "rollout", 2: "reward", 3: "learner"}.get(line.get("round", 0))
+        if target and target not in killed:
+            killed.append(target)
+            process = checkpoint.writer(folder) if target == "learner" else process_of(target)
+            assert process is not None
+            os.kill(process, signal.SIGKILL)
+
+    train_on_ray(small_run(), folder, resume=False, on_record=kill)
+    assert killed == ["rollout", "reward", "learner"]
+    assert_same_run(folder, local_run)
+    import json
+
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["restarts/rollout"] >= 1
+    assert last["restarts/reward"] >= 1
+
+
+def test_kill_dash_nine_of_the_whole_run_then_resume(local_run: Path, tmp_path: Path) -> None:
+    folder, config = tmp_path / "run", tmp_path / "run.yaml"
+    config.write_text(dump(small_run()))
+    command = [sys.executable, "-m", "rlalign", "train"]
+    process = subprocess.Popen([*command, str(config), "--out", str(folder)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    lines = folder / "metrics.jsonl"
+    while time.monotonic() < deadline and not (lines.exists() and lines.read_text().count("\n") >= 3):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*command, "--resume", str(folder)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, local_run)
+
+
+def test_a_worker_that_dies_on_every_attempt_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deadly.py").write_text("import os\n\ndef score(media, prompts):\n    os._exit(7)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = small_run("rewards.0={name: function, call: 'deadly:score'}", "runtime.max_attempts=2")
+    with pytest.raises(RunFailed, match="failed on 2 attempts") as caught:
+        train_on_ray(run, tmp_path / "run", resume=False, on_record=quiet)
+    assert "died" in str(caught.value)
+
+
+def test_a_rewards_own_error_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "faulty.py").write_text("def score(media, prompts):\n    raise KeyError('the lexicon has no such word')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = small_run("rewards.0={name: function, call: 'faulty:score'}", "runtime.max_attempts=2")
+    with pytest.raises((RunFailed, UserError), match="the lexicon has no such word"):
+        train_on_ray(run, tmp_path / "run", resume=False, on_record=quiet)
+
+
+@pytest.mark.slow
+def test_two_learners_equal_one(local_run: Path, tmp_path: Path) -> None:
+    train_on_ray(small_run("runtime.learner_workers=2"), tmp_path / "run", resume=False, on_record=quiet)
+    assert_same_run(tmp_path / "run", local_run)
+
+
+def test_staleness_on_ray_equals_local(tmp_path: Path) -> None:
+    from rlalign.loop import train_local
+
+    run = small_run("runtime.max_staleness=1")
+    train_local(run, tmp_path / "local", resume=False, on_record=quiet)
+    train_on_ray(run, tmp_path / "ray", resume=False, on_record=quiet)
+    assert max(m["staleness/max"] for m in metrics(tmp_path / "ray")) == 1
+    assert_same_run(tmp_path / "ray", tmp_path / "local")

@@ -1,0 +1,224 @@
+"""A real policy that is small enough for closed forms: a two-layer denoiser on latents of two numbers.
+
+``ToyPolicy`` is a subclass of the library's own Policy (nothing is faked but the size); ``Toy`` is its recipe, so a run file
+can say ``policy: {name: "tests.toy:Toy"}``. The functions below make units, trajectories and batches with keyed noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from rlalign import lora
+from rlalign.diffusion.noise import generator
+from rlalign.diffusion.paths import VariancePreserving
+from rlalign.diffusion.rollout import rollout
+from rlalign.policies.base import Condition, Policy, PolicyRecipe
+from rlalign.records import Plan, Scored, StepBatch, Unit, UnitKey
+
+PROMPTS = ("a red circle", "a blue square", "a green triangle", "two circles")
+PLAN = Plan(steps=5, eta=1.0)
+SIZE = 8
+"""Pixels of a side of the toy's pictures."""
+
+
+class ToyNetwork(torch.nn.Module):
+    """(x, t, prompt) -> prediction: 2 + 2 + 4 numbers in, 16 hidden, 2 out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 16)
+        self.outer = torch.nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+        dtype = self.outer.weight.dtype if not lora.is_attached(self) else x.dtype
+        t = timestep_B.to(dtype) / 1000.0
+        features = torch.cat([x.flatten(1).to(dtype), t[:, None], t[:, None] ** 2, embeds_BLD.mean(1).to(dtype)], dim=1)
+        return self.outer(torch.nn.functional.silu(self.inner(features))).reshape(x.shape)
+
+
+class ToyPolicy(Policy):
+    """Latents (2, 1, 1) on Stable Diffusion's path, epsilon prediction; pictures of one colour, 8 x 8."""
+
+    prediction = "epsilon"
+
+    def __init__(
+        self, *, seed: int = 0, lora_rank: int = 0, lora_alpha: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.path = VariancePreserving.scaled_linear()
+        self.device = "cpu"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = ToyNetwork().to(dtype).eval()
+        if lora_rank:
+            lora.attach(self.network, rank=lora_rank, alpha=lora_alpha, targets=("inner", "outer"), seed=seed)
+        self.reference = {} if lora_rank else self.weights()
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        rows = [generator("toy prompt", p).standard_normal((1, 4), dtype=np.float32) for p in prompts]
+        embeds_BLD = torch.from_numpy(np.stack(rows))
+        return Condition(embeds_BLD=embeds_BLD, uncond_BLD=torch.zeros_like(embeds_BLD))
+
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+        return self.network(x, timestep_B, embeds_BLD)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Red and green are the two numbers squeezed into (0, 1); blue is a half."""
+        red_green = torch.sigmoid(latents.flatten(1).float())
+        colour = torch.cat([red_green, torch.full_like(red_green[:, :1], 0.5)], dim=1)
+        return colour[:, None, :, None, None].expand(-1, 1, 3, SIZE, SIZE)
+
+    def encode_media(self, media_BFCHW: torch.Tensor) -> torch.Tensor:
+        return torch.logit(media_BFCHW[:, 0, :2].mean((-1, -2)).clamp(1e-3, 1 - 1e-3))[:, :, None, None]
+
+    def latent_shape(self, plan: Plan) -> tuple[int, ...]:
+        return (2, 1, 1)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.contiguous() for n, t in self.network.state_dict().items()}, folder / "toy.safetensors")
+
+
+class Toy(PolicyRecipe):
+    """The toy denoiser as a recipe. Source: none, a test's own."""
+
+    seed: int = 0
+
+    def load(self, device: str) -> ToyPolicy:
+        return ToyPolicy(seed=self.seed, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+
+
+def make_units(count: int = 4, *, per_unit: int = 3, plan: Plan = PLAN, seed: int = 0, round: int = 1) -> list[Unit]:
+    """``count`` units of ``per_unit`` samples; sample ids tell the samples of a prompt apart."""
+    units = []
+    for index in range(count):
+        numbers = range(index * per_unit, (index + 1) * per_unit)
+        ids = tuple(n % len(PROMPTS) for n in numbers)
+        units.append(
+            Unit(
+                key=UnitKey("train", round, index),
+                prompts=tuple(PROMPTS[i] for i in ids),
+                prompt_ids=ids,
+                sample_ids=tuple(n // len(PROMPTS) for n in numbers),
+                seed=seed,
+                plan=plan,
+            )
+        )
+    return units
+
+
+def first_number(final_BCHW: np.ndarray) -> np.ndarray:
+    """(B,) the reward most toy tests use: the first number of the final latent."""
+    return final_BCHW.reshape(len(final_BCHW), -1)[:, 0]
+
+
+def collect(
+    policy: Policy,
+    units: Sequence[Unit],
+    *,
+    reward: Callable[[np.ndarray], np.ndarray] = first_number,
+    version: int = 0,
+) -> list[Scored]:
+    """Rolls out and scores units in this thread; the reward sees the final latents (B, C, H, W)."""
+    scored = []
+    for unit in units:
+        trajectory, media = rollout(policy, unit, version)
+        value_B = reward(trajectory.latents_BK1[:, -1]).astype(np.float32)
+        scored.append(
+            Scored(
+                unit=unit,
+                policy_version=version,
+                raw={"toy": value_B},
+                total_B=value_B,
+                trajectory=trajectory,
+                media_BFCHW=media,
+            )
+        )
+    return scored
+
+
+def as_float64(batch: StepBatch) -> StepBatch:
+    """The same batch in float64, for comparisons that float32 rounding would blur."""
+    return replace(
+        batch,
+        latents=tuple(t.double() for t in batch.latents),
+        log_prob=tuple(t.double() for t in batch.log_prob),
+        advantage=tuple(t.double() for t in batch.advantage),
+    )
+
+
+def gradient(value: torch.Tensor, policy: Policy) -> torch.Tensor:
+    """The flat gradient of a scalar with respect to the policy's trainable weights."""
+    grads = torch.autograd.grad(value, list(policy.trainable().values()), allow_unused=True)
+    parts = zip(grads, policy.trainable().values(), strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in parts])
+
+
+def save_pipeline(
+    folder: Path, *, prediction: str = "epsilon", scheduler: str = "DDIMScheduler", seed: int = 0
+) -> Path:
+    """Writes a Stable Diffusion pipeline of random weights (some 20 000) that draws 16 x 16 pixels from 8 x 8 latents."""
+    import diffusers
+    import transformers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=16,
+        )
+        text_config = transformers.CLIPTextConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+        text_encoder = transformers.CLIPTextModel(text_config)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    tokenizer = transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
+    schedule: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": prediction,
+    }
+    more = {"clip_sample": False} if scheduler == "DDIMScheduler" else {"skip_prk_steps": True}
+    diffusers.StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=getattr(diffusers, scheduler)(**schedule, **more),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
