@@ -23,7 +23,11 @@ from rlalign.config import Run, load_run
 from rlalign.loop import LocalCollect, build_learner
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-OVERRIDES = ["algorithm={name: ddpo, advantage: global, clip_range: 1.0e-3}", "runtime.rollout_workers=2", "learner.shards=2"]
+OVERRIDES = [
+    "algorithm={name: ddpo, advantage: global, clip_range: 1.0e-3}",
+    "runtime.rollout_workers=2",
+    "learner.shards=2",
+]
 
 
 class PlainLoop:

@@ -23,7 +23,9 @@ from rlalign.records import Unit
 class LiteralDDPO:
     """State of the literal loop: pipeline parts, optimiser, and the trained UNet."""
 
-    def __init__(self, policy: StableDiffusionPolicy, algorithm: DDPO, settings: LearnerSettings, *, train_batch: int) -> None:
+    def __init__(
+        self, policy: StableDiffusionPolicy, algorithm: DDPO, settings: LearnerSettings, *, train_batch: int
+    ) -> None:
         self.unet, self.vae = policy.network, policy.vae
         self.tokenizer, self.text_encoder = policy.tokenizer, policy.text_encoder
         self.scheduler, self.algorithm, self.settings, self.train_batch = (
@@ -33,7 +35,11 @@ class LiteralDDPO:
             train_batch,
         )
         self.optimiser = torch.optim.AdamW(
-            self.unet.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+            self.unet.parameters(),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
         )
 
     def embed(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -41,9 +47,7 @@ class LiteralDDPO:
         with torch.no_grad():
             return self.text_encoder(tokens)[0]
 
-    def step(
-        self, x: torch.Tensor, t: int, embeds: torch.Tensor, eta: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, x: torch.Tensor, t: int, embeds: torch.Tensor, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and std of the next latent, written out as in DDIM's equation 12."""
         times = torch.full((x.shape[0],), t, dtype=torch.long)
         noise = self.unet(x, times, encoder_hidden_states=embeds).sample
@@ -80,7 +84,9 @@ class LiteralDDPO:
             prompts += list(unit.prompts)
         all_latents, reward = torch.cat(latents), torch.cat(rewards).numpy()
         advantage = (reward - reward.mean()) / (reward.std() + 1e-8)
-        clipped = torch.from_numpy(np.clip(advantage, -self.algorithm.advantage_clip, self.algorithm.advantage_clip)).float()
+        clipped = torch.from_numpy(
+            np.clip(advantage, -self.algorithm.advantage_clip, self.algorithm.advantage_clip)
+        ).float()
         old = self.replay(all_latents, prompts, times, plan.eta)
         self.train(all_latents, prompts, times, plan.eta, old, clipped)
         return reward

@@ -54,7 +54,9 @@ def main() -> None:
     console = Console(width=120)
     console.print(table)
     local, one, two = (results[n] for n in ("plain loop, 1 lane", "Ray, 1 rollout worker", "Ray, 2 rollout workers"))
-    console.print(f"overhead of Ray over the plain loop: {100 * (one['seconds/round'] / local['seconds/round'] - 1):+.1f} % of a round")
+    console.print(
+        f"overhead of Ray over the plain loop: {100 * (one['seconds/round'] / local['seconds/round'] - 1):+.1f} % of a round"
+    )
     produced = [m["seconds/rollout"] + m["seconds/reward"] for m in (one, two)]
     console.print(f"two rollout workers against one: {produced[0] / produced[1]:.2f}x")
 

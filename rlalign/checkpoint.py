@@ -110,7 +110,9 @@ def _read(folder: Path, run_identity: str | None) -> Checkpoint:
         state = json.loads((folder / "state.json").read_bytes())
         blob = (folder / "state.safetensors").read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint {folder} is incomplete: {Path(error.filename).name} is missing; {way_out}") from error
+        raise UserError(
+            f"checkpoint {folder} is incomplete: {Path(error.filename).name} is missing; {way_out}"
+        ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"checkpoint {folder} is damaged: state.json is not JSON; {way_out}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

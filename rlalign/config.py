@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,10 +29,14 @@ class RuntimeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rollout_workers: int = Field(default=2, ge=1, description="actors that denoise (threads of the process with --local)")
+    rollout_workers: int = Field(
+        default=2, ge=1, description="actors that denoise (threads of the process with --local)"
+    )
     reward_workers: int = Field(default=1, ge=1, description="actors per reward")
     learner_workers: int = Field(default=1, ge=1, description="Ray Train workers; must divide learner.shards")
-    max_staleness: int = Field(default=0, ge=0, description="rounds that the samples' policy may lag behind; 0 is synchronous")
+    max_staleness: int = Field(
+        default=0, ge=0, description="rounds that the samples' policy may lag behind; 0 is synchronous"
+    )
     rollout_threads: int = Field(default=1, ge=1, description="torch threads in a rollout or reward worker")
     learner_threads: int = Field(default=1, ge=1, description="torch threads for each shard of the learner")
     rollout_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a rollout worker")
@@ -40,10 +45,14 @@ class RuntimeSettings(BaseModel):
     reward_gpus: float = Field(default=0.0, ge=0, description="GPUs, or a share of one, for a reward worker")
     learner_cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for a learner worker")
     learner_gpus: float = Field(default=0.0, ge=0, description="GPUs for a learner worker")
-    max_attempts: int = Field(default=3, ge=1, description="tries of one unit, and restarts of the learner, before the run ends")
+    max_attempts: int = Field(
+        default=3, ge=1, description="tries of one unit, and restarts of the learner, before the run ends"
+    )
     unit_timeout_seconds: float = Field(default=600.0, gt=0, description="a worker that takes longer is replaced")
     recovery_seconds: float = Field(default=120.0, gt=0, description="how long a dead worker may take to come back")
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="torch device of policies and rewards")
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="torch device of policies and rewards"
+    )
 
 
 def _recipe(shelf: str) -> BeforeValidator:
@@ -131,14 +140,10 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
-class _Numbers:
-    """YAML 1.1 reads 1e-4 as a word; people mean a number."""
-
-    pattern = __import__("re").compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-
-
+# YAML 1.1 reads 1e-4 as a word; people mean a number
+_EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 _UniqueKeys.add_constructor("tag:yaml.org,2002:map", _mapping)
-_UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", _Numbers.pattern, list("-+.0123456789"))
+_UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -160,7 +165,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, place: str) -> Any:
     """Parsed YAML; a syntax error is a UserError with its line."""
     try:
-        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506, TID251 - a SafeLoader
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: TID251 - a SafeLoader
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
     except yaml.YAMLError as error:
@@ -212,7 +217,7 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
 def parse_run(data: Mapping[str, Any]) -> Run:
     """The Run of a mapping. Every mistake is a UserError."""
     if not all(isinstance(k, str) for k in data):
-        raise UserError(f"settings must have names, got {[k for k in data if not isinstance(k, str)][0]!r}")
+        raise UserError(f"settings must have names, got {next(k for k in data if not isinstance(k, str))!r}")
     try:
         return Run.model_validate(dict(data))
     except ValidationError as error:

@@ -103,7 +103,8 @@ def compare(
     titles = ["total", *trained, *held_out]
     words = [p for s in base for p in s.unit.prompts]
     scores = {
-        side: {t: joined(scored, t).astype(np.float64) for t in titles} for side, scored in (("base", base), ("aligned", aligned))
+        side: {t: joined(scored, t).astype(np.float64) for t in titles}
+        for side, scored in (("base", base), ("aligned", aligned))
     }
     return {
         "plan": base[0].unit.plan.model_dump(),

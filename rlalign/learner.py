@@ -32,12 +32,18 @@ class LearnerSettings(BaseModel):
     weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this global norm")
     epochs: int = Field(default=1, ge=1, description="times a round's samples are used")
-    updates_per_round: int = Field(default=2, ge=1, description="optimiser updates per epoch; must divide the units of a round")
+    updates_per_round: int = Field(
+        default=2, ge=1, description="optimiser updates per epoch; must divide the units of a round"
+    )
     steps_per_pass: int = Field(
         default=1, ge=1, description="denoising steps in one forward pass; 1 keeps the rollout's batch shape"
     )
-    shards: int = Field(default=1, ge=1, description="parts whose gradients are summed apart; they run side by side on a CPU")
-    ema_decay: float = Field(default=0.0, ge=0, lt=1, description="weight average used to evaluate and export; 0 is off")
+    shards: int = Field(
+        default=1, ge=1, description="parts whose gradients are summed apart; they run side by side on a CPU"
+    )
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="weight average used to evaluate and export; 0 is off"
+    )
 
 
 class PassLoss(Protocol):
@@ -64,7 +70,9 @@ class Weights:
 class Learner:
     """The live learner; the same object with one process and with many."""
 
-    def __init__(self, policy: Policy, loss: PassLoss, settings: LearnerSettings, *, seed: int, threads: int = 1) -> None:
+    def __init__(
+        self, policy: Policy, loss: PassLoss, settings: LearnerSettings, *, seed: int, threads: int = 1
+    ) -> None:
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=policy.device == "cpu")
@@ -82,7 +90,9 @@ class Learner:
         )
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if settings.shards % world:
-            raise UserError(f"learner.shards must be a multiple of runtime.learner_workers ({world}), got {settings.shards}")
+            raise UserError(
+                f"learner.shards must be a multiple of runtime.learner_workers ({world}), got {settings.shards}"
+            )
         self._own_shards = range(rank, settings.shards, world)
         lanes = len(self._own_shards) if policy.device == "cpu" else 1
         self._lanes = [policy, *(policy.replica() for _ in range(lanes - 1))]
@@ -101,7 +111,9 @@ class Learner:
             for part in np.array_split(order, self.settings.updates_per_round):
                 collected.append(self._optimise(batch.pick(part.tolist())))
         metrics = {
-            name: max(c[name] for c in collected) if name in self._maxima else float(np.mean([c[name] for c in collected]))
+            name: max(c[name] for c in collected)
+            if name in self._maxima
+            else float(np.mean([c[name] for c in collected]))
             for name in collected[0]
         }
         if "ratio/max_deviation" in metrics:
@@ -131,7 +143,9 @@ class Learner:
 
     _maxima: frozenset[str] = frozenset()
 
-    def _shard(self, passes: Sequence[StepPass], lane: Policy) -> tuple[torch.Tensor, dict[str, float], dict[str, float]]:
+    def _shard(
+        self, passes: Sequence[StepPass], lane: Policy
+    ) -> tuple[torch.Tensor, dict[str, float], dict[str, float]]:
         """The summed gradient of one shard as a flat vector, with its weighted means and its maxima."""
         parameters = list(lane.trainable().values())
         means: dict[str, float] = {}

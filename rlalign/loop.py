@@ -29,7 +29,7 @@ from rlalign.config import Run, dump, identity_of
 from rlalign.learner import Learner, Weights
 from rlalign.metrics import Recorder
 from rlalign.policies.base import Policy
-from rlalign.records import Scored
+from rlalign.records import Scored, StepBatch
 from rlalign.registry import UserError
 
 OnRecord = Callable[[dict[str, Any]], None]
@@ -66,11 +66,15 @@ def check_plan(run: Run, policy: Policy) -> None:
     from rlalign.diffusion.steps import is_stochastic
 
     if run.plan.rule.startswith("flow_") and not isinstance(policy.path, RectifiedFlow):
-        raise UserError(f"plan.rule {run.plan.rule!r} needs a flow model, and {run.policy.name!r} is not one; use ddim or ddpm")
+        raise UserError(
+            f"plan.rule {run.plan.rule!r} needs a flow model, and {run.policy.name!r} is not one; use ddim or ddpm"
+        )
     levels = policy.path.levels(run.plan.steps)
     stochastic = is_stochastic(policy.path, levels, rule=run.plan.rule, eta=run.plan.eta)
     if run.algorithm.eats == "steps" and not bool(stochastic.any()):
-        raise UserError(f"plan.eta must be > 0 for {run.algorithm.name}, got {run.plan.eta}: no step would have a density")
+        raise UserError(
+            f"plan.eta must be > 0 for {run.algorithm.name}, got {run.plan.eta}: no step would have a density"
+        )
 
 
 class _Alignment:
@@ -110,6 +114,7 @@ class _Alignment:
         scored = self.collect.gather(ticket)
         gathered = time.monotonic()
         batch = self.run.algorithm.make_batch(scored, self.statistics)
+        assert isinstance(batch, StepBatch), type(batch)
         staleness = self.done - self.rounds_learned(version)
         learned = self.learner.update(batch, round=self.done + 1)
         self.check_ratio(learned, staleness)
@@ -155,7 +160,12 @@ class _Alignment:
             )
 
     def record(
-        self, scored: Sequence[Scored], learned: Mapping[str, float], staleness: int, waited: float, seconds: Mapping[str, float]
+        self,
+        scored: Sequence[Scored],
+        learned: Mapping[str, float],
+        staleness: int,
+        waited: float,
+        seconds: Mapping[str, float],
     ) -> None:
         """Writes the metrics line of a round."""
         titles = [r.title for r in self.run.rewards]
@@ -177,7 +187,8 @@ class _Alignment:
         line.update(self.collect.facts())
         line.update({f"seconds/{p}": work[p] * share for p in work} | {f"seconds/{p}": s for p, s in seconds.items()})
         if self.recorder is not None:
-            self.recorder.write(line)
+            with checkpoint.disk_errors(self.folder):
+                self.recorder.write(line)
             self.on_record(line)
 
     def save(self) -> None:

@@ -85,12 +85,17 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
 
 def round_line(record: Mapping[str, Any], rounds: int) -> str:
     """A round in one readable line."""
-    parts = [f"round {record['round']:>3}/{rounds}", f"reward {record['reward/total/mean']:+.4f} ± {record['reward/total/std']:.3f}"]
+    parts = [
+        f"round {record['round']:>3}/{rounds}",
+        f"reward {record['reward/total/mean']:+.4f} ± {record['reward/total/std']:.3f}",
+    ]
     if "ratio/clip_fraction" in record:
         parts.append(f"clipped {100 * record['ratio/clip_fraction']:4.1f} %")
     parts.append(f"grad {record['grad_norm']:.3g}")
     seconds = {p: record[f"seconds/{p}"] for p in ("rollout", "reward", "update", "sync")}
-    parts.append(f"{record['seconds/round']:5.1f} s (" + ", ".join(f"{p} {s:.1f}" for p, s in seconds.items() if s >= 0.05) + ")")
+    parts.append(
+        f"{record['seconds/round']:5.1f} s (" + ", ".join(f"{p} {s:.1f}" for p, s in seconds.items() if s >= 0.05) + ")"
+    )
     restarts = {p: record.get(f"restarts/{p}", 0) for p in ("rollout", "reward")}
     parts += [f"{n} {p} restart{'s' if n > 1 else ''}" for p, n in restarts.items() if n]
     return "  ".join(parts)
@@ -98,8 +103,16 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
 
 def evaluation_line(record: Mapping[str, Any]) -> str:
     """An evaluation in one readable line."""
-    scores = [f"{k.split('/')[1]} {v:.4f}" for k, v in record.items() if k.endswith("/mean") and not k.startswith("reward/total")]
-    return f"evaluation after round {record['round']}: " + ", ".join(scores) + f", diversity {record['diversity/pixel_rms']:.3f}"
+    scores = [
+        f"{k.split('/')[1]} {v:.4f}"
+        for k, v in record.items()
+        if k.endswith("/mean") and not k.startswith("reward/total")
+    ]
+    return (
+        f"evaluation after round {record['round']}: "
+        + ", ".join(scores)
+        + f", diversity {record['diversity/pixel_rms']:.3f}"
+    )
 
 
 class Console:
@@ -114,7 +127,13 @@ class Console:
         """A run of so many rounds starts, or goes on."""
         self._rounds = rounds
         if self._rich.is_terminal:
-            columns = (TextColumn("[bold]rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("[bold]rounds"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=self._rich, transient=True)
             self._task = self._progress.add_task("rounds", total=rounds, completed=done)
             self._progress.start()

@@ -23,8 +23,12 @@ class Plan(BaseModel):
 
     steps: int = Field(default=10, ge=1, le=1000, description="denoising steps K")
     rule: StepRuleName = Field(default="ddim", description="step rule: ddim, ddpm, flow_ode or flow_sde")
-    eta: float = Field(default=1.0, ge=0.0, allow_inf_nan=False, description="noise: 0 is the ODE, 1 the DDPM posterior (ddim)")
-    guidance: float = Field(default=1.0, ge=0.0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is none")
+    eta: float = Field(
+        default=1.0, ge=0.0, allow_inf_nan=False, description="noise: 0 is the ODE, 1 the DDPM posterior (ddim)"
+    )
+    guidance: float = Field(
+        default=1.0, ge=0.0, allow_inf_nan=False, description="classifier-free guidance scale; 1 is none"
+    )
     height: int = Field(default=0, ge=0, description="pixels; 0 is the policy's own size")
     width: int = Field(default=0, ge=0, description="pixels; 0 is the policy's own size")
     frames: int = Field(default=1, ge=1, description="1 is a picture")

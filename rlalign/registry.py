@@ -83,6 +83,8 @@ def load_class(shelf: str, name: str) -> type[Recipe]:
     base = getattr(importlib.import_module(f"{_package(shelf)}.base"), SHELVES[shelf])
     if ":" in name:
         module_name, _, class_name = name.partition(":")
+        if not all(part.isidentifier() for part in module_name.split(".")):
+            raise UserError(f"{shelf}: a plug-in kept elsewhere is named package.module:Class, got {name!r}")
         try:
             found = importlib.import_module(module_name).__dict__[class_name]
         except ModuleNotFoundError as error:
@@ -95,7 +97,11 @@ def load_class(shelf: str, name: str) -> type[Recipe]:
     if name not in names(shelf):
         raise UserError(f"no plug-in {name!r} on shelf {shelf}; {nearest(name, names(shelf))}")
     module = importlib.import_module(f"{_package(shelf)}.{name}")
-    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base) and c.__module__ == module.__name__]
+    own = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, base) and c.__module__ == module.__name__
+    ]
     public = [c for c in own if not c.__name__.startswith("_")]
     assert len(public) == 1, f"{module.__name__} must define exactly one public {base.__name__}, has {public}"
     return public[0]
@@ -121,13 +127,19 @@ def build(shelf: str, settings: Mapping[str, Any] | Recipe, path: str = "") -> R
 def explain(error: ValidationError, cls: type[BaseModel], path: str) -> str:
     """Pydantic's first complaint as one line: place, rule, value, and the nearest valid name for an unknown key."""
     first = error.errors(include_url=False)[0]
-    place = ".".join([path, *(str(p) for p in first["loc"])]).strip(".")
+    # of a setting that takes words or a number, pydantic adds to the place which of the two it tried
+    place = ".".join([path, *(str(p) for p in first["loc"] if not str(p).startswith("literal["))]).strip(".")
     if first["type"] == "extra_forbidden":
         known = _fields_at(cls, first["loc"][:-1])
         return f"{place}: unknown setting; {nearest(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"{place} is required"
-    rule = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("greater than or equal to", ">=")
+    rule = (
+        first["msg"]
+        .removeprefix("Value error, ")
+        .replace("Input should", "must")
+        .replace("greater than or equal to", ">=")
+    )
     rule = rule.replace("less than or equal to", "<=").replace("greater than", ">").replace("less than", "<")
     return f"{place} {rule}, got {first['input']!r}" if rule.startswith("must") else f"{place}: {rule}"
 

@@ -19,12 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # so the registry is the floor.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("registry",),
-    ("records", "objectives", "advantages", "lora"),
+    ("records", "objectives", "advantages", "lora", "pictures"),
     ("diffusion", "arrow"),
     ("policies", "rewards", "data"),
     ("algorithms", "samplers"),
     ("learner", "checkpoint", "evaluate", "report", "environment", "pretrain", "metrics"),
     ("config",),
+    ("collect",),
     ("loop",),
     ("runtime",),
     ("cli", "__main__", "__init__"),

@@ -30,7 +30,8 @@ class DDPO(Algorithm):
     )
     clip_range: float = Field(default=1e-4, gt=0, lt=1, description="c, on the ratio of per-element log-probs")
     advantage: Literal["prompt", "group", "global"] = Field(
-        default="prompt", description="whose statistics: running per prompt, the round's samples of a prompt, or the round"
+        default="prompt",
+        description="whose statistics: running per prompt, the round's samples of a prompt, or the round",
     )
     advantage_clip: float = Field(default=5.0, gt=0, description="advantages are clipped to +- this")
     buffer_size: int = Field(default=16, ge=1, description="rewards remembered per prompt")

@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from rlalign.registry import UserError
+
 
 class NoisePath(Protocol):
     """A Gaussian path between data and noise."""
@@ -41,14 +43,21 @@ class VariancePreserving:
     """
 
     def __init__(
-        self, alphas_cumprod: Sequence[float] | torch.Tensor, *, spacing: str = "leading", offset: int = 1, ends_clean: bool = False
+        self,
+        alphas_cumprod: Sequence[float] | torch.Tensor,
+        *,
+        spacing: str = "leading",
+        offset: int = 1,
+        ends_clean: bool = False,
     ) -> None:
         assert spacing in ("leading", "trailing", "linspace"), spacing
         self.alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
         self.spacing, self.offset, self.ends_clean = spacing, offset, ends_clean
 
     @classmethod
-    def scaled_linear(cls, start: float = 0.00085, end: float = 0.012, train_steps: int = 1000, **grid: object) -> VariancePreserving:
+    def scaled_linear(
+        cls, start: float = 0.00085, end: float = 0.012, train_steps: int = 1000, **grid: object
+    ) -> VariancePreserving:
         """Stable Diffusion's schedule: betas whose square roots are evenly spaced (float32, as diffusers computes them)."""
         betas = torch.linspace(start**0.5, end**0.5, train_steps, dtype=torch.float32) ** 2
         return cls(torch.cumprod(1.0 - betas, dim=0), **grid)  # type: ignore[arg-type]
@@ -59,10 +68,13 @@ class VariancePreserving:
 
     def levels(self, steps: int) -> torch.Tensor:
         total = self.train_steps
+        if steps > total:
+            raise UserError(f"plan.steps must be <= {total}, the timesteps the model was trained with, got {steps}")
         if self.spacing == "leading":
             grid = (np.arange(steps) * (total // steps)).round()[::-1] + self.offset
         elif self.spacing == "trailing":
-            grid = np.round(np.arange(total, 0, -total / steps)) - 1
+            # arange can run one value too far, by rounding (61 steps of 1000): the cut keeps the grid as long as was asked
+            grid = (np.round(np.arange(total, 0, -total / steps)) - 1)[:steps]
         else:
             grid = np.linspace(0, total - 1, steps).round()[::-1]
         grid = np.minimum(grid, total - 1)
@@ -85,7 +97,7 @@ class VariancePreserving:
 class RectifiedFlow:
     """x = (1 - s) * clean + s * noise with level s in [0, 1] (Liu 2022, arXiv:2209.03003; Esser 2024, arXiv:2403.03206).
 
-    ``shift`` moves the grid towards noise, s -> shift s / (1 + (shift - 1) s), as diffusers' FlowMatchEuler does; the
+    ``shift`` moves the grid towards noise, s -> shift s / (shift s + 1 - s), as diffusers' FlowMatchEuler does; the
     denoiser is told ``train_steps * s``.
     """
 
@@ -95,7 +107,8 @@ class RectifiedFlow:
 
     def shifted(self, level: torch.Tensor) -> torch.Tensor:
         """The level after the shift."""
-        return self.shift * level / (1.0 + (self.shift - 1.0) * level)
+        # in this form exactly 1 at level 1, for any shift: there the SDE rule must see its singular point
+        return self.shift * level / (self.shift * level + (1.0 - level))
 
     def levels(self, steps: int) -> torch.Tensor:
         # diffusers shifts its sigma_min = 1/T once before it lays the grid, and once more with the grid

@@ -26,7 +26,9 @@ def to_clean_and_noise(
     return x - sigma * prediction, x + alpha * prediction
 
 
-def target(clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, kind: PredictionType) -> torch.Tensor:
+def target(
+    clean: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, kind: PredictionType
+) -> torch.Tensor:
     """What a network of this prediction type is trained to output."""
     return {
         "epsilon": noise,

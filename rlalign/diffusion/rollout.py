@@ -32,7 +32,9 @@ class Denoiser(Protocol):
 
 
 @torch.no_grad()
-def rollout(policy: Denoiser, unit: Unit, version: int, *, store: np.dtype[Any] | type = np.float32) -> tuple[Trajectory, np.ndarray]:
+def rollout(
+    policy: Denoiser, unit: Unit, version: int, *, store: np.dtype[Any] | type = np.float32
+) -> tuple[Trajectory, np.ndarray]:
     """Denoises one unit. Returns its trajectory and its media, uint8 of shape (B, F, 3, H, W).
 
     Latents are rounded to the storage type first; the log-prob is taken of, and the chain goes on from, what is stored.
@@ -91,7 +93,9 @@ def replay_log_prob(
     return gaussian.log_prob(taken).reshape(len(steps), rows).transpose(0, 1), gaussian
 
 
-def _gaussian(policy: Denoiser, x: torch.Tensor, level: torch.Tensor, level_next: torch.Tensor, condition: Any, plan: Plan) -> Gaussian:
+def _gaussian(
+    policy: Denoiser, x: torch.Tensor, level: torch.Tensor, level_next: torch.Tensor, condition: Any, plan: Plan
+) -> Gaussian:
     clean, noise = policy.denoise(x, level, condition, plan.guidance)
     return step(x, clean, noise, policy.path, level, level_next, rule=plan.rule, eta=plan.eta)
 

@@ -40,26 +40,31 @@ class Gaussian:
     def kl(self, other: Gaussian) -> torch.Tensor:
         """(B,) KL(self || other) averaged over elements, nats per element; multiply by the element count for the joint one.
 
-        Infinite where a deterministic step meets another mean.
+        Where either is deterministic it is infinite, or 0 when both are and their means agree; no gradient there.
         """
         wide = torch.promote_types(self.mean.dtype, torch.float32)
         std, std_other = self.std.to(wide), other.std.to(wide)
         gap = (self.mean.to(wide) - other.mean.to(wide)) ** 2
-        both_zero = (std == 0) & (std_other == 0)
-        safe = torch.where(both_zero, torch.ones_like(std), std)
-        safe_other = torch.where(both_zero, torch.ones_like(std_other), std_other)
+        dense = (std > 0) & (std_other > 0)
+        safe = torch.where(dense, std, torch.ones_like(std))
+        safe_other = torch.where(dense, std_other, torch.ones_like(std_other))
         value = torch.log(safe_other / safe) + (safe**2 + gap) / (2.0 * safe_other**2) - 0.5
-        apart = torch.where(gap > 0, torch.full_like(gap, math.inf), torch.zeros_like(gap))
-        return torch.where(both_zero, apart, value).flatten(1).mean(1)
+        same = (std == 0) & (std_other == 0) & (gap == 0)
+        edge = torch.where(same, torch.zeros_like(gap), torch.full_like(gap, math.inf))
+        return torch.where(dense, value, edge).flatten(1).mean(1)
 
 
-StepRule = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, NoisePath, torch.Tensor, torch.Tensor, float], Gaussian
-]
+StepRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, NoisePath, torch.Tensor, torch.Tensor, float], Gaussian]
 
 
 def ddim(
-    x: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, path: NoisePath, level: torch.Tensor, level_next: torch.Tensor, eta: float
+    x: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    path: NoisePath,
+    level: torch.Tensor,
+    level_next: torch.Tensor,
+    eta: float,
 ) -> Gaussian:
     """DDIM with noise eta (Song 2020, arXiv:2010.02502, eq. 12 and 16), written for any path alpha, sigma.
 
@@ -78,7 +83,13 @@ def ddim(
 
 
 def ddpm(
-    x: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, path: NoisePath, level: torch.Tensor, level_next: torch.Tensor, eta: float
+    x: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    path: NoisePath,
+    level: torch.Tensor,
+    level_next: torch.Tensor,
+    eta: float,
 ) -> Gaussian:
     """The posterior q(x_next | x, clean) (Ho 2020, arXiv:2006.11239, eq. 6-7), on the grid's own betas; std scaled by eta."""
     alpha, sigma = path.alpha(level), path.sigma(level)
@@ -90,7 +101,13 @@ def ddpm(
 
 
 def flow_ode(
-    x: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, path: NoisePath, level: torch.Tensor, level_next: torch.Tensor, eta: float
+    x: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    path: NoisePath,
+    level: torch.Tensor,
+    level_next: torch.Tensor,
+    eta: float,
 ) -> Gaussian:
     """Euler's step of the flow ODE, x + (level_next - level) * (noise - clean) (Esser 2024); eta is ignored."""
     gap = level_next - level
@@ -98,15 +115,20 @@ def flow_ode(
 
 
 def flow_sde(
-    x: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, path: NoisePath, level: torch.Tensor, level_next: torch.Tensor, eta: float
+    x: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    path: NoisePath,
+    level: torch.Tensor,
+    level_next: torch.Tensor,
+    eta: float,
 ) -> Gaussian:
     """Flow-GRPO's marginal-preserving SDE (Liu 2025, arXiv:2505.05470, eq. 8-9), g = eta * sqrt(s / (1 - s)).
 
-    At s = 1, where g is infinite, the next grid value stands in for s inside g.
+    At s = 1, where g is infinite, the next grid value stands in for s in g's denominator, as in the authors' code.
     """
     gap = level_next - level
-    inner = torch.where(level >= 1.0, level_next, level)
-    g2 = eta**2 * inner / (1.0 - inner)
+    g2 = eta**2 * level / (1.0 - torch.where(level >= 1.0, level_next, level))
     half = g2 / (2.0 * level)
     velocity = noise - clean
     mean = x * _like(1.0 + half * gap, x) + velocity * _like((1.0 + half * (1.0 - level)) * gap, x)
@@ -142,4 +164,15 @@ def _like(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return value.to(x).reshape((-1, *([1] * (x.ndim - 1))) if value.ndim else ())
 
 
-__all__ = ["RULES", "Gaussian", "StepRule", "coefficients", "ddim", "ddpm", "flow_ode", "flow_sde", "is_stochastic", "step"]
+__all__ = [
+    "RULES",
+    "Gaussian",
+    "StepRule",
+    "coefficients",
+    "ddim",
+    "ddpm",
+    "flow_ode",
+    "flow_sde",
+    "is_stochastic",
+    "step",
+]

@@ -29,7 +29,9 @@ class Condition:
 
     def rows(self, repeat: int) -> Condition:
         """The condition of a batch in which every sample appears ``repeat`` times in a row of blocks."""
-        return Condition(embeds_BLD=self.embeds_BLD.repeat(repeat, 1, 1), uncond_BLD=self.uncond_BLD.repeat(repeat, 1, 1))
+        return Condition(
+            embeds_BLD=self.embeds_BLD.repeat(repeat, 1, 1), uncond_BLD=self.uncond_BLD.repeat(repeat, 1, 1)
+        )
 
 
 class PolicyRecipe(Recipe):

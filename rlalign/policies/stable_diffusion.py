@@ -44,18 +44,24 @@ def load_pipeline(path: str) -> Any:
 
     folder = Path(path)
     if (folder.is_absolute() or path.startswith(".")) and not (folder / "model_index.json").is_file():
-        raise UserError(f"policy.path must be a diffusers pipeline folder or a hub id, got {path!r} without model_index.json")
+        raise UserError(
+            f"policy.path must be a diffusers pipeline folder or a hub id, got {path!r} without model_index.json"
+        )
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, safety_checker=None, local_files_only=folder.is_dir()
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"policy.path: cannot load {path!r}: {reason}; is the folder complete and undamaged?") from error
+        raise UserError(
+            f"policy.path: cannot load {path!r}: {reason}; is the folder complete and undamaged?"
+        ) from error
     tokenizer, text = pipeline.tokenizer, pipeline.text_encoder.config
     if len(tokenizer) <= 2 or tokenizer.model_max_length > text.max_position_embeddings:
         # transformers makes an empty tokenizer where its files are missing: every prompt would read the same
-        raise UserError(f"policy.path: cannot load {path!r}: its tokenizer is incomplete; is the folder complete and undamaged?")
+        raise UserError(
+            f"policy.path: cannot load {path!r}: its tokenizer is incomplete; is the folder complete and undamaged?"
+        )
     return pipeline
 
 
@@ -94,7 +100,11 @@ class StableDiffusionPolicy(Policy):
         kept = self._encoded.get(prompt)
         if kept is None:
             tokens = self.tokenizer(
-                prompt, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+                prompt,
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
             )
             mask = tokens.attention_mask if self.text_encoder.config.to_dict().get("use_attention_mask") else None
             kept = self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0][0]

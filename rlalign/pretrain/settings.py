@@ -54,6 +54,9 @@ class Pretrain(_Settings):
     seed: int = Field(default=0, ge=0, description="decides the pictures, the first weights and all noise")
     out: Path = Field(default=Path("runs/pretrain"), description="run folder")
     images: int = Field(default=16000, ge=1, description="pictures drawn from the train split")
+    faded: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="share of washed-out pictures, as in any corpus of mixed quality"
+    )
     autoencoder: Autoencoder = Autoencoder()
     denoiser: Denoiser = Denoiser()
     checkpoint_every: int = Field(default=250, ge=1, description="updates between two checkpoints")

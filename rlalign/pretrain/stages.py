@@ -40,9 +40,16 @@ def pictures(config: Pretrain) -> tuple[torch.Tensor, list[str]]:
     for n in range(config.images):
         rng = generator("pretrain", config.seed, "picture", n)
         scene = random_scene(rng, "train")
-        pictures_NHWC[n] = draw(scene, rng)
+        picture_HWC = draw(scene, rng)
+        pictures_NHWC[n] = faded(picture_HWC, rng) if rng.random() < config.faded else picture_HWC
         captions.append(scene.caption)
     return torch.from_numpy(pictures_NHWC).permute(0, 3, 1, 2).contiguous(), captions
+
+
+def faded(picture_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture with its contrast against the ground reduced to 0.2 - 0.45: a viewer no longer tells the colours."""
+    ground_C = np.median(picture_HWC.reshape(-1, 3), axis=0)
+    return (ground_C + (picture_HWC - ground_C) * rng.uniform(0.2, 0.45)).round().astype(np.uint8)
 
 
 def _to_network(pictures_NCHW: torch.Tensor) -> torch.Tensor:

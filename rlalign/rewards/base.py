@@ -83,4 +83,4 @@ def _checked(reward: Reward, score_B: torch.Tensor, count: int) -> np.ndarray:
 def total(rewards: Sequence[Reward], raw: Mapping[str, np.ndarray]) -> np.ndarray:
     """The weighted sum of raw scores, float32 of shape (B,); NaN where any score of the sample is missing."""
     parts = [np.float32(r.weight) * raw[r.title] for r in rewards]
-    return np.sum(np.stack(parts), axis=0, dtype=np.float32)
+    return np.asarray(np.sum(np.stack(parts), axis=0, dtype=np.float32))

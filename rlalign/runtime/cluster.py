@@ -73,14 +73,22 @@ def connect(run: Run, address: str | None) -> str:
     if address is None:
         cpus = max(os.cpu_count() or 1, math.ceil(needed_cpus(run)))
         context: Any = ray.init(
-            address="local", num_cpus=cpus, include_dashboard=_dashboard_installed(), log_to_driver=False, logging_level=logging.ERROR
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=_dashboard_installed(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
         )
     else:
         try:
-            context: Any = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+            context: Any = ray.init(
+                address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--address {address}: cannot join a Ray cluster there ({reason}); is it started?") from error
+            raise UserError(
+                f"--address {address}: cannot join a Ray cluster there ({reason}); is it started?"
+            ) from error
         refuse_what_cannot_fit(run, address)
     url = context.dashboard_url
     return f"http://{url}" if url else ""
@@ -99,7 +107,8 @@ def refuse_what_cannot_fit(run: Run, address: str) -> None:
             )
         if need > free.get(name, 0.0) + 1e-6:
             raise UserError(
-                f"runtime: the run reserves {need:g} {name}s and {free.get(name, 0.0):g} of {total[name]:g} are free at {address}; "
+                f"runtime: the run reserves {need:g} {name}s and {free.get(name, 0.0):g} of {total[name]:g} are free at "
+                f"{address}; "
                 "wait for the other work to end, lower runtime.rollout_workers, or add a node"
             )
 

@@ -40,7 +40,9 @@ class RemoteCollect:
                 arrays = {n: t.cpu().numpy() for n, t in weights.tensors.items()}
                 self._published = (weights.tag, ray.put(arrays))
             self._ask(
-                self._coordinator.order.remote(self._incarnation, self._next, list(units), weights.tag, [self._published[1]])
+                self._coordinator.order.remote(
+                    self._incarnation, self._next, list(units), weights.tag, [self._published[1]]
+                )
             )
         return self._next
 

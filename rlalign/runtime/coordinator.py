@@ -89,7 +89,12 @@ class Coordinator:
         return self._failure
 
     async def order(
-        self, incarnation: str, ticket: int, units: Sequence[Unit], tag: tuple[str, int], weights: Sequence[ray.ObjectRef]
+        self,
+        incarnation: str,
+        ticket: int,
+        units: Sequence[Unit],
+        tag: tuple[str, int],
+        weights: Sequence[ray.ObjectRef],
     ) -> None:
         """Starts units under the weights in ``weights[0]`` (wrapped, so that the reference travels and not the arrays)."""
         ledger = self._ledger
@@ -143,7 +148,7 @@ class Coordinator:
 
     async def records(self, since: int, timeout_seconds: float) -> list[dict[str, Any]]:
         """Records from number ``since`` on; waits for one up to the timeout."""
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(TimeoutError):
             async with self._news:
                 await asyncio.wait_for(self._news.wait_for(lambda: len(self._records) > since), timeout_seconds)
         return self._records[since:]
@@ -178,7 +183,8 @@ class Coordinator:
         return result
 
     async def _produced(self, actor: ActorHandle, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef) -> Any:
-        trajectory, media, facts = actor.produce.remote(unit, tag, weights)
+        refs: list[ray.ObjectRef] = list(actor.produce.remote(unit, tag, weights))
+        trajectory, media, facts = refs
         answer = await self._awaited(facts)
         self._count(answer)
         return (trajectory, media), answer["seconds"]
@@ -196,15 +202,17 @@ class Coordinator:
             except ray.exceptions.RayActorError as error:
                 pool.lost(actor_id, error)
                 last = str(error)
-            except asyncio.TimeoutError:
-                ray.kill(actor, no_restart=False)  # hangs: a fresh process takes its place
-                pool.lost(actor_id, TimeoutError(what))
-                last = f"no answer in {self._run.runtime.unit_timeout_seconds:g} s"
-            except ray.exceptions.RayTaskError as error:
+            except (
+                ray.exceptions.RayTaskError
+            ) as error:  # before TimeoutError: a task's error is also of its cause's class
                 pool.release(actor_id)
                 if isinstance(error.cause, UserError):
                     raise error.cause from None
                 last = str(error)
+            except TimeoutError:
+                ray.kill(actor, no_restart=False)  # hangs: a fresh process takes its place
+                pool.lost(actor_id, TimeoutError(what))
+                last = f"no answer in {self._run.runtime.unit_timeout_seconds:g} s"
             except BaseException:
                 pool.release(actor_id)
                 raise

@@ -46,7 +46,7 @@ class Pool:
             self._raise_if_lost()
             try:
                 actor_id = await asyncio.wait_for(self._idle.get(), timeout=1.0)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 continue
             if actor_id in self._manager.actors() and self._manager.is_actor_healthy(actor_id):
                 return actor_id, self._manager.actors()[actor_id]
@@ -82,13 +82,15 @@ class Pool:
         try:
             await asyncio.wait_for(_future(self._manager.actors()[actor_id].ping.remote()), timeout=10.0)
             return True
-        except (ray.exceptions.RayActorError, asyncio.TimeoutError) as error:
+        except (ray.exceptions.RayActorError, TimeoutError) as error:
             return error
 
     def _raise_if_lost(self) -> None:
         if len(self._gone) == len(self._manager.actors()):
             last = list(self._gone.values())[-1]
-            raise PoolLost(f"no {self.role} worker is left ({len(self._gone)} died for good); the last one said: {last}")
+            raise PoolLost(
+                f"no {self.role} worker is left ({len(self._gone)} died for good); the last one said: {last}"
+            )
 
 
 async def _future(ref: ray.ObjectRef) -> Any:

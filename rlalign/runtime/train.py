@@ -50,7 +50,7 @@ def _supervise(run: Run, folder: Path, on_record: OnRecord) -> None:
         fit(run, folder, coordinator)
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
-    failure = ray.get(coordinator.failure.remote(), timeout=60)
+    failure: Any = ray.get(coordinator.failure.remote(), timeout=60)
     screen.stop()
     for actor in [*actors, coordinator]:
         ray.kill(actor)
@@ -73,9 +73,12 @@ def create_actors(run: Run) -> tuple[Any, list[Any]]:
     def named(role: str, number: int) -> str:
         return f"{run.name}-{mark}/{role}-{number}"
 
-    rollout_class: Any = ray.remote(num_cpus=runtime.rollout_cpus, num_gpus=runtime.rollout_gpus, **restart)(RolloutWorker)
+    rollout_class: Any = ray.remote(num_cpus=runtime.rollout_cpus, num_gpus=runtime.rollout_gpus, **restart)(
+        RolloutWorker
+    )
     rollouts = [
-        rollout_class.options(name=named("rollout", i)).remote(run, f"rollout {i}") for i in range(runtime.rollout_workers)
+        rollout_class.options(name=named("rollout", i)).remote(run, f"rollout {i}")
+        for i in range(runtime.rollout_workers)
     ]
     reward_class: Any = ray.remote(num_cpus=runtime.reward_cpus, num_gpus=runtime.reward_gpus, **restart)(RewardWorker)
     rewards = {
@@ -88,7 +91,7 @@ def create_actors(run: Run) -> tuple[Any, list[Any]]:
         for reward in run.rewards_for("evaluate")
     }
     coordinator_class: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Coordinator)
-    coordinator = coordinator_class.options(name=named("coordinator", 0)).remote(run, rollouts, rewards)
+    coordinator: Any = coordinator_class.options(name=named("coordinator", 0)).remote(run, rollouts, rewards)
     return coordinator, [*rollouts, *(a for group in rewards.values() for a in group)]
 
 
@@ -151,7 +154,7 @@ def learn(config: dict[str, Any]) -> None:
             ray.get(coordinator.record.remote(line), timeout=60)
 
         align(run, Path(config["folder"]), collect, learner, on_record)
-    except Exception as error:  # noqa: BLE001 - told to the driver in full; Ray Train would only try the same again
+    except Exception as error:  # told to the driver in full; Ray Train would only try the same again
         ray.get(coordinator.abort.remote(failure_of(error)), timeout=60)
         if learner is not None and learner.accelerator.num_processes > 1:
             raise  # the other learners wait in a collective: the whole group has to end

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_run, final_tensors, metrics, small_run
+from tests.runs import assert_same_run, final_tensors, metrics, small_run
 
 from rlalign import checkpoint
 from rlalign.config import dump
@@ -24,11 +24,27 @@ def quiet(_: object) -> None:
 
 
 def test_a_run_folder_is_complete(local_run: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "report.html", "policy", "tensorboard"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "evaluation.json",
+        "report.html",
+        "policy",
+        "tensorboard",
+    ):
         assert (local_run / name).exists(), name
     assert sorted(p.name for p in (local_run / "checkpoints").iterdir()) == ["round-00002", "round-00004"]
     assert {p.name for p in (local_run / "samples").glob("round-*.png")} >= {"round-00000.png", "round-00004.png"}
-    contract = {"round", "policy_version", "samples", "denoiser_calls", "reward_queries", "reward/total/mean", "reward/total/std"}
+    contract = {
+        "round",
+        "policy_version",
+        "samples",
+        "denoiser_calls",
+        "reward_queries",
+        "reward/total/mean",
+        "reward/total/std",
+    }
     contract |= {"reward/shapes/mean", "reward/shapes/std", "ratio/max_deviation", "ratio/clip_fraction", "grad_norm"}
     contract |= {"staleness/max", "restarts/rollout", "restarts/reward", "driver_bytes_per_sample"}
     contract |= {f"seconds/{p}" for p in ("rollout", "reward", "update", "sync", "round")}
@@ -112,7 +128,9 @@ def test_the_exported_policy_loads_in_plain_diffusers(local_run: Path) -> None:
 
 def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train_local(small_run("rounds=2", "policy.lora_rank=2", "learner.ema_decay=0.5"), folder, resume=False, on_record=quiet)
+    train_local(
+        small_run("rounds=2", "policy.lora_rank=2", "learner.ema_decay=0.5"), folder, resume=False, on_record=quiet
+    )
     names = [n for n in final_tensors(folder) if n.startswith("policy/")]
     assert names and all("lora_" in n for n in names)
     assert (folder / "policy" / "pytorch_lora_weights.safetensors").is_file()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_same_run, metrics, small_run
+from tests.runs import assert_same_run, metrics, small_run
 
 from rlalign import checkpoint
 from rlalign.config import dump
@@ -93,7 +93,9 @@ def test_a_worker_that_dies_on_every_attempt_ends_the_run(tmp_path: Path, monkey
 
 
 def test_a_rewards_own_error_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "faulty.py").write_text("def score(media, prompts):\n    raise KeyError('the lexicon has no such word')\n")
+    (tmp_path / "faulty.py").write_text(
+        "def score(media, prompts):\n    raise KeyError('the lexicon has no such word')\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     run = small_run("rewards.0={name: function, call: 'faulty:score'}", "runtime.max_attempts=2")

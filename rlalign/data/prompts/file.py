@@ -15,7 +15,9 @@ class FilePrompts(Prompts):
     """Prompts from a UTF-8 text file, one on a line; empty lines are skipped. Source: the file named in the run file."""
 
     path: str = Field(description="text file with the prompts to train on")
-    held_out_path: str = Field(default="", description="text file with prompts for evaluation; empty takes the first ones")
+    held_out_path: str = Field(
+        default="", description="text file with prompts for evaluation; empty takes the first ones"
+    )
 
     def pool(self) -> Sequence[str]:
         return read_prompts(self.path, "prompts.path")

@@ -13,7 +13,9 @@ class ListedPrompts(Prompts):
     """Prompts given in the run file itself. Source: the run file."""
 
     prompts: tuple[str, ...] = Field(min_length=1, description="the prompts")
-    held_out_prompts: tuple[str, ...] = Field(default=(), description="prompts for evaluation; empty takes the first ones")
+    held_out_prompts: tuple[str, ...] = Field(
+        default=(), description="prompts for evaluation; empty takes the first ones"
+    )
 
     def pool(self) -> Sequence[str]:
         return self.prompts

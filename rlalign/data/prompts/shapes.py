@@ -8,7 +8,7 @@ from functools import lru_cache
 from pydantic import Field
 
 from rlalign.data.prompts.base import Prompts, first_of
-from rlalign.data.shapes import captions
+from rlalign.data.shapes import Split, captions
 from rlalign.diffusion.noise import generator
 
 
@@ -28,7 +28,7 @@ class Shapes(Prompts):
 
 
 @lru_cache
-def _shuffled(split: str, limit: int) -> tuple[str, ...]:
+def _shuffled(split: Split, limit: int) -> tuple[str, ...]:
     """The captions of a split in a fixed shuffled order, so that any beginning of them is a fair choice."""
     everything = captions(split)
     order = generator("captions", split).permutation(len(everything))
