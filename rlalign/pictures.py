@@ -33,7 +33,13 @@ class Cell:
 
 
 def write_grid(
-    path: Path, media_NCHW: np.ndarray, captions: Sequence[str], scores: Sequence[float], *, columns: int = 8, title: str = ""
+    path: Path,
+    media_NCHW: np.ndarray,
+    captions: Sequence[str],
+    scores: Sequence[float],
+    *,
+    columns: int = 8,
+    title: str = "",
 ) -> None:
     """uint8 pictures with wrapped captions and coloured scores, written whole or not at all.
 
@@ -79,7 +85,9 @@ def read_grid(path: Path) -> list[Cell]:
         if not facts:
             return []
         cells = []
-        for (x, y, width, height), caption, score in zip(facts["boxes"], facts["captions"], facts["scores"], strict=True):
+        for (x, y, width, height), caption, score in zip(
+            facts["boxes"], facts["captions"], facts["scores"], strict=True
+        ):
             size = (width // facts["factor"], height // facts["factor"])
             picture = sheet.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.NEAREST)
             cells.append(Cell(picture=picture, caption=caption, score=score))

@@ -126,14 +126,21 @@ def build(shelf: str, settings: Mapping[str, Any] | Recipe, path: str = "") -> R
 
 def explain(error: ValidationError, cls: type[BaseModel], path: str) -> str:
     """Pydantic's first complaint as one line: place, rule, value, and the nearest valid name for an unknown key."""
-    first = error.errors(include_url=False)[0]
-    # of a setting that takes words or a number, pydantic adds to the place which of the two it tried
-    place = ".".join([path, *(str(p) for p in first["loc"] if not str(p).startswith("literal["))]).strip(".")
+    found = error.errors(include_url=False)
+    first, loc = found[0], found[0]["loc"]
+    if loc and str(loc[-1]).startswith("literal["):
+        # of a setting that takes words or a number, pydantic adds to the place which of the two it tried
+        loc = loc[:-1]
+        others = [e for e in found[1:] if e["loc"][:-1] == loc]
+        choice = " or ".join([first["msg"].removeprefix("Input should be "), *(_KINDS.get(e["type"], "") for e in others)])
+        return f"{_place(path, loc)} must be {choice.removesuffix(' or ')}, got {_shown(first['input'])}"
+    place = _place(path, loc)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(cls, first["loc"][:-1])
-        return f"{place}: unknown setting; {nearest(str(first['loc'][-1]), known)}"
+        return f"{place}: unknown setting; {nearest(str(loc[-1]), _fields_at(cls, loc[:-1]))}"
     if first["type"] == "missing":
         return f"{place} is required"
+    if first["type"] in _RULES:
+        return f"{place} must {_RULES[first['type']].format(**first.get('ctx', {}))}, got {_shown(first['input'])}"
     rule = (
         first["msg"]
         .removeprefix("Value error, ")
@@ -141,7 +148,35 @@ def explain(error: ValidationError, cls: type[BaseModel], path: str) -> str:
         .replace("greater than or equal to", ">=")
     )
     rule = rule.replace("less than or equal to", "<=").replace("greater than", ">").replace("less than", "<")
-    return f"{place} {rule}, got {first['input']!r}" if rule.startswith("must") else f"{place}: {rule}"
+    if rule.startswith("must"):
+        return f"{place} {rule}, got {_shown(first['input'])}"
+    if rule.partition(" ")[0] in _fields_at(cls, loc):  # a rule between settings names the one that is wrong
+        return f"{place}.{rule}".removeprefix(".")
+    return f"{place}: {rule}" if place else rule
+
+
+_RULES = {
+    "too_short": "hold at least {min_length}",
+    "too_long": "hold at most {max_length}",
+    "tuple_type": "be a list",
+    "dict_type": "be a mapping",
+    "model_type": "be a mapping of settings",
+    "string_pattern_mismatch": "match {pattern}",
+    "invalid_key": "be a name",
+}
+"""Pydantic's kind of complaint -> the rule, where its own words are not for readers of YAML."""
+
+_KINDS = {"float_parsing": "a number", "float_type": "a number", "finite_number": "a finite number"}
+
+
+def _place(path: str, loc: tuple[int | str, ...]) -> str:
+    return ".".join([path, *(str(part) for part in loc)]).strip(".")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message, not at any length."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def _fields_at(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
@@ -188,6 +223,9 @@ def _default(value: ast.expr | None) -> str:
     if value is None:
         return "required"
     if isinstance(value, ast.Call):
+        made = next((k.value for k in value.keywords if k.arg == "default_factory"), None)
+        if made is not None:
+            return f"{ast.unparse(made)}()"
         given = [k.value for k in value.keywords if k.arg == "default"] + value.args[:1]
         return ast.unparse(given[0]) if given and ast.unparse(given[0]) != "..." else "required"
     return ast.unparse(value)

@@ -30,9 +30,9 @@ def fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray for the whole session: eight logical CPUs, loopback only, no dashboard."""
+    """One local Ray for a module (a run starts and ends its own): eight logical CPUs, loopback only, no dashboard."""
     import ray
 
     assert not ray.is_initialized(), "a test started Ray by itself; ask for the fixture ray_cluster"

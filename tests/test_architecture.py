@@ -56,6 +56,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 299, 59, 7
 
 # What breaks a rule on purpose, and why. Keys: "importer -> imported" | "file" | "file:function" | "file:function()".
 EXCEPTIONS: dict[str, str] = {
+    "report.files -> metrics": "the report reads the lines that metrics writes, half-written ones and all: one reader",
     "rewards.shapes -> data.shapes": "the verifier reads the palette and the grammar that the drawer uses: one truth",
     "rlalign/diffusion/steps.py:step()": "the seven arguments of every step rule, and which rule it is",
 }

@@ -46,17 +46,20 @@ class Function(Reward):
 
     def _numbers(self, returned: Any, count: int) -> torch.Tensor:
         """What the callable returned as (B,) float32."""
-        where = f"rewards.{self.title}: {self.call}"
+        rule = f"rewards.{self.title}: {self.call} must return {count} numbers, one per picture"
+        kind = type(returned).__name__
+        plain = [_detached(r) for r in returned] if isinstance(returned, list | tuple) else _detached(returned)
         try:
-            array = returned.detach().cpu().numpy() if isinstance(returned, torch.Tensor) else np.asarray(returned)
-            score_B = torch.tensor(array.astype(np.float32))
+            score_B = torch.from_numpy(np.array(plain, dtype=np.float32))
         except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{where} must return {count} numbers, got a {type(returned).__name__} ({error})"
-            ) from error
+            raise UserError(f"{rule}, got a {kind} ({error})") from error
         if tuple(score_B.shape) != (count,):
-            raise UserError(f"{where} must return {count} numbers, one per picture, got shape {tuple(score_B.shape)}")
+            raise UserError(f"{rule}, got a {kind} of shape {tuple(score_B.shape)}")
         return score_B
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
 
 
 def find(call: str, place: str) -> Callable[..., Any]:

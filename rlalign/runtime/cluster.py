@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def connect(run: Run, address: str | None) -> str:
             logging_level=logging.ERROR,
         )
     else:
+        refuse_what_does_not_answer(address)
         try:
             context: Any = ray.init(
                 address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True
@@ -92,6 +94,19 @@ def connect(run: Run, address: str | None) -> str:
         refuse_what_cannot_fit(run, address)
     url = context.dashboard_url
     return f"http://{url}" if url else ""
+
+
+def refuse_what_does_not_answer(address: str) -> None:
+    """Raises UserError when nothing listens at ``host:port``; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto" or "://" in address:
+        return
+    if not host or not port.isdigit():
+        raise UserError(f"--address must be HOST:PORT or auto, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise UserError(f"--address {address}: no Ray cluster answers there ({error.strerror or error}); is it started?") from error
 
 
 def refuse_what_cannot_fit(run: Run, address: str) -> None:

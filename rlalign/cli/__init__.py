@@ -1,0 +1,16 @@
+"""The command line: ``rlalign train | pretrain | evaluate | export | list | check | schema``.
+
+app.py    the commands by name, and what every one of them does with an error: exit codes and messages
+train.py  train and pretrain
+models.py evaluate and export: any model by folder or name; page.py writes the page of an evaluation
+look.py   list, check and schema: what starts nothing
+
+Sits on top and may import everything, inside functions: ``rlalign list`` answers without torch. To add a command: a function
+whose docstring is its help, and a line in app.py.
+"""
+
+from __future__ import annotations
+
+from rlalign.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,70 @@
+"""The commands by name; exit codes and messages.
+
+0 success; 2 a user's mistake, one message; 130 stopped by Ctrl-C; anything else is a fault of ours and leaves a traceback (1).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from rlalign import __version__
+from rlalign.cli import look, models, train
+from rlalign.registry import UserError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@app.callback(invoke_without_command=True)
+def rlalign(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and end."),
+) -> None:
+    """Aligns diffusion models with rewards and preferences: on one laptop or on a Ray cluster, with the same numbers."""
+    if version:
+        print(f"rlalign {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command()(train.train)
+app.command()(train.pretrain)
+app.command()(models.evaluate)
+app.command()(models.export)
+app.command("list")(look.list_plugins)
+app.command()(look.check)
+app.command()(look.schema)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit code. A fault of ours propagates as the exception that it is."""
+    try:
+        code = app(arguments, prog_name="rlalign", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        return _refused(str(error))
+    except typer.TyperException as error:  # the command line itself: an unknown command or option, a missing argument
+        return _refused(f"{error.format_message()} (rlalign --help says what there is)")
+    except KeyboardInterrupt:
+        return train.STOPPED
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _refused(f"{place}{os.strerror(error.errno)}; make room or name another folder, and start again")
+
+
+def _refused(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,117 @@
+"""``rlalign list``, ``rlalign check`` and ``rlalign schema``: what starts nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlalign.registry import SHELVES, UserError, describe, nearest
+
+if TYPE_CHECKING:
+    from rlalign.config import Run
+    from rlalign.policies.base import Policy
+
+_WIDE = 1000
+"""Columns where nobody looks at a terminal: one line per plug-in."""
+
+
+def list_plugins(
+    shelf: Annotated[
+        str | None, typer.Argument(metavar=f"[{'|'.join(SHELVES)}]", help="One shelf; all when left out.")
+    ] = None,
+) -> None:
+    """List the plug-ins with their settings and sources."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if shelf is not None and shelf not in SHELVES:
+        raise UserError(f"there is no shelf {shelf!r}; {nearest(shelf, list(SHELVES))}")
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = _WIDE
+    for one in [shelf] if shelf else SHELVES:
+        table = Table(box=None, padding=(0, 2, 0, 0), title=one, title_justify="left", title_style="bold")
+        for column in ("name", "what", "settings", "source"):
+            table.add_column(column, no_wrap=column == "name", overflow="fold", header_style="dim")
+        for found in describe(one):
+            settings = ", ".join(
+                name if value == "required" else f"{name}={value}" for name, value in found.settings.items()
+            )
+            table.add_row(found.name, found.summary, settings or "-", found.source)
+        if table.row_count:
+            console.print(table)
+        else:
+            console.print(f"{one}\nnothing here yet")
+        console.print()
+
+
+def check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override it.")
+    ] = None,
+) -> None:
+    """Validate a run file and print what follows from it; starts nothing.
+
+    Loads the policy, the rewards and the prompts once, so that what they lack shows here and not in the run.
+    """
+    from rlalign.config import derived, load_run
+    from rlalign.loop import check_plan
+    from rlalign.runtime.cluster import needed_cpus, needed_gpus
+
+    run = load_run(config, overrides or [])
+    run.prompts.units(run.seed, 1, run.plan)
+    run.prompts.held_out(run.evaluate.prompts)
+    for reward in run.rewards_for("evaluate"):
+        reward.load("cpu")
+    policy = run.policy.load("cpu")
+    check_plan(run, policy)
+    runtime = run.runtime
+    rows = {
+        "run": f"{run.name}: {run.policy.name} with {run.algorithm.name} on "
+        + ", ".join(f"{reward.weight:g} x {reward.title}" for reward in run.rewards),
+        **derived(run),
+        **memory(run, policy),
+        "workers": f"{runtime.rollout_workers} rollout, {runtime.reward_workers} for each of "
+        f"{len(run.rewards_for('evaluate'))} rewards, {runtime.learner_workers} learner, on {runtime.device}",
+        "Ray reserves": f"{needed_cpus(run):g} CPUs, {needed_gpus(run):g} GPUs",
+        "run folder": str(Path("runs") / run.name),
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    print("ok")
+
+
+def memory(run: Run, policy: Policy) -> dict[str, str]:
+    """Parameters and bytes by what is held: weights, moments, gradients and kept copies; activations come on top."""
+    trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
+    count = sum(p.numel() for p in policy.trainable().values())
+    whole = sum(p.numel() * p.element_size() for p in policy.network.parameters())
+    lanes = run.learner.shards // run.runtime.learner_workers if run.runtime.device == "cpu" else 1
+    # beside the network: the base weights, Adam's two moments, a gradient and its flat copy per shard
+    copies = 1 + 2 + 2 * lanes + bool(policy.reference) + bool(run.learner.ema_decay)
+    latent = 4
+    for size in policy.latent_shape(run.plan):
+        latent *= size
+    trajectories = run.samples_per_round * (run.plan.steps + 1) * latent
+    return {
+        "parameters": f"{count:,} trained of {sum(p.numel() for p in policy.network.parameters()):,} in the denoiser",
+        "memory": f"learner about {megabytes(whole + copies * trained)} and {megabytes(trajectories)} of latents a round, "
+        f"rollout worker about {megabytes(whole)}; activations and decoders come on top",
+    }
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people: 1 MB is 10^6."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def schema() -> None:
+    """Print the JSON Schema of a run file, for completion in an editor."""
+    from rlalign.config import schema as json_schema
+
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,208 @@
+"""``rlalign evaluate`` and ``rlalign export``: any model by folder or name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlalign.cli.train import refuse_what_is_there
+from rlalign.registry import Recipe, UserError, build, names
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlalign.config import Run
+    from rlalign.policies.base import Policy
+    from rlalign.records import Scored
+
+MODEL_HELP = "A run folder, a diffusers pipeline folder, or the name of a policy (tiny)."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A policy that somebody named."""
+
+    title: str
+    recipe: Recipe
+    run_folder: Path | None = None
+    """Where its trained weights and its config.yaml are; None for the weights that the recipe loads."""
+
+    def weights(self) -> Mapping[str, torch.Tensor] | None:
+        """What a run exports: the average of the newest checkpoint where there is one, else its weights."""
+        if self.run_folder is None:
+            return None
+        from rlalign import checkpoint
+
+        tensors = checkpoint.read_tensors(self.run_folder)
+        for kind in ("average/", "policy/"):
+            found = {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
+            if found:
+                return found
+        raise UserError(f"the newest checkpoint of {self.run_folder} holds no policy; name another folder")
+
+    def load(self, device: str) -> Policy:
+        """The live policy under these weights."""
+        policy: Policy = self.recipe.load(device)  # type: ignore[attr-defined]
+        weights = self.weights()
+        if weights is not None:
+            policy.set_weights(dict(weights))
+        return policy
+
+
+def find_model(text: str) -> Model:
+    """The model that a user means: a policy's name, a run folder (also of pretraining), or a pipeline folder."""
+    folder = Path(text)
+    if text in names("policies") and not folder.is_dir():
+        return Model(title=text, recipe=build("policies", {"name": text}, "MODEL"))
+    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        from rlalign.config import load_run
+
+        return Model(title=text, recipe=load_run(folder / "config.yaml").policy, run_folder=folder)
+    for place in (folder, folder / "policy"):
+        if (place / "model_index.json").is_file():
+            recipe = build("policies", {"name": "stable_diffusion", "path": str(place.resolve())}, "MODEL")
+            return Model(title=text, recipe=recipe)
+    raise UserError(
+        f"a model must be a run folder with a checkpoint, a pipeline folder with model_index.json, or one of "
+        f"{', '.join(names('policies'))}; got {text!r}"
+    )
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run file, such as evaluate.prompts=256."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Compare with this one; a run's base model when left out.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG",
+            help="The run file whose prompts, plan and rewards are used; the run folder's own, or the shapes task, when left out.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to write; runs/evaluation, or -2 and so on, when left out.", show_default=False),
+    ] = None,
+) -> None:
+    """Measure a model on fixed prompts and noise: rewards, held-out rewards, diversity, win rates."""
+    from rlalign import evaluate as measure
+    from rlalign.checkpoint import disk_errors
+    from rlalign.cli.page import write_page
+
+    mine = find_model(model)
+    other = find_model(against) if against is not None else _base_of(mine)
+    run = _run_for(mine, config, overrides or [])
+    folder = out or _free(Path("runs") / "evaluation")
+    refuse_what_is_there(folder, "name another with --out DIR")
+    trained, held_out = [r.title for r in run.rewards], [r.title for r in run.evaluate.rewards]
+    aligned, distance = sample(mine, run)
+    if other is None:
+        result = {"plan": run.plan.model_dump(), **_alone(aligned, trained, held_out)}
+        base: list[Scored] = []
+    else:
+        base, _ = sample(other, run)
+        result = measure.compare(base, aligned, trained, held_out)
+        result["against"] = other.title if other.title != mine.title else f"the base model of {mine.title}"
+    result = {"model": mine.title, **result}
+    if distance is not None:
+        result["kl/per_step_gaussian"] = distance
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        measure.write_json(folder / "evaluation.json", result)
+        write_page(folder / "evaluation.html", result, base, aligned, run.evaluate.grid)
+    _say(result)
+    print(f"report: {folder / 'evaluation.html'}")
+
+
+def _base_of(model: Model) -> Model | None:
+    """What a run started from; None for a model that is not a run's."""
+    return Model(title=model.title, recipe=model.recipe) if model.run_folder is not None else None
+
+
+def _run_for(model: Model, config: Path | None, overrides: Sequence[str]) -> Run:
+    """The run whose prompts, plan, rewards and device an evaluation uses."""
+    from rlalign.config import override, parse_run, read_yaml
+
+    data: dict[str, Any] = {"name": "evaluation", "prompts": {"name": "shapes"}, "rewards": [{"name": "shapes"}]}
+    data["algorithm"] = {"name": "ddpo"}  # unused, and a run file needs one
+    if config is not None:
+        data = read_yaml(config)
+    elif model.run_folder is not None:
+        data = read_yaml(model.run_folder / "config.yaml")
+    for assignment in overrides:
+        override(data, assignment)
+    return parse_run({**data, "policy": model.recipe})
+
+
+def sample(model: Model, run: Run) -> tuple[list[Scored], float | None]:
+    """The evaluation's prompts and noise under a model, scored; and a trained model's distance from where it started."""
+    from rlalign.collect import LocalCollect
+    from rlalign.evaluate import evaluation_units, kl_to_reference
+    from rlalign.learner import Weights
+    from rlalign.loop import check_plan
+
+    run = run.model_copy(update={"policy": model.recipe})
+    policy = model.load(run.runtime.device)
+    check_plan(run, policy)
+    prompts = run.prompts.held_out(run.evaluate.prompts)
+    units = evaluation_units(prompts, run.plan, run.evaluate.seed, run.samples_per_unit)
+    collect = LocalCollect(run)
+    scored = collect.gather(collect.order(units, Weights(version=0, kind="current", tensors=policy.weights())))
+    return scored, kl_to_reference(policy, scored) if model.run_folder is not None else None
+
+
+def _alone(scored: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str]) -> dict[str, Any]:
+    """What ``compare`` says, of one model."""
+    from rlalign.evaluate import joined, summarise
+
+    titles = ["total", *trained, *held_out]
+    words = [p for s in scored for p in s.unit.prompts]
+    scores = {t: joined(scored, t) for t in titles}
+    samples = [{"prompt": w, "aligned": {t: float(scores[t][i]) for t in titles}} for i, w in enumerate(words)]
+    return {"prompts": len(words), "aligned": summarise(scored, trained, held_out), "samples": samples}
+
+
+def _say(result: Mapping[str, Any]) -> None:
+    """The metrics as lines."""
+    for key, value in result["aligned"].items():
+        line = f"{key:<28} {value:.4f}"
+        if "base" in result:
+            line += f"   against {result['base'][key]:.4f}   gain {result['gain'][key]:+.4f}"
+        print(line)
+    for title, rate in result.get("win_rate", {}).items():
+        print(f"{'win rate ' + title:<28} {100 * rate:.1f} % of {result['prompts']}")
+
+
+def _free(folder: Path) -> Path:
+    """The first of DIR, DIR-2, DIR-3 that is not there."""
+    number, found = 1, folder
+    while found.exists():
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help=MODEL_HELP, show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)],
+) -> None:
+    """Write a folder that plain diffusers loads: a pipeline, or a LoRA file."""
+    from rlalign.checkpoint import disk_errors
+
+    refuse_what_is_there(folder, "name another folder")
+    policy = find_model(run).load("cpu")
+    with disk_errors(folder):
+        policy.save(folder)
+    whole = (folder / "model_index.json").is_file()
+    print(f"{folder}: {'DiffusionPipeline.from_pretrained' if whole else 'pipeline.load_lora_weights'}({str(folder)!r}) loads it")

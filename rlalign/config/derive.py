@@ -1,0 +1,56 @@
+"""What follows from a Run: the JSON Schema of a run file, and the numbers that ``rlalign check`` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlalign.config.settings import PLUGINS, Run
+from rlalign.registry import load_class, names
+
+_REF = "#/$defs/{model}"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a run file, with every plug-in's settings, for completion in an editor."""
+    whole = Run.model_json_schema(ref_template=_REF)
+    defs: dict[str, Any] = whole.pop("$defs", {})
+    for field, shelf in PLUGINS.items():
+        whole["properties"][field] = _one_of(shelf, defs)
+    rewards = {"type": "array", "items": _one_of("rewards", defs)}
+    whole["properties"]["rewards"] = {**rewards, "minItems": 1}
+    defs["EvaluateSettings"]["properties"]["rewards"] = rewards
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "$defs": defs}
+
+
+def _one_of(shelf: str, defs: dict[str, Any]) -> dict[str, Any]:
+    """A plug-in of the shelf by its name, or one kept elsewhere, of which nothing is known; adds what they use to ``defs``."""
+    options: list[dict[str, Any]] = []
+    for name in names(shelf):
+        one = load_class(shelf, name).model_json_schema(ref_template=_REF)
+        defs.update(one.pop("$defs", {}))
+        one["properties"]["name"] = {"const": name, "description": f"a plug-in of rlalign/{shelf}"}
+        one["required"] = sorted({*one.get("required", []), "name"})
+        options.append(one)
+    kept = {"type": "string", "pattern": ":", "description": "package.module:Class of a plug-in kept elsewhere"}
+    return {"oneOf": [*options, {"type": "object", "properties": {"name": kept}, "required": ["name"]}]}
+
+
+def derived(run: Run) -> dict[str, str]:
+    """What follows from the settings alone, in words."""
+    learner, prompts, samples = run.learner, run.prompts, run.samples_per_round
+    updates = learner.updates_per_round * learner.epochs
+    units = run.units_per_round // learner.updates_per_round
+    passes = units * -(-run.plan.steps // learner.steps_per_pass)
+    guided = "" if run.plan.guidance == 1.0 else ", each for the caption and for the empty one (guidance)"
+    evaluations = 2 + ((run.rounds - 1) // run.evaluate.every if run.evaluate.every else 0)
+    return {
+        "samples per round": f"{samples:,} = {prompts.per_round} prompts x {prompts.samples_per_prompt}",
+        "units per round": f"{run.units_per_round:,} of {run.samples_per_unit} samples",
+        "denoiser calls per round": f"{samples * run.plan.steps:,}{guided}",
+        "updates per round": f"{updates:,} of {samples // learner.updates_per_round} samples each",
+        "passes per update": f"at most {passes:,} of {run.samples_per_unit * learner.steps_per_pass} samples and steps, "
+        f"in {learner.shards} shard{'s' if learner.shards > 1 else ''}",
+        "in all": f"{run.rounds:,} rounds, {samples * run.rounds:,} samples, {samples * run.rounds * run.plan.steps:,} denoiser "
+        f"calls, {samples * run.rounds * len(run.rewards):,} reward queries, {updates * run.rounds:,} updates",
+        "evaluations": f"{evaluations:,} of {run.evaluate.prompts} samples",
+    }

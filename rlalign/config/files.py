@@ -1,0 +1,167 @@
+"""Run files: YAML in and out, overrides by dotted path. Every mistake is a UserError."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlalign import checkpoint
+from rlalign.config.settings import PLUGINS, Run
+from rlalign.registry import UserError, build, explain
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that appears twice is an error, not the last one's victory."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            continue  # refused below: a list or a mapping is no key
+        if key_node.value in seen:
+            raise UserError(f"line {key_node.start_mark.line + 1}: the key {key_node.value!r} appears twice; keep one")
+        seen.add(key_node.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+# YAML 1.1 reads 1e-4 as a word; people mean a number
+_EXPONENT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+_UniqueKeys.add_constructor("tag:yaml.org,2002:map", _mapping)
+_UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError for a missing, unreadable, empty or malformed one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file{_near_file(path)}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: must be UTF-8 text; byte {error.start} is not") from error
+    data = parse_yaml(text, str(path))
+    if data is None:
+        raise UserError(f"{path}: must hold a mapping of settings, and is empty")
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must hold a mapping of settings, got a {type(data).__name__}")
+    return data
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """Parsed YAML; a syntax error is a UserError with its line."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: TID251 - a SafeLoader
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise UserError(f"{place}:{line} not YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2026-99-99
+        raise UserError(f"{place}: not YAML: {str(error).splitlines()[0]}") from error
+
+
+def _near_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    found = sorted(p.name for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, found, n=1, cutoff=0.4)
+    return f"; did you mean {str(folder / close[0])!r}?" if close else ""
+
+
+def override(data: dict[str, Any], assignment: str) -> None:
+    """Sets ``a.b=value`` in place; the value is YAML, a number in the path is a list's index."""
+    path, equals, text = assignment.partition("=")
+    *parents, last = path.strip().split(".")
+    if not equals or not all([*parents, last]):
+        raise UserError(f"an override must read key=value, got {assignment!r}")
+    place: Any = data
+    for part in parents:
+        if isinstance(place, dict):
+            place = place.setdefault(part, {})
+        else:
+            place = place[_index(place, part, assignment)]
+    value = parse_yaml(text, f"override {assignment!r}")
+    if isinstance(place, dict):
+        place[last] = value
+    else:
+        place[_index(place, last, assignment)] = value
+
+
+def _index(place: Any, part: str, assignment: str) -> int:
+    if not isinstance(place, list):
+        raise UserError(f"override {assignment!r}: there is no {part!r} inside {place!r}")
+    if not (part.isascii() and part.isdigit() and int(part) < len(place)):
+        raise UserError(f"override {assignment!r}: {part!r} must be an index from 0 to {len(place) - 1} here")
+    return int(part)
+
+
+def load_settings(cls: type[Settings], path: Path | str, overrides: Sequence[str] = ()) -> Settings:
+    """Any settings model from a YAML file with overrides applied, such as ``rlalign.pretrain.Pretrain``."""
+    return _parse(cls, _read(path, overrides))
+
+
+def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
+    """The Run of a YAML file with overrides applied."""
+    return parse_run(_read(path, overrides))
+
+
+def _read(path: Path | str, overrides: Sequence[str]) -> dict[str, Any]:
+    data = read_yaml(Path(path))
+    for assignment in overrides:
+        override(data, assignment)
+    return data
+
+
+def parse_run(data: Mapping[str, Any]) -> Run:
+    """The Run of a mapping. Plug-ins are built first, so that their errors say where in the file they are."""
+    made = dict(data)
+    for field, shelf in PLUGINS.items():
+        if field in made:
+            made[field] = build(shelf, made[field], field)
+    if "rewards" in made:
+        made["rewards"] = _rewards(made["rewards"], "rewards")
+    evaluate = made.get("evaluate")
+    if isinstance(evaluate, Mapping) and "rewards" in evaluate:
+        made["evaluate"] = {**evaluate, "rewards": _rewards(evaluate["rewards"], "evaluate.rewards")}
+    return _parse(Run, made)
+
+
+def _rewards(value: Any, path: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{path} must be a list of rewards such as [{{name: shapes}}], got {value!r}")
+    return [build("rewards", one, f"{path}.{i}") for i, one in enumerate(value)]
+
+
+def _parse(cls: type[Settings], data: Mapping[Any, Any]) -> Settings:
+    odd = next((k for k in data if not isinstance(k, str)), None)
+    if odd is not None:
+        raise UserError(f"settings must have names, got {odd!r}")
+    try:
+        return cls.model_validate(dict(data))
+    except ValidationError as error:
+        raise UserError(explain(error, cls, "")) from error
+
+
+def resolved(run: Run) -> dict[str, Any]:
+    """The run as plain data, every default written out."""
+    return json.loads(run.model_dump_json())
+
+
+def dump(run: Run) -> str:
+    """The run as YAML, every default written out; ``load_run`` of it gives the same run."""
+    return yaml.safe_dump(resolved(run), sort_keys=False, allow_unicode=True)
+
+
+def identity_of(run: Run) -> str:
+    """The digest that ties a checkpoint to its run."""
+    return checkpoint.identity(resolved(run))

@@ -1,0 +1,139 @@
+"""The Run and the settings of its runtime; what must fit together is checked here."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+
+from rlalign.algorithms.base import Algorithm
+from rlalign.checkpoint import CheckpointSettings
+from rlalign.data.prompts.base import Prompts
+from rlalign.evaluate import EvaluateSettings
+from rlalign.learner import LearnerSettings
+from rlalign.policies.base import PolicyRecipe
+from rlalign.records import Plan
+from rlalign.registry import UserError, build
+from rlalign.rewards.base import Reward
+
+
+class RuntimeSettings(BaseModel):
+    """Who does the work and where. None of it changes the numbers, except ``max_staleness``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rollout_workers: int = Field(
+        default=2, ge=1, description="actors that denoise (threads of the process with --local)"
+    )
+    reward_workers: int = Field(default=1, ge=1, description="actors per reward")
+    learner_workers: int = Field(default=1, ge=1, description="Ray Train workers; must divide learner.shards")
+    max_staleness: int = Field(
+        default=0, ge=0, description="rounds that the samples' policy may lag behind; 0 is synchronous"
+    )
+    rollout_threads: int = Field(default=1, ge=1, description="torch threads in a rollout or reward worker")
+    learner_threads: int = Field(default=1, ge=1, description="torch threads for each shard of the learner")
+    rollout_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a rollout worker")
+    rollout_gpus: float = Field(default=0.0, ge=0, description="GPUs, or a share of one, for a rollout worker")
+    reward_cpus: float = Field(default=0.25, ge=0, description="CPUs that Ray reserves for a reward worker")
+    reward_gpus: float = Field(default=0.0, ge=0, description="GPUs, or a share of one, for a reward worker")
+    learner_cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for a learner worker")
+    learner_gpus: float = Field(default=0.0, ge=0, description="GPUs for a learner worker")
+    max_attempts: int = Field(
+        default=3, ge=1, description="tries of one unit, and restarts of the learner, before the run ends"
+    )
+    unit_timeout_seconds: float = Field(default=600.0, gt=0, description="a worker that takes longer is replaced")
+    recovery_seconds: float = Field(default=120.0, gt=0, description="how long a dead worker may take to come back")
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="torch device of policies and rewards"
+    )
+
+
+PLUGINS = {"policy": "policies", "prompts": "prompts", "algorithm": "algorithms"}
+"""Field of a Run -> the shelf that its plug-in stands on. (``rewards`` and ``evaluate.rewards`` are lists from one shelf.)"""
+
+_TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _recipe(shelf: str) -> BeforeValidator:
+    """A plug-in field: built by name; its own errors already carry a path and pass through."""
+
+    def build_one(value: Any) -> Any:
+        return build(shelf, value, shelf)
+
+    return BeforeValidator(build_one)
+
+
+class Run(BaseModel):
+    """Everything that defines a run. Same Run, same numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also the run folder's name")
+    seed: int = Field(default=0, ge=0, description="decides prompts and noise")
+    rounds: int = Field(default=30, ge=1, description="produce, score, learn: this many times")
+    policy: SerializeAsAny[Annotated[PolicyRecipe, _recipe("policies")]]
+    plan: Plan = Plan()
+    prompts: SerializeAsAny[Annotated[Prompts, _recipe("prompts")]]
+    rewards: tuple[SerializeAsAny[Annotated[Reward, _recipe("rewards")]], ...] = Field(min_length=1)
+    algorithm: SerializeAsAny[Annotated[Algorithm, _recipe("algorithms")]]
+    learner: LearnerSettings = LearnerSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Run:
+        prompts, learner, runtime = self.prompts, self.learner, self.runtime
+        if self.units_per_round % learner.updates_per_round:
+            raise UserError(
+                f"learner.updates_per_round must divide the units of a round ({self.units_per_round} = prompts.per_round "
+                f"{prompts.per_round} / prompts.per_unit {prompts.per_unit}), got {learner.updates_per_round}"
+            )
+        if learner.shards % runtime.learner_workers:
+            raise UserError(
+                f"learner.shards must be a multiple of runtime.learner_workers ({runtime.learner_workers}), got {learner.shards}"
+            )
+        form = getattr(self.algorithm, "form", "")
+        if form == "score_function" and learner.updates_per_round * learner.epochs != 1:
+            raise UserError(
+                "algorithm.form score_function is strictly on-policy: learner.updates_per_round and learner.epochs must be 1, "
+                f"got {learner.updates_per_round} and {learner.epochs}; or use importance_sampling"
+            )
+        if form == "score_function" and runtime.max_staleness:
+            raise UserError(
+                "algorithm.form score_function is strictly on-policy: runtime.max_staleness must be 0, "
+                f"got {runtime.max_staleness}; or use importance_sampling"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _titles_tell_rewards_apart(self) -> Run:
+        titles = [r.title for r in (*self.rewards, *self.evaluate.rewards)]
+        for title in titles:
+            if title == "total" or not _TITLE.fullmatch(title):
+                raise UserError(
+                    f"a reward's label must be letters, digits, '.', '_' and '-', and not total (the weighted sum), got {title!r}"
+                )
+            if titles.count(title) > 1:
+                raise UserError(f"rewards: {title!r} appears twice; give one of them a label of its own")
+        return self
+
+    @property
+    def units_per_round(self) -> int:
+        """Units of work that one round is made of."""
+        return self.prompts.per_round // self.prompts.per_unit
+
+    @property
+    def samples_per_unit(self) -> int:
+        """Samples in one unit of work: the batch of a rollout's forward pass."""
+        return self.prompts.per_unit * self.prompts.samples_per_prompt
+
+    @property
+    def samples_per_round(self) -> int:
+        """Samples in one round."""
+        return self.prompts.per_round * self.prompts.samples_per_prompt
+
+    def rewards_for(self, stream: str) -> tuple[Reward, ...]:
+        """The rewards that score a stream: the trained ones, and in evaluations the held-out ones too."""
+        return self.rewards + (self.evaluate.rewards if stream == "evaluate" else ())

@@ -1,0 +1,282 @@
+"""Step rules number for number against diffusers, and against closed forms on data whose denoiser is known exactly."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+from rlalign.diffusion.paths import RectifiedFlow, VariancePreserving, coefficients
+from rlalign.diffusion.predictions import to_clean_and_noise
+from rlalign.diffusion.steps import RULES, ddim, ddpm, flow_ode, flow_sde, is_stochastic, step
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+SHAPE = (3, 2, 4, 4)
+
+
+def random(seed):
+    return torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def in_float64(scheduler):
+    """diffusers computes a step in its table's type: from here on, float64."""
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
+    else:
+        scheduler.one = scheduler.one.double()
+    return scheduler
+
+
+def ours(x, prediction, path, levels, k, *, rule, eta, kind):
+    alpha, sigma = coefficients(path, levels[k], x)
+    clean, noise = to_clean_and_noise(prediction, x, alpha, sigma, kind)
+    return step(x, clean, noise, path, levels[k], levels[k + 1], rule=rule, eta=eta)
+
+
+# against diffusers
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_is_diffusers(spacing, to_one, kind, eta):
+    """Every step of a 10-step chain in float64, margin 1e-12. (10 divides 1000: elsewhere diffusers' DDIM steps to t - 1000
+    // steps, which is not the next timestep of its own grid.)"""
+    theirs = in_float64(
+        diffusers.DDIMScheduler(
+            **SD, set_alpha_to_one=to_one, prediction_type=kind, timestep_spacing=spacing, steps_offset=1
+        )
+    )
+    theirs.set_timesteps(10)
+    path = VariancePreserving.scaled_linear(spacing=spacing, offset=1, ends_clean=to_one)
+    levels = path.levels(10)
+    x = random(0)
+    for k, t in enumerate(theirs.timesteps):
+        prediction, z = random(100 + k), random(200 + k)
+        gaussian = ours(x, prediction, path, levels, k, rule="ddim", eta=eta, kind=kind)
+        variance = theirs._get_variance(t, t - 100)
+        torch.testing.assert_close(gaussian.std, eta * variance.sqrt(), rtol=0, atol=1e-12)
+        x = theirs.step(prediction, t, x, eta=eta, variance_noise=z if eta else None).prev_sample
+        torch.testing.assert_close(gaussian.sample(z), x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("steps", [10, 7])
+def test_ddpm_is_diffusers(spacing, kind, steps):
+    """DDPM steps to the next timestep of its grid, so 7 steps agree too. Its last step is always to the clean sample; it
+    adds noise there whose variance is clamped to 1e-20, hence the margin of 1e-9 on that one step."""
+    theirs = in_float64(
+        diffusers.DDPMScheduler(
+            **SD, variance_type="fixed_small", prediction_type=kind, timestep_spacing=spacing, steps_offset=0
+        )
+    )
+    theirs.set_timesteps(steps)
+    path = VariancePreserving.scaled_linear(spacing=spacing, offset=0, ends_clean=True)
+    levels = path.levels(steps)
+    x = random(0)
+    for k, t in enumerate(theirs.timesteps):
+        prediction = random(100 + k)
+        gaussian = ours(x, prediction, path, levels, k, rule="ddpm", eta=1.0, kind=kind)
+        z = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+        x = theirs.step(prediction, t, x, generator=torch.Generator().manual_seed(k)).prev_sample
+        torch.testing.assert_close(gaussian.sample(z), x, rtol=0, atol=1e-12 if k < steps - 1 else 1e-9)
+        if k < steps - 1:
+            torch.testing.assert_close(gaussian.std, theirs._get_variance(t).sqrt(), rtol=0, atol=1e-12)
+    assert gaussian.std == 0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("rule", ["flow_ode", "ddim"])
+def test_the_flow_ode_is_diffusers(shift, rule):
+    """diffusers steps in float32: margin 2e-6 on numbers of size 1, on its own float32 grid."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(10)
+    path, levels = RectifiedFlow(shift=shift), theirs.sigmas.double()
+    x = random(0).float()
+    for k, t in enumerate(theirs.timesteps):
+        velocity = random(100 + k).float()
+        gaussian = ours(x, velocity, path, levels, k, rule=rule, eta=0.0, kind="flow")
+        assert gaussian.std == 0
+        x = theirs.step(velocity, t, x).prev_sample
+        torch.testing.assert_close(gaussian.mean, x, rtol=0, atol=2e-6)
+
+
+# one formula, several names
+
+
+@pytest.mark.parametrize("path", [VariancePreserving.scaled_linear(ends_clean=True), RectifiedFlow(shift=3.0)])
+def test_ddim_with_eta_one_is_the_ddpm_posterior(path):
+    levels, clean, noise = path.levels(8), random(1), random(2)
+    for k in range(8):
+        alpha, sigma = coefficients(path, levels[k], clean)
+        x = alpha * clean + sigma * noise
+        one = ddim(x, clean, noise, path, levels[k], levels[k + 1], 1.0)
+        two = ddpm(x, clean, noise, path, levels[k], levels[k + 1], 1.0)
+        torch.testing.assert_close(one.mean, two.mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(one.std, two.std, rtol=0, atol=1e-14)
+
+
+def test_ddim_without_noise_is_eulers_step_on_the_flow_path():
+    path = RectifiedFlow(shift=3.0)
+    levels, clean, noise = path.levels(8), random(1), random(2)
+    for k in range(8):
+        x = (1 - levels[k]) * clean + levels[k] * noise
+        one = ddim(x, clean, noise, path, levels[k], levels[k + 1], 0.0)
+        two = flow_ode(x, clean, noise, path, levels[k], levels[k + 1], 0.0)
+        torch.testing.assert_close(one.mean, two.mean, rtol=0, atol=1e-14)
+        assert one.std == two.std == 0
+
+
+def test_the_flow_sde_without_noise_is_the_ode():
+    path = RectifiedFlow()
+    levels, x, clean, noise = path.levels(8), random(0), random(1), random(2)
+    for k in range(8):
+        sde = flow_sde(x, clean, noise, path, levels[k], levels[k + 1], 0.0)
+        ode = flow_ode(x, clean, noise, path, levels[k], levels[k + 1], 0.0)
+        torch.testing.assert_close(sde.mean, ode.mean, rtol=0, atol=1e-14)
+        assert sde.std == 0
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_a_level_per_sample_is_the_same_step(rule):
+    path = RectifiedFlow() if rule.startswith("flow") else VariancePreserving.scaled_linear()
+    levels, x, clean, noise = path.levels(3), random(0), random(1), random(2)
+    together = step(x, clean, noise, path, levels[:3], levels[1:], rule=rule, eta=0.8)
+    assert together.std.shape == (3, 1, 1, 1)
+    for b in range(3):
+        row = slice(b, b + 1)
+        alone = step(x[row], clean[row], noise[row], path, levels[b], levels[b + 1], rule=rule, eta=0.8)
+        assert torch.equal(alone.mean, together.mean[row])
+        assert torch.equal(alone.std, together.std[b, 0, 0, 0])
+
+
+# data N(0.7, 0.5^2): the exact denoiser is affine, so mean and variance go through a chain in closed form
+
+
+def propagate(path, levels, *, rule, eta, mean=0.7, std=0.5, start=None):
+    """Mean and std at the end of a chain under the exact denoiser; ``start`` is N(0, 1) when not given."""
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    m, variance = start or (zero, one)
+
+    def gaussian(x, k):
+        alpha, sigma = coefficients(path, levels[k], x)
+        gap = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        return step(x, mean + alpha * std**2 * gap, sigma * gap, path, levels[k], levels[k + 1], rule=rule, eta=eta)
+
+    for k in range(len(levels) - 1):
+        at_zero, at_one = gaussian(zero, k), gaussian(one, k)
+        slope = at_one.mean - at_zero.mean
+        m, variance = slope * m + at_zero.mean, slope**2 * variance + at_zero.std**2
+    return m.item(), variance.sqrt().item()
+
+
+@pytest.mark.parametrize(("eta", "mean", "std"), [(0.0, 0.67424, 0.47857), (1.0, 0.69868, 0.45358)])
+def test_mean_and_std_through_stable_diffusions_chain(eta, mean, std):
+    """50 leading steps of Stable Diffusion's schedule: values made independently, five digits."""
+    path = VariancePreserving.scaled_linear()
+    found = propagate(path, path.levels(50), rule="ddim", eta=eta)
+    assert found == pytest.approx((mean, std), abs=6e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_chain_returns_the_data_as_its_grid_gets_finer(eta):
+    """Started from the noised data: the mean is exact on any grid, the std falls short by O(1 / steps)."""
+    path = VariancePreserving.scaled_linear(ends_clean=True, spacing="trailing")
+    first = path.levels(1)[0]
+    alpha, sigma = path.alpha(first).reshape(1, 1), path.sigma(first).reshape(1, 1)
+    start = (0.7 * alpha, (0.5 * alpha) ** 2 + sigma**2)
+    ends = [propagate(path, path.levels(n), rule="ddim", eta=eta, start=start) for n in (100, 1000)]
+    assert [m for m, _ in ends] == pytest.approx([0.7, 0.7], abs=1e-12)
+    coarse, fine = (0.5 - s for _, s in ends)
+    assert 0 < fine < 0.005
+    assert coarse > 5 * fine
+
+
+@pytest.mark.parametrize(
+    ("rule", "std", "table"),
+    [
+        ("flow_ode", 0.5, (0.3697, 0.4647, 0.4964, 0.4996)),
+        ("flow_sde", 0.5, (0.4244, 0.4793, 0.4986, 0.5001)),
+        ("flow_ode", 0.0, (0.0, 0.0, 0.0, 0.0)),
+        ("flow_sde", 0.0, (0.228, 0.057, 0.006, 0.0006)),
+    ],
+)
+def test_final_std_of_the_flow_chains(rule, std, table):
+    """Shift 3, 10, 40, 400, 4000 steps, eta 0.7: values made independently, to their printed digits. The SDE leaves noise
+    in data that is one point; both give back data with a spread as the grid gets finer."""
+    path = RectifiedFlow(shift=3.0)
+    digits = 5.1e-5 if std else 5.1e-4
+    for n, expected in zip((10, 40, 400, 4000), table, strict=True):
+        levels = path.shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64))
+        found = propagate(path, levels, rule=rule, eta=0.7, std=std)
+        assert found == pytest.approx((0.7, expected), abs=digits)
+
+
+def test_the_flow_sde_is_the_published_code():
+    """Flow-GRPO's sd3_sde_with_logprob, written out: g's denominator alone takes the next grid value at level 1."""
+    path = RectifiedFlow(shift=3.0)
+    levels, x, velocity = path.levels(6), random(0), random(1)
+    for k in range(6):
+        s, gap = levels[k], levels[k + 1] - levels[k]
+        g = 0.7 * torch.sqrt(s / (1 - (levels[1] if s == 1 else s)))
+        mean = x * (1 + g**2 / (2 * s) * gap) + velocity * (1 + g**2 * (1 - s) / (2 * s)) * gap
+        found = ours(x, velocity, path, levels, k, rule="flow_sde", eta=0.7, kind="flow")
+        torch.testing.assert_close(found.mean, mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.std, g * torch.sqrt(-gap), rtol=0, atol=1e-14)
+
+
+def test_kl_with_equal_std_is_the_squared_gap():
+    """KL = |gap|^2 / (2 s^2), here per element; Flow-GRPO's coded number is that times |level_next - level| (its g has no
+    time step in it)."""
+    path = RectifiedFlow(shift=3.0)
+    levels, x, one, two = path.levels(10), random(0), random(1), random(2)
+    for k in (0, 4, 9):
+        mine = ours(x, one, path, levels, k, rule="flow_sde", eta=0.7, kind="flow")
+        theirs = ours(x, two, path, levels, k, rule="flow_sde", eta=0.7, kind="flow")
+        gap2 = ((mine.mean - theirs.mean) ** 2).flatten(1).mean(1)
+        found = mine.kl(theirs)
+        torch.testing.assert_close(found, gap2 / (2 * mine.std**2), rtol=1e-12, atol=0)
+        time = levels[k] - levels[k + 1]
+        g2 = mine.std**2 / time
+        torch.testing.assert_close(found * time, gap2 / (2 * g2), rtol=1e-12, atol=0)
+
+
+# which steps have a density
+
+
+@pytest.mark.parametrize(
+    ("path", "rule", "eta", "expected"),
+    [
+        (VariancePreserving.scaled_linear(ends_clean=True), "ddim", 1.0, [True, True, True, False]),
+        (VariancePreserving.scaled_linear(ends_clean=False), "ddim", 1.0, [True] * 4),
+        (VariancePreserving.scaled_linear(ends_clean=False, offset=0), "ddim", 1.0, [True, True, True, False]),
+        (VariancePreserving.scaled_linear(ends_clean=True), "ddpm", 1.0, [True, True, True, False]),
+        (VariancePreserving.scaled_linear(ends_clean=False), "ddim", 0.0, [False] * 4),
+        (RectifiedFlow(), "ddim", 1.0, [True, True, True, False]),
+        (RectifiedFlow(), "flow_ode", 1.0, [False] * 4),
+        (RectifiedFlow(), "flow_sde", 0.7, [True] * 4),
+    ],
+)
+def test_which_steps_have_a_density(path, rule, eta, expected):
+    assert is_stochastic(path, path.levels(4), rule=rule, eta=eta).tolist() == expected
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_nothing_is_nan_on_any_grid(rule, steps):
+    """Values and gradients, in float32, at the ends of the path too; zero terminal SNR (alpha 0) included."""
+    zero_snr = VariancePreserving(torch.cat([torch.linspace(0.999, 0.01, 999), torch.zeros(1)]), spacing="trailing")
+    stable = [VariancePreserving.scaled_linear(ends_clean=clean) for clean in (True, False)]
+    for path in [RectifiedFlow(shift=3.0)] if rule.startswith("flow") else [zero_snr, *stable, RectifiedFlow()]:
+        levels = path.levels(steps)
+        for k in range(steps):
+            clean, noise = random(1).float().requires_grad_(True), random(2).float().requires_grad_(True)
+            gaussian = step(random(0).float(), clean, noise, path, levels[k], levels[k + 1], rule=rule, eta=1.0)
+            log_prob = gaussian.log_prob(gaussian.sample(random(3).float()).detach())
+            assert torch.isfinite(log_prob).all()
+            assert torch.isfinite(gaussian.mean).all()
+            for grad in torch.autograd.grad(log_prob.sum(), (clean, noise), allow_unused=True):
+                assert grad is None or torch.isfinite(grad).all()

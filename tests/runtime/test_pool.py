@@ -1,0 +1,81 @@
+"""The pool on real actors: hands out, recovers a killed one, and says when none will come back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+
+def members(count: int, **options: Any) -> list[Any]:
+    import ray
+
+    from rlalign.runtime.workers import Worker
+
+    return [ray.remote(num_cpus=1, max_restarts=-1, **options)(Worker).remote() for _ in range(count)]
+
+
+def test_an_actor_is_handed_out_once(ray_cluster: None) -> None:
+    from rlalign.runtime.pool import Pool
+
+    async def scene() -> list[int]:
+        pool = Pool("test", members(2), patience_seconds=10)
+        first, _ = await pool.acquire()
+        second, _ = await pool.acquire()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(pool.acquire(), timeout=0.3)
+        pool.release(first)
+        again, _ = await pool.acquire()
+        return [first, second, again]
+
+    first, second, again = asyncio.run(scene())
+    assert {first, second} == {0, 1}
+    assert again == first
+
+
+def test_a_killed_actor_comes_back_and_is_counted(ray_cluster: None) -> None:
+    import ray
+
+    from rlalign.runtime.pool import Pool
+
+    async def scene() -> tuple[int, int, int]:
+        pool = Pool("test", members(1), patience_seconds=60)
+        actor_id, actor = await pool.acquire()
+        before = await actor.process_id.remote()
+        os.kill(before, signal.SIGKILL)
+        with pytest.raises(ray.exceptions.RayActorError):
+            await actor.process_id.remote()
+        pool.lost(actor_id, RuntimeError("killed"))
+        _, actor = await asyncio.wait_for(pool.acquire(), timeout=60)
+        return before, await actor.process_id.remote(), pool.restarts
+
+    before, after, restarts = asyncio.run(scene())
+    assert before != after
+    assert restarts == 1
+
+
+def test_a_pool_whose_actors_cannot_start_is_lost_with_their_own_error(ray_cluster: None) -> None:
+    import ray
+
+    from rlalign.runtime.pool import Pool, PoolLost
+    from rlalign.runtime.workers import Worker
+
+    class Stillborn(Worker):
+        def __init__(self) -> None:
+            raise ValueError("no such checkpoint on this node")
+
+    async def scene() -> None:
+        pool = Pool("test", [ray.remote(num_cpus=1, max_restarts=-1)(Stillborn).remote()], patience_seconds=30)
+        actor_id, actor = await pool.acquire()
+        with pytest.raises(ray.exceptions.RayActorError):
+            await actor.ping.remote()
+        pool.lost(actor_id, RuntimeError("died"))
+        await asyncio.wait_for(pool.acquire(), timeout=60)
+
+    with pytest.raises(PoolLost, match="no such checkpoint on this node"):
+        asyncio.run(scene())
