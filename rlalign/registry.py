@@ -210,13 +210,25 @@ def _describe(name: str, file: Path, base: str) -> Description:
     chosen = chosen or next((c for c in classes if any(isinstance(n, ast.FunctionDef) for n in c.body)), classes[0])
     doc = ast.get_docstring(chosen) or ast.get_docstring(tree) or ""
     source = next((line.split("Source:", 1)[1].strip() for line in doc.splitlines() if "Source:" in line), "")
+    return Description(
+        name=name, summary=doc.splitlines()[0] if doc else "", source=source, settings=_settings(chosen)
+    )
+
+
+def shared_settings(shelf: str) -> dict[str, str]:
+    """Setting -> default of what every plug-in of a shelf takes beside its own, read from ``base.py`` with ``ast``."""
+    tree = ast.parse((_folder(shelf) / "base.py").read_text(encoding="utf-8"))
+    return next((_settings(n) for n in tree.body if isinstance(n, ast.ClassDef) and n.name == SHELVES[shelf]), {})
+
+
+def _settings(cls: ast.ClassDef) -> dict[str, str]:
     settings: dict[str, str] = {}
-    for node in chosen.body:
+    for node in cls.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             if "ClassVar" in ast.unparse(node.annotation) or node.target.id.startswith("_"):
                 continue
             settings[node.target.id] = _default(node.value)
-    return Description(name=name, summary=doc.splitlines()[0] if doc else "", source=source, settings=settings)
+    return settings
 
 
 def _default(value: ast.expr | None) -> str:

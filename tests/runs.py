@@ -15,6 +15,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = (
     "rounds=4",
     "plan.steps=3",
+    "rewards=[{name: shapes}, {name: jpeg, weight: 0.5}]",
     "prompts.per_round=4",
     "prompts.samples_per_prompt=2",
     "prompts.per_unit=1",

@@ -49,8 +49,11 @@ app.command()(look.schema)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code. A fault of ours propagates as the exception that it is."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries that load weights, one line per change in a log
     try:
         code = app(arguments, prog_name="rlalign", standalone_mode=False)
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, not at the interpreter's end
         return code if isinstance(code, int) else 0
     except UserError as error:
         return _refused(str(error))
@@ -58,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(f"{error.format_message()} (rlalign --help says what there is)")
     except KeyboardInterrupt:
         return train.STOPPED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0  # whoever read has seen enough
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlalign.registry import SHELVES, UserError, describe, nearest
+from rlalign.registry import SHELVES, Description, UserError, describe, nearest, shared_settings
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from rlalign.config import Run
     from rlalign.policies.base import Policy
 
@@ -25,7 +28,6 @@ def list_plugins(
 ) -> None:
     """List the plug-ins with their settings and sources."""
     from rich.console import Console
-    from rich.table import Table
 
     if shelf is not None and shelf not in SHELVES:
         raise UserError(f"there is no shelf {shelf!r}; {nearest(shelf, list(SHELVES))}")
@@ -33,19 +35,28 @@ def list_plugins(
     if not console.is_terminal:
         console.width = _WIDE
     for one in [shelf] if shelf else SHELVES:
-        table = Table(box=None, padding=(0, 2, 0, 0), title=one, title_justify="left", title_style="bold")
-        for column in ("name", "what", "settings", "source"):
-            table.add_column(column, no_wrap=column == "name", overflow="fold", header_style="dim")
-        for found in describe(one):
-            settings = ", ".join(
-                name if value == "required" else f"{name}={value}" for name, value in found.settings.items()
-            )
-            table.add_row(found.name, found.summary, settings or "-", found.source)
-        if table.row_count:
-            console.print(table)
-        else:
-            console.print(f"{one}\nnothing here yet")
-        console.print()
+        plugins = describe(one)
+        with console.capture() as text:
+            console.print(one, style="bold")
+            if plugins:
+                console.print(_table(plugins))
+                common = ", ".join(f"{name}={value}" for name, value in shared_settings(one).items())
+                console.print(f"each also takes {common}" if common else "", soft_wrap=True)
+            else:
+                console.print("nothing here yet")
+        print("\n".join(line.rstrip() for line in text.get().splitlines()) + "\n")
+
+
+def _table(plugins: Sequence[Description]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("name", "what", "settings", "source"):
+        table.add_column(column, no_wrap=column == "name", overflow="fold", header_style="dim")
+    for found in plugins:
+        settings = [name if value == "required" else f"{name}={value}" for name, value in found.settings.items()]
+        table.add_row(found.name, found.summary, ", ".join(settings) or "-", found.source)
+    return table
 
 
 def check(
@@ -54,9 +65,9 @@ def check(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override it.")
     ] = None,
 ) -> None:
-    """Validate a run file and print what follows from it; starts nothing.
+    """Validate a run file; start nothing.
 
-    Loads the policy, the rewards and the prompts once, so that what they lack shows here and not in the run.
+    Prints what follows from it. Loads the policy, the rewards and the prompts once, so that what they lack shows here and not in the run.
     """
     from rlalign.config import derived, load_run
     from rlalign.loop import check_plan
@@ -75,8 +86,8 @@ def check(
         + ", ".join(f"{reward.weight:g} x {reward.title}" for reward in run.rewards),
         **derived(run),
         **memory(run, policy),
-        "workers": f"{runtime.rollout_workers} rollout, {runtime.reward_workers} for each of "
-        f"{len(run.rewards_for('evaluate'))} rewards, {runtime.learner_workers} learner, on {runtime.device}",
+        "workers": f"{runtime.rollout_workers} rollout, {runtime.reward_workers * len(run.rewards_for('evaluate'))} reward, "
+        f"{runtime.learner_workers} learner; policies and rewards on {runtime.device}",
         "Ray reserves": f"{needed_cpus(run):g} CPUs, {needed_gpus(run):g} GPUs",
         "run folder": str(Path("runs") / run.name),
     }
@@ -111,7 +122,10 @@ def megabytes(count: float) -> str:
 
 
 def schema() -> None:
-    """Print the JSON Schema of a run file, for completion in an editor."""
+    """Print the JSON Schema of a run file.
+
+    An editor that knows it completes and checks run files.
+    """
     from rlalign.config import schema as json_schema
 
     print(json.dumps(json_schema(), indent=2))

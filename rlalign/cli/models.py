@@ -95,7 +95,10 @@ def evaluate(
         typer.Option(metavar="DIR", help="Where to write; runs/evaluation, or -2 and so on, when left out.", show_default=False),
     ] = None,
 ) -> None:
-    """Measure a model on fixed prompts and noise: rewards, held-out rewards, diversity, win rates."""
+    """Measure a model on fixed prompts and noise.
+
+    Writes evaluation.json and evaluation.html: rewards, held-out rewards, diversity, and win rates against another model.
+    """
     from rlalign import evaluate as measure
     from rlalign.checkpoint import disk_errors
     from rlalign.cli.page import write_page
@@ -197,7 +200,10 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help=MODEL_HELP, show_default=False)],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)],
 ) -> None:
-    """Write a folder that plain diffusers loads: a pipeline, or a LoRA file."""
+    """Write a folder that plain diffusers loads.
+
+    A pipeline folder where all weights were trained, else the file of a LoRA.
+    """
     from rlalign.checkpoint import disk_errors
 
     refuse_what_is_there(folder, "name another folder")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,14 +55,16 @@ def train(
     console.begin(run.rounds, _done(folder))
     try:
         work(run, folder, resume=resume is not None, on_record=console.record)
-    except KeyboardInterrupt as error:
-        console.end()
+        final = _final(folder, run.rounds)
+    except (KeyboardInterrupt, SystemExit):  # Ray Train turns Ctrl-C into the second, or just ends
+        final = None
+    finally:
+        console.end()  # gives the terminal back, also before an error is shown
+    if final is None:
         print(f"stopped; go on with: rlalign train --resume {folder}", file=sys.stderr)
-        raise typer.Exit(STOPPED) from error
-    except BaseException:
-        console.end()  # gives the terminal back before the error is shown
-        raise
-    console.end(_summary(folder))
+        raise typer.Exit(STOPPED)
+    print(_summary(final))
+    print(f"policy: {folder / 'policy'}\nreport: {folder / 'report.html'}")
 
 
 def _new(arguments: list[str], out: Path | None) -> tuple[Run, Path]:
@@ -106,23 +109,32 @@ def _done(folder: Path) -> int:
     return max((int(n) for n in numbers if n.isdigit()), default=0)
 
 
-def _summary(folder: Path) -> str:
-    """Before and after of every reward, and where the report is."""
+def _final(folder: Path, rounds: int) -> dict[str, Any] | None:
+    """The comparison that ends a run; None where the run did not come to its last round."""
+    path = folder / "evaluation.json"
+    final = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return final if final is not None and final["round"] == rounds else None
+
+
+def _summary(final: Mapping[str, Any]) -> str:
+    """Every reward before and after."""
     from rlalign.report.numbers import gap, number, signed
 
-    final = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    trained = [k for k in final["base"] if k.startswith("reward/") and k.endswith("/mean")]
+    # of a single reward the total says nothing new, unless it has a weight
+    total = trained[0] if len(trained) == 2 and len({final["base"][k] for k in trained}) == 1 else ""
     lines = []
     for key, before in final["base"].items():
         kind, _, rest = key.partition("/")
         title, _, what = rest.rpartition("/")
-        if kind not in ("reward", "held_out") or what != "mean":
+        if kind not in ("reward", "held_out") or what != "mean" or key == total:
             continue
         after = final["aligned"][key]
         wins = f"wins {100 * final['win_rate'][title]:.0f} % of {final['prompts']} prompts"
         name = "held-out reward" if kind == "held_out" else "reward"
         change = f"{number(before)} before, {number(after)} after ({signed(gap(before, after))}; {wins})"
         lines.append(f"{name} {title}: {change}")
-    return "\n".join([*lines, f"policy: {folder / 'policy'}", f"report: {folder / 'report.html'}"])
+    return "\n".join(lines)
 
 
 def pretrain(

@@ -1,0 +1,58 @@
+"""Every file in configs/: it loads, it is short, and it passes the schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from rlalign.config import dump, load_run, load_settings, parse_run, schema
+from rlalign.pretrain import Pretrain
+
+FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+RUNS = [path for path in FILES if not path.name.startswith("pretrain_")]
+
+
+def test_there_are_some():
+    assert {"quickstart", "tiny_compressibility", "pretrain_tiny"} <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_it_is_sparse_and_says_how_to_start_it(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 30
+    command = "pretrain" if path.name.startswith("pretrain_") else "train"
+    assert f"# rlalign {command} configs/{path.name}" in lines
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_a_run_file_loads_and_is_named_after_itself(path):
+    run = load_run(path)
+    assert run.name == path.stem
+    assert parse_run(yaml.safe_load(dump(run))) == run
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_a_run_file_passes_the_schema(path):
+    validator = jsonschema.Draft202012Validator(schema())
+    validator.validate(yaml.safe_load(path.read_text()))
+    validator.validate(yaml.safe_load(dump(load_run(path))))
+
+
+@pytest.mark.parametrize("path", sorted(set(FILES) - set(RUNS)), ids=lambda p: p.stem)
+def test_a_pretraining_file_loads(path):
+    assert load_settings(Pretrain, path).images > 0
+
+
+def test_quickstart_is_the_contracts_example():
+    run = load_run(RUNS[0].parent / "quickstart.yaml")
+    assert (run.policy.name, run.prompts.name, run.algorithm.name) == ("tiny", "shapes", "ddpo")
+    assert "shapes" in [reward.title for reward in run.rewards]
+
+
+def test_the_compressibility_run_holds_the_captions_out():
+    run = load_run(RUNS[0].parent / "tiny_compressibility.yaml")
+    assert [reward.title for reward in run.rewards] == ["jpeg"]
+    assert [reward.title for reward in run.evaluate.rewards] == ["shapes"]
