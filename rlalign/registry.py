@@ -132,7 +132,9 @@ def explain(error: ValidationError, cls: type[BaseModel], path: str) -> str:
         # of a setting that takes words or a number, pydantic adds to the place which of the two it tried
         loc = loc[:-1]
         others = [e for e in found[1:] if e["loc"][:-1] == loc]
-        choice = " or ".join([first["msg"].removeprefix("Input should be "), *(_KINDS.get(e["type"], "") for e in others)])
+        choice = " or ".join(
+            [first["msg"].removeprefix("Input should be "), *(_KINDS.get(e["type"], "") for e in others)]
+        )
         return f"{_place(path, loc)} must be {choice.removesuffix(' or ')}, got {_shown(first['input'])}"
     place = _place(path, loc)
     if first["type"] == "extra_forbidden":
@@ -210,9 +212,7 @@ def _describe(name: str, file: Path, base: str) -> Description:
     chosen = chosen or next((c for c in classes if any(isinstance(n, ast.FunctionDef) for n in c.body)), classes[0])
     doc = ast.get_docstring(chosen) or ast.get_docstring(tree) or ""
     source = next((line.split("Source:", 1)[1].strip() for line in doc.splitlines() if "Source:" in line), "")
-    return Description(
-        name=name, summary=doc.splitlines()[0] if doc else "", source=source, settings=_settings(chosen)
-    )
+    return Description(name=name, summary=doc.splitlines()[0] if doc else "", source=source, settings=_settings(chosen))
 
 
 def shared_settings(shelf: str) -> dict[str, str]:

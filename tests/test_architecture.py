@@ -28,7 +28,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("collect",),
     ("loop",),
     ("runtime",),
-    ("cli", "__main__", "__init__"),
+    ("cli",),
+    ("__main__", "__init__"),
 )
 ROW = {room: index for index, rooms in enumerate(ROWS) for room in rooms}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +14,15 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from tests.runs import CONFIGS, SMALL, final_tensors
 
 import rlalign
 from rlalign.cli import main
 from rlalign.config import load_run
 from rlalign.registry import SHELVES, names
+from tests.runs import CONFIGS, SMALL, final_tensors
 
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
+TINY = Path(rlalign.__file__).parent / "assets" / "tiny"
 ONE_REWARD = ["rewards=[{name: shapes}]", "evaluate.rewards=[]"]
 TWO_ROUNDS = [*SMALL, *ONE_REWARD, "rounds=2", "evaluate.every=0", "checkpoint.every=1"]
 
@@ -123,7 +125,9 @@ def test_check_finds_what_a_run_would_meet(refused, tmp_path):
     assert refused("check", QUICKSTART, "plan.rule=flow_sde") == (
         "plan.rule 'flow_sde' needs a flow model, and 'tiny' is not one; use ddim or ddpm"
     )
-    assert "cannot import 'no_such_lab'" in refused("check", QUICKSTART, "rewards.0={name: function, call: 'no_such_lab:f'}")
+    assert "cannot import 'no_such_lab'" in refused(
+        "check", QUICKSTART, "rewards.0={name: function, call: 'no_such_lab:f'}"
+    )
     assert "model_index.json" in refused("check", QUICKSTART, f"policy.path={tmp_path}")
     assert "prompts.path" in refused("check", QUICKSTART, f"prompts={{name: file, path: {tmp_path}/none.txt}}")
 
@@ -157,12 +161,14 @@ def test_a_mistake_is_one_message(refused, arguments, expected):
 def test_a_process_ends_with_code_2_and_no_traceback():
     done = subprocess.run([sys.executable, "-m", "rlalign", "list", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: there is no shelf 'nothing'; known: algorithms, policies, prompts, rewards, samplers\n"
+    assert (
+        done.stderr == "error: there is no shelf 'nothing'; known: algorithms, policies, prompts, rewards, samplers\n"
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_is_no_fault_of_ours(capfd, monkeypatch):
-    full = open("/dev/full", "w")  # noqa: SIM115 - closing it fails again
+    full = Path("/dev/full").open("w")  # noqa: SIM115 - closing it fails again
     monkeypatch.setattr(sys, "stdout", full)
     assert main(["schema"]) == 2
     assert "No space left on device" in capfd.readouterr().err
@@ -211,11 +217,25 @@ def test_resume_extends_and_changes_nothing_else(run_folder, call, refused):
 def test_a_fault_in_a_rewards_code_keeps_its_traceback(tmp_path, monkeypatch):
     (tmp_path / "cli_faulty.py").write_text("def score(media, prompts):\n    raise KeyError('lexicon')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    reward = "rewards.0={name: function, call: 'cli_faulty:score'}"
     with pytest.raises(KeyError, match="lexicon"):
-        main(
-            ["train", QUICKSTART, *TWO_ROUNDS, "rewards.0={name: function, call: 'cli_faulty:score'}", "--local", "--out"]
-            + [str(tmp_path / "run")]
-        )
+        main(["train", QUICKSTART, *TWO_ROUNDS, reward, "--local", "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_that_gives_up_on_ray_says_why_without_a_traceback(tmp_path):
+    (tmp_path / "cli_deadly.py").write_text("import os\n\ndef score(media, prompts):\n    os._exit(7)\n")
+    reward = "rewards=[{name: function, call: 'cli_deadly:score'}]"
+    command = [sys.executable, "-m", "rlalign", "train", QUICKSTART, *TWO_ROUNDS, reward, "runtime.max_attempts=2"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert done.returncode == 1
+    # whichever unit meets its second death first
+    assert re.search(r"^error: reward function of unit evaluate/0/\d+ failed on 2 attempts", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("where", [["--local"], pytest.param([], marks=pytest.mark.ray, id="ray")])
@@ -223,7 +243,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, where):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "rlalign", "train", QUICKSTART, *SMALL, "rounds=500", "--out", str(folder), *where]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline, lines = time.monotonic() + 120, folder / "metrics.jsonl"
+    deadline, lines = time.monotonic() + 200, folder / "metrics.jsonl"
     while time.monotonic() < deadline and not (lines.exists() and lines.read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -281,6 +301,30 @@ def test_export_writes_what_diffusers_loads(run_folder, call, refused, tmp_path)
     tensors = final_tensors(folder)
     assert all(torch.equal(p, tensors[f"policy/{n}"]) for n, p in pipeline.unet.named_parameters())
     assert refused("export", folder, tmp_path / "policy").endswith("is not empty; name another folder")
+
+
+def test_export_of_a_lora_is_its_file_or_with_merged_a_whole_pipeline(call, tmp_path):
+    import torch
+    from diffusers import DiffusionPipeline
+
+    folder = tmp_path / "run"
+    settings = [*TWO_ROUNDS, "rounds=1", "policy.lora_rank=2"]
+    assert call("train", QUICKSTART, *settings, "--local", "--out", folder)[0] == 0
+    code, printed, _ = call("export", folder, tmp_path / "lora")
+    assert code == 0
+    assert "pipeline.load_lora_weights" in printed
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    code, printed, _ = call("export", folder, tmp_path / "whole", "--merged")
+    assert code == 0
+    assert "DiffusionPipeline.from_pretrained" in printed
+    merged, base = (
+        DiffusionPipeline.from_pretrained(f, local_files_only=True).unet.state_dict()
+        for f in (tmp_path / "whole", TINY)
+    )
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert changed
+    assert all(re.search(r"\.to_(q|k|v|out\.0)\.weight$", name) for name in changed)
 
 
 def test_pretrain_writes_a_pipeline_that_evaluate_reads(call, tmp_path):

@@ -101,11 +101,15 @@ def test_a_run_is_frozen():
 
 
 def test_overrides_are_yaml_by_dotted_path(file):
-    run = load_run(file(yaml.safe_dump(LEAST)), ["rounds=5", "rewards.0.weight=2", "learner.lr=3e-4", "plan={steps: 4}"])
+    run = load_run(
+        file(yaml.safe_dump(LEAST)), ["rounds=5", "rewards.0.weight=2", "learner.lr=3e-4", "plan={steps: 4}"]
+    )
     assert (run.rounds, run.rewards[0].weight, run.learner.lr, run.plan.steps) == (5, 2.0, 3e-4, 4)
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1.5E3", 1500.0), ("-2e2", -200.0), ("1e", "1e"), ("e5", "e5")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("1.5E3", 1500.0), ("-2e2", -200.0), ("1e", "1e"), ("e5", "e5")]
+)
 def test_exponents_are_numbers(text, value):
     assert parse_yaml(text, "here") == value
 
@@ -125,6 +129,11 @@ def test_exponents_are_numbers(text, value):
 )
 def test_a_wrong_override(one, expected):
     assert refused(one) == expected
+
+
+def test_an_override_inside_an_empty_list():
+    message = refused("rewards=[]", "rewards.0.name=jpeg")
+    assert message == "override 'rewards.0.name=jpeg': the list is empty and has no '0'; give the whole list"
 
 
 # mistakes: place, rule, value, way out
@@ -204,6 +213,8 @@ def test_a_long_value_is_cut():
         ("{[1]: 2}", "line 1: not YAML: found unhashable key"),
         ("a: &a {b: *a}", "not YAML: "),
         ("day: 2026-99-99", "not YAML: "),
+        ("day: !!timestamp z", "not YAML: a value does not fit its !! tag"),
+        ("flag: !!bool z", "not YAML: a value does not fit its !! tag"),
         ("---\na: 1\n---\nb: 2\n", "line 3: not YAML: but found another document"),
         (b"name: \x00", "not YAML: "),
         (b"name: \xff\xfe", "must be UTF-8 text; byte 6 is not"),
@@ -234,15 +245,29 @@ def test_other_settings_load_the_same_way(file):
 
 # whatever is in the file
 
-words = st.sampled_from(["name", "weight", "steps", "shapes", "jpeg", "tiny", "ddpo", "list", "prompts", "", "on_error", "x"])
+words = st.sampled_from(
+    ["name", "weight", "steps", "shapes", "jpeg", "tiny", "ddpo", "list", "prompts", "", "on_error", "x"]
+)
 scalars = st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | words | st.text(max_size=4) | st.dates()
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words | st.integers(0, 2), inner, max_size=3), max_leaves=6
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words | st.integers(0, 2), inner, max_size=3),
+    max_leaves=6,
 )
 paths = st.sampled_from(
-    [f for f in Run.model_fields]
-    + ["rewards.0", "rewards.0.name", "rewards.0.on_error", "policy.name", "prompts.per_unit", "algorithm.form"]
-    + ["plan.rule", "plan.steps", "evaluate.rewards", "learner.betas", "runtime.device", "nonsense", "plan.nonsense"]
+    [
+        *Run.model_fields,
+        *("rewards.0", "rewards.0.name", "rewards.0.on_error", "policy.name", "prompts.per_unit", "algorithm.form"),
+        *(
+            "plan.rule",
+            "plan.steps",
+            "evaluate.rewards",
+            "learner.betas",
+            "runtime.device",
+            "nonsense",
+            "plan.nonsense",
+        ),
+    ]
 )
 
 
@@ -260,10 +285,11 @@ def test_any_value_anywhere_is_a_run_or_one_message(changes):
             place[int(last) if isinstance(place, list) else last] = value
         run = parse_run(data)
     except UserError as error:
-        assert str(error)
-        assert len(str(error)) < 600
+        message = str(error)
     else:
+        message = "a run"
         assert parse_run(yaml.safe_load(dump(run))) == run
+    assert 0 < len(message) < 600
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -38,6 +38,11 @@ class Algorithm(Recipe):
         """Largest |ratio - 1| before the first update that a run accepts; None when no ratio is used."""
         return None
 
+    @property
+    def strictly_on_policy(self) -> bool:
+        """Whether the loss is right for the first update after a rollout only."""
+        return False
+
     def make_batch(self, scored: Sequence[Scored], statistics: PromptStatistics) -> Batch:
         """The batch of one round. ``statistics`` is the run's memory; it may be changed."""
         raise NotImplementedError

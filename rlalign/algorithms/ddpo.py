@@ -51,6 +51,10 @@ class DDPO(Algorithm):
     def ratio_limit(self) -> float | None:
         return self.clip_range / 10 if self.form == "importance_sampling" else None
 
+    @property
+    def strictly_on_policy(self) -> bool:
+        return self.form == "score_function"
+
     def make_batch(self, scored: Sequence[Scored], statistics: PromptStatistics) -> StepBatch:
         reward_B, prompt_B = rewards_of(scored)
         if self.advantage == "prompt":

@@ -50,7 +50,9 @@ app.command()(look.schema)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code. A fault of ours propagates as the exception that it is."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries that load weights, one line per change in a log
+        os.environ.setdefault(
+            "TQDM_DISABLE", "1"
+        )  # bars of the libraries that load weights, one line per change in a log
     try:
         code = app(arguments, prog_name="rlalign", standalone_mode=False)
         sys.stdout.flush()  # a full disk or a closed pipe shows here, not at the interpreter's end

@@ -67,7 +67,8 @@ def check(
 ) -> None:
     """Validate a run file; start nothing.
 
-    Prints what follows from it. Loads the policy, the rewards and the prompts once, so that what they lack shows here and not in the run.
+    Prints what follows from it. Loads the policy, the rewards and the prompts once, so that what they lack shows here and
+    not in the run.
     """
     from rlalign.config import derived, load_run
     from rlalign.loop import check_plan

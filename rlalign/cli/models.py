@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
@@ -80,19 +80,23 @@ def evaluate(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Compare with this one; a run's base model when left out.", show_default=False),
+        typer.Option(
+            metavar="MODEL", help="Compare with this one; a run's base model when left out.", show_default=False
+        ),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
             metavar="CONFIG",
-            help="The run file whose prompts, plan and rewards are used; the run folder's own, or the shapes task, when left out.",
+            help="Whose prompts, plan and rewards are used; the run folder's own, or the shapes task, when left out.",
             show_default=False,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where to write; runs/evaluation, or -2 and so on, when left out.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Where to write; runs/evaluation, or -2 and so on, when left out.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Measure a model on fixed prompts and noise.
@@ -196,19 +200,37 @@ def _free(folder: Path) -> Path:
     return found
 
 
+@runtime_checkable
+class _Mergeable(Protocol):
+    """A policy that can merge its adapters into plain weights."""
+
+    def merged(self) -> Policy:
+        """The policy without adapters: what saves as a whole pipeline."""
+        ...
+
+
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help=MODEL_HELP, show_default=False)],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)],
+    merged: Annotated[bool, typer.Option("--merged", help="Merge a LoRA and write the whole pipeline.")] = False,
 ) -> None:
     """Write a folder that plain diffusers loads.
 
-    A pipeline folder where all weights were trained, else the file of a LoRA.
+    A pipeline folder where all weights were trained, else the file of a LoRA (with --merged the pipeline too).
     """
     from rlalign.checkpoint import disk_errors
 
     refuse_what_is_there(folder, "name another folder")
     policy = find_model(run).load("cpu")
+    if merged:
+        if not isinstance(policy, _Mergeable):
+            raise UserError(
+                f"--merged needs a policy that can merge its LoRA, and that of {run!r} cannot; leave it out"
+            )
+        policy = policy.merged()
     with disk_errors(folder):
         policy.save(folder)
     whole = (folder / "model_index.json").is_file()
-    print(f"{folder}: {'DiffusionPipeline.from_pretrained' if whole else 'pipeline.load_lora_weights'}({str(folder)!r}) loads it")
+    print(
+        f"{folder}: {'DiffusionPipeline.from_pretrained' if whole else 'pipeline.load_lora_weights'}({str(folder)!r}) loads it"
+    )

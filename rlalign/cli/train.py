@@ -16,7 +16,7 @@ from rlalign.registry import UserError
 if TYPE_CHECKING:
     from rlalign.config import Run
 
-STOPPED = 130
+FAILED, STOPPED = 1, 130
 
 
 def train(
@@ -58,6 +58,12 @@ def train(
         final = _final(folder, run.rounds)
     except (KeyboardInterrupt, SystemExit):  # Ray Train turns Ctrl-C into the second, or just ends
         final = None
+    except RuntimeError as error:
+        if local or not _is_run_failure(error):
+            raise
+        console.end()
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from error
     finally:
         console.end()  # gives the terminal back, also before an error is shown
     if final is None:
@@ -67,6 +73,13 @@ def train(
     print(f"policy: {folder / 'policy'}\nreport: {folder / 'report.html'}")
 
 
+def _is_run_failure(error: RuntimeError) -> bool:
+    """Whether a run on Ray gave up: its message says which worker and why, and where we were when it did says nothing."""
+    from rlalign.runtime.collect import RunFailed  # imports Ray, which must not happen before its environment is set
+
+    return isinstance(error, RunFailed)
+
+
 def _new(arguments: list[str], out: Path | None) -> tuple[Run, Path]:
     from rlalign.config import load_run
 
@@ -74,9 +87,7 @@ def _new(arguments: list[str], out: Path | None) -> tuple[Run, Path]:
         raise UserError("train needs a run file, as in: rlalign train configs/quickstart.yaml; or --resume RUN")
     run = load_run(arguments[0], arguments[1:])
     folder = out or Path("runs") / run.name
-    refuse_what_is_there(
-        folder, f"go on with: rlalign train --resume {folder}, or start anew elsewhere with --out DIR"
-    )
+    refuse_what_is_there(folder, f"go on with: rlalign train --resume {folder}, or start anew elsewhere with --out DIR")
     return run, folder
 
 

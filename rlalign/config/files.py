@@ -67,6 +67,8 @@ def parse_yaml(text: str, place: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{place}:{line} not YAML: {error.problem}") from error
+    except (KeyError, AttributeError) as error:  # what PyYAML itself falls over: `!!bool z`, `!!timestamp z`
+        raise UserError(f"{place}: not YAML: a value does not fit its !! tag") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2026-99-99
         raise UserError(f"{place}: not YAML: {str(error).splitlines()[0]}") from error
 
@@ -100,6 +102,8 @@ def override(data: dict[str, Any], assignment: str) -> None:
 def _index(place: Any, part: str, assignment: str) -> int:
     if not isinstance(place, list):
         raise UserError(f"override {assignment!r}: there is no {part!r} inside {place!r}")
+    if not place:
+        raise UserError(f"override {assignment!r}: the list is empty and has no {part!r}; give the whole list")
     if not (part.isascii() and part.isdigit() and int(part) < len(place)):
         raise UserError(f"override {assignment!r}: {part!r} must be an index from 0 to {len(place) - 1} here")
     return int(part)

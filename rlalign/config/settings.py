@@ -94,13 +94,13 @@ class Run(BaseModel):
             raise UserError(
                 f"learner.shards must be a multiple of runtime.learner_workers ({runtime.learner_workers}), got {learner.shards}"
             )
-        form = getattr(self.algorithm, "form", "")
-        if form == "score_function" and learner.updates_per_round * learner.epochs != 1:
+        strict = self.algorithm.strictly_on_policy
+        if strict and learner.updates_per_round * learner.epochs != 1:
             raise UserError(
                 "algorithm.form score_function is strictly on-policy: learner.updates_per_round and learner.epochs must be 1, "
                 f"got {learner.updates_per_round} and {learner.epochs}; or use importance_sampling"
             )
-        if form == "score_function" and runtime.max_staleness:
+        if strict and runtime.max_staleness:
             raise UserError(
                 "algorithm.form score_function is strictly on-policy: runtime.max_staleness must be 0, "
                 f"got {runtime.max_staleness}; or use importance_sampling"
