@@ -40,7 +40,12 @@ class StableDiffusion(PolicyRecipe):
 def load_pipeline(path: str) -> Any:
     """diffusers' StableDiffusionPipeline in float32, or a UserError that names the file and the way out."""
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
     from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()  # a bar per loaded part would tear the run's own
+    transformers_logging.disable_progress_bar()
 
     folder = Path(path)
     if (folder.is_absolute() or path.startswith(".")) and not (folder / "model_index.json").is_file():

@@ -106,7 +106,9 @@ def refuse_what_does_not_answer(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5.0).close()
     except OSError as error:
-        raise UserError(f"--address {address}: no Ray cluster answers there ({error.strerror or error}); is it started?") from error
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({error.strerror or error}); is it started?"
+        ) from error
 
 
 def refuse_what_cannot_fit(run: Run, address: str) -> None:

@@ -285,7 +285,7 @@ def test_how_units_split_a_round_changes_no_advantage() -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(UserError, match=r"algorithm: min_count must be <= buffer_size \(8\), got 9"):
+    with pytest.raises(UserError, match=r"algorithm\.min_count must be <= buffer_size \(8\), got 9"):
         build("algorithms", {"name": "ddpo", "buffer_size": 8, "min_count": 9}, "algorithm")
     with pytest.raises(UserError, match=r"algorithm\.clip_range must be > 0"):
         build("algorithms", {"name": "ddpo", "clip_range": 0.0}, "algorithm")

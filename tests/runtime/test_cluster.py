@@ -24,7 +24,9 @@ def test_needed_resources_are_counted() -> None:
 
 @pytest.mark.ray
 def test_a_run_that_is_larger_than_the_cluster_is_refused(ray_cluster: None) -> None:
-    with pytest.raises(UserError, match=r"reserves 21\.25 CPUs and the cluster at here has 8; lower runtime\.rollout_workers"):
+    with pytest.raises(
+        UserError, match=r"reserves 21\.25 CPUs and the cluster at here has 8; lower runtime\.rollout_workers"
+    ):
         cluster.refuse_what_cannot_fit(small_run("runtime.rollout_workers=20"), "here")
     with pytest.raises(UserError, match="reserves 2 GPUs and the cluster at here has 0"):
         cluster.refuse_what_cannot_fit(small_run("runtime.rollout_gpus=1"), "here")
