@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.runs import assert_same_run, final_tensors, metrics, small_run
 
 from rlalign import checkpoint
 from rlalign.config import dump
 from rlalign.loop import train_local
 from rlalign.registry import UserError
+from tests.runs import assert_same_run, final_tensors, metrics, small_run
 
 
 def quiet(_: object) -> None:

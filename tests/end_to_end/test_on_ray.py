@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runs import assert_same_run, metrics, small_run
 
 from rlalign import checkpoint
 from rlalign.config import dump
 from rlalign.registry import UserError
 from rlalign.runtime import train_on_ray
 from rlalign.runtime.collect import RunFailed
+from tests.runs import assert_same_run, metrics, small_run
 
 pytestmark = pytest.mark.ray
 
