@@ -90,7 +90,8 @@ def create_actors(run: Run) -> tuple[Any, list[Any]]:
         ]
         for reward in run.rewards_for("evaluate")
     }
-    coordinator_class: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Coordinator)
+    alone: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
+    coordinator_class: Any = ray.remote(**alone)(Coordinator)
     coordinator: Any = coordinator_class.options(name=named("coordinator", 0)).remote(run, rollouts, rewards)
     return coordinator, [*rollouts, *(a for group in rewards.values() for a in group)]
 
