@@ -201,7 +201,7 @@ class Coordinator:
                 answer = await call(actor)
             except ray.exceptions.RayActorError as error:
                 pool.lost(actor_id, error)
-                last = str(error)
+                last = f"its process died at work: {error}"
             except (
                 ray.exceptions.RayTaskError
             ) as error:  # before TimeoutError: a task's error is also of its cause's class

@@ -291,3 +291,13 @@ def test_settings_that_cannot_work_are_refused() -> None:
         build("algorithms", {"name": "ddpo", "clip_range": 0.0}, "algorithm")
     assert SCORE_FUNCTION.ratio_limit is None
     assert DDPO().ratio_limit == pytest.approx(1e-5)
+
+
+def test_skipped_last_steps_are_outside_the_loss() -> None:
+    policy = ToyPolicy()
+    scored = collect(policy, make_units(2), reward=first_number)
+    whole = DDPO(advantage="global").make_batch(scored, PromptStatistics())
+    short = DDPO(advantage="global", skip_last=2).make_batch(scored, PromptStatistics())
+    steps = {k for one in whole.passes(1) for k in one.steps}
+    assert {k for one in short.passes(1) for k in one.steps} == set(sorted(steps)[:-2])
+    assert sum(one.weight for one in short.passes(1)) == pytest.approx(1.0, abs=1e-12)

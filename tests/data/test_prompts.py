@@ -117,7 +117,7 @@ def test_the_noise_keys_do_not_depend_on_the_units_size():
 
 
 def test_per_unit_must_divide_per_round():
-    with pytest.raises(UserError, match=r"^prompts: per_unit must divide per_round \(16\), got 5$"):
+    with pytest.raises(UserError, match=r"^prompts\.per_unit must divide per_round \(16\), got 5$"):
         listed(per_unit=5)
 
 
@@ -159,7 +159,7 @@ def test_a_list_is_its_own_pool():
 
 
 def test_an_empty_list_is_refused():
-    with pytest.raises(UserError, match=r"^prompts\.prompts: .*at least 1"):
+    with pytest.raises(UserError, match=r"^prompts\.prompts must hold at least 1, got \[\]"):
         listed([])
 
 

@@ -15,17 +15,17 @@ def test_needed_resources_are_counted() -> None:
         "runtime.reward_workers=2",
         "runtime.learner_workers=2",
         "runtime.reward_gpus=0.25",
-        "evaluate.rewards=[{name: jpeg}]",
+        "evaluate.rewards=[{name: jpeg, label: size}]",
     )
-    # 3 rollouts of 1, 2 workers for each of 2 rewards of 0.25, 2 learners of 1
-    assert cluster.needed_cpus(run) == pytest.approx(3 + 4 * 0.25 + 2)
-    assert cluster.needed_gpus(run) == pytest.approx(4 * 0.25)
+    # 3 rollouts of 1, 2 workers for each of 3 rewards of 0.25, 2 learners of 1
+    assert cluster.needed_cpus(run) == pytest.approx(3 + 6 * 0.25 + 2)
+    assert cluster.needed_gpus(run) == pytest.approx(6 * 0.25)
 
 
 @pytest.mark.ray
 def test_a_run_that_is_larger_than_the_cluster_is_refused(ray_cluster: None) -> None:
     with pytest.raises(
-        UserError, match=r"reserves 21\.25 CPUs and the cluster at here has 8; lower runtime\.rollout_workers"
+        UserError, match=r"reserves 21\.5 CPUs and the cluster at here has 8; lower runtime\.rollout_workers"
     ):
         cluster.refuse_what_cannot_fit(small_run("runtime.rollout_workers=20"), "here")
     with pytest.raises(UserError, match="reserves 2 GPUs and the cluster at here has 0"):
