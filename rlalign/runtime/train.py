@@ -30,7 +30,7 @@ def train(run: Run, folder: Path, *, resume: bool, on_record: OnRecord, address:
 
     try:
         if dashboard:
-            on_record({"note": f"Ray dashboard: {dashboard}"})
+            on_record({"note": f"Ray dashboard: {dashboard} (if it asks for a token: ray get-auth-token)"})
         _supervise(run, folder.resolve(), on_record)
     finally:
         ray.shutdown()
