@@ -2,8 +2,9 @@
 
     python benchmarks/runtime.py [rounds]
 
-Overhead: the same run locally with one lane and on Ray with one rollout worker; medians of the rounds' seconds (the first
-round, which warms caches, is left out). Scaling: seconds of rollout and reward with one and with two one-thread workers.
+Overhead: the same run locally and on Ray, once with one core's work (one rollout worker, one shard) and once with two; Ray's
+own processes need a core's share too, which a run that fills every core feels. Medians of the rounds' seconds; the first
+round, which warms caches, is left out. Scaling: seconds of rollout and reward with one and with two one-thread workers.
 """
 
 from __future__ import annotations
@@ -31,34 +32,41 @@ def measured(folder: Path) -> dict[str, float]:
     return {key: statistics.median(line[key] for line in lines) for key in keys}
 
 
+RUNS = (
+    # name, rollout workers, learner shards, where
+    ("plain loop, one core", 1, 1, train_local),
+    ("Ray, one core", 1, 1, train_on_ray),
+    ("plain loop, both cores", 2, 2, train_local),
+    ("Ray, both cores", 2, 2, train_on_ray),
+)
+
+
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 6
     base = [f"rounds={rounds}", "evaluate.every=0", "checkpoint.every=1000", "evaluate.prompts=16", "evaluate.grid=4"]
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, workers, train in (
-            ("plain loop, 1 lane", 1, train_local),
-            ("Ray, 1 rollout worker", 1, train_on_ray),
-            ("Ray, 2 rollout workers", 2, train_on_ray),
-            ("plain loop, 2 lanes", 2, train_local),
-        ):
-            folder = Path(scratch) / name.replace(" ", "_").replace(",", "")
-            run = load_run(CONFIG, [*base, f"runtime.rollout_workers={workers}"])
-            train(run, folder, resume=False, on_record=lambda _: None)
+        for number, (name, workers, shards, train) in enumerate(RUNS):
+            settings = [f"runtime.rollout_workers={workers}", f"learner.shards={shards}"]
+            folder = Path(scratch) / str(number)
+            train(load_run(CONFIG, [*base, *settings]), folder, resume=False, on_record=lambda _: None)
             results[name] = measured(folder)
     table = Table("run", "round s", "rollout + reward s", "update s", "sync s", "driver bytes / sample")
     for name, m in results.items():
-        produced = m["seconds/rollout"] + m["seconds/reward"]
-        row = (m["seconds/round"], produced, m["seconds/update"], m["seconds/sync"])
+        row = (m["seconds/round"], produced(m), m["seconds/update"], m["seconds/sync"])
         table.add_row(name, *(f"{v:.3f}" for v in row), f"{m['driver_bytes_per_sample']:.0f}")
     console = Console(width=120)
     console.print(table)
-    local, one, two = (results[n] for n in ("plain loop, 1 lane", "Ray, 1 rollout worker", "Ray, 2 rollout workers"))
-    console.print(
-        f"overhead of Ray over the plain loop: {100 * (one['seconds/round'] / local['seconds/round'] - 1):+.1f} % of a round"
-    )
-    produced = [m["seconds/rollout"] + m["seconds/reward"] for m in (one, two)]
-    console.print(f"two rollout workers against one: {produced[0] / produced[1]:.2f}x")
+    for cores in ("one core", "both cores"):
+        share = results[f"Ray, {cores}"]["seconds/round"] / results[f"plain loop, {cores}"]["seconds/round"] - 1
+        console.print(f"Ray over the plain loop, {cores}: {100 * share:+.1f} % of a round")
+    ratio = produced(results["Ray, one core"]) / produced(results["Ray, both cores"])
+    console.print(f"two rollout workers against one: {ratio:.2f}x")
+
+
+def produced(m: dict[str, float]) -> float:
+    """Seconds in which samples are made and scored."""
+    return m["seconds/rollout"] + m["seconds/reward"]
 
 
 if __name__ == "__main__":

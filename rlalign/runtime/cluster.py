@@ -18,7 +18,8 @@ def prepare_environment(address: str | None) -> None:
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # would ship the working directory
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a dead learner is noticed
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # how soon a dead learner is noticed; polling takes its time
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a lost node is noticed by its actors
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # today's default of the next release; silences a warning
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a run file keep their meaning
     }

@@ -66,7 +66,7 @@ class Coordinator:
     def __init__(self, run: Run, rollouts: Sequence[ActorHandle], rewards: Mapping[str, Sequence[ActorHandle]]) -> None:
         self._run = run
         patience = run.runtime.recovery_seconds
-        self._rollouts = Pool("rollout", rollouts, patience_seconds=patience)
+        self._rollouts = Pool("rollout", rollouts, patience_seconds=patience, in_flight=2)
         self._rewards = {t: Pool(f"reward {t}", a, patience_seconds=patience) for t, a in rewards.items()}
         self._titles = {s: [r.title for r in run.rewards_for(s)] for s in ("train", "evaluate")}
         self._ledger = _Ledger(name="")

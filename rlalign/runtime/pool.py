@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,12 +27,16 @@ class PoolLost(RuntimeError):
 class Pool:
     """Actors of one role. ``acquire`` hands out an idle one; every one that is acquired is released or reported lost."""
 
-    def __init__(self, role: str, actors: Sequence[ActorHandle], *, patience_seconds: float) -> None:
+    def __init__(
+        self, role: str, actors: Sequence[ActorHandle], *, patience_seconds: float, in_flight: int = 1
+    ) -> None:
+        """``in_flight`` 2 keeps the next call waiting at the actor, so that it need not wait for the way back."""
         self.role, self._patience = role, patience_seconds
         self._manager = FaultTolerantActorManager(list(actors))
         self._idle: asyncio.Queue[int] = asyncio.Queue()
-        for actor_id in self._manager.actor_ids():
+        for actor_id in in_flight * self._manager.actor_ids():  # one after the other: the first calls go to all
             self._idle.put_nowait(actor_id)
+        self._held_back: Counter[int] = Counter()
         self._recoveries: dict[int, asyncio.Task[None]] = {}
         self._gone: dict[int, BaseException] = {}
         self.restarts = 0
@@ -48,16 +53,21 @@ class Pool:
                 actor_id = await asyncio.wait_for(self._idle.get(), timeout=1.0)
             except TimeoutError:
                 continue
-            if actor_id in self._manager.actors() and self._manager.is_actor_healthy(actor_id):
+            if self._manager.is_actor_healthy(actor_id):
                 return actor_id, self._manager.actors()[actor_id]
+            self._held_back[actor_id] += 1
 
     def release(self, actor_id: int) -> None:
         """The actor is idle again."""
-        self._idle.put_nowait(actor_id)
+        if self._manager.is_actor_healthy(actor_id):
+            self._idle.put_nowait(actor_id)
+        else:
+            self._held_back[actor_id] += 1
 
     def lost(self, actor_id: int, error: BaseException) -> None:
         """The actor died under a call: waits in the background until it answers again."""
-        if actor_id not in self._recoveries:
+        self._held_back[actor_id] += 1
+        if actor_id not in self._recoveries and actor_id not in self._gone:
             self._manager.set_actor_state(actor_id, healthy=False)
             self._recoveries[actor_id] = asyncio.ensure_future(self._recover(actor_id, error))
 
@@ -69,7 +79,8 @@ class Pool:
                 self.restarts += 1
                 self._manager.set_actor_state(actor_id, healthy=True)
                 del self._recoveries[actor_id]
-                self._idle.put_nowait(actor_id)
+                for _ in range(self._held_back.pop(actor_id, 0)):
+                    self._idle.put_nowait(actor_id)
                 return
             if isinstance(found, ray.exceptions.ActorDiedError):  # its constructor failed: Ray will not try again
                 error = found
