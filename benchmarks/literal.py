@@ -18,9 +18,10 @@ from literal_ddpo import LiteralDDPO
 from rich.console import Console
 from rich.table import Table
 
-from rlalign.advantages import PromptStatistics
+from rlalign.assemble import build_learner
+from rlalign.collect import LocalCollect
 from rlalign.config import Run, load_run
-from rlalign.loop import LocalCollect, build_learner
+from rlalign.memory import Memory
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 OVERRIDES = [
@@ -35,13 +36,13 @@ class PlainLoop:
 
     def __init__(self, run: Run) -> None:
         self.run, self.collect, self.learner = run, LocalCollect(run), build_learner(run)
-        self.statistics = PromptStatistics()
+        self.memory = Memory()
 
     def round(self, number: int) -> torch.Tensor:
         run = self.run
         ticket = self.collect.order(run.prompts.units(run.seed, number, run.plan), self.learner.weights())
         scored = self.collect.gather(ticket)
-        self.learner.update(run.algorithm.make_batch(scored, self.statistics), round=number)
+        self.learner.update(run.algorithm.make_batch(scored, self.memory), round=number)
         return torch.cat([torch.from_numpy(s.total_B) for s in scored])
 
     def weights(self) -> torch.Tensor:

@@ -15,9 +15,8 @@ import torch
 
 from rlalign.config import Run
 from rlalign.diffusion.rollout import rollout
-from rlalign.learner import Weights
 from rlalign.policies.base import Policy
-from rlalign.records import Scored, Unit
+from rlalign.records import Scored, Unit, Weights
 from rlalign.rewards.base import Scorer, score, total
 
 

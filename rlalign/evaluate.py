@@ -13,7 +13,6 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
 
 from rlalign.diffusion.rollout import replay
-from rlalign.diffusion.steps import Gaussian
 from rlalign.policies.base import Policy
 from rlalign.records import Plan, Scored, Unit, UnitKey
 from rlalign.registry import build
@@ -75,6 +74,28 @@ def summarise(scored: Sequence[Scored], trained: Sequence[str], held_out: Sequen
     return out
 
 
+def round_facts(scored: Sequence[Scored], titles: Sequence[str]) -> dict[str, float]:
+    """A training round's part of the metrics line: rewards, dropped samples, and the entropy of its steps.
+
+    ``entropy/per_step`` is the mean of -log p over samples and stochastic steps, nats per latent element: an estimate of the
+    steps' differential entropy, ln(std) + 1.42 where the plan alone decides the std.
+    """
+    if not scored:
+        return {}
+    line: dict[str, float] = {}
+    for title in ("total", *titles):
+        value_B = joined(scored, title)
+        some = bool(np.isfinite(value_B).any())
+        line[f"reward/{title}/mean"] = float(np.nanmean(value_B)) if some else float("nan")
+        line[f"reward/{title}/std"] = float(np.nanstd(value_B)) if some else float("nan")
+    line["samples_dropped"] = int(sum((~s.kept_B).sum() for s in scored))
+    trajectories = [s.trajectory for s in scored if s.trajectory is not None]
+    taken = [t.log_prob_BK[:, t.stochastic_K] for t in trajectories if t.stochastic_K.any()]
+    if taken:
+        line["entropy/per_step"] = -float(np.concatenate([one.flatten() for one in taken]).astype(np.float64).mean())
+    return line
+
+
 def pixel_diversity(media_NFCHW: np.ndarray) -> float:
     """Root of the mean squared distance over pairs of pictures, each averaged over areas to 8 x 8 RGB in [0, 1].
 
@@ -133,9 +154,9 @@ def kl_to_reference(policy: Policy, scored: Sequence[Scored]) -> float:
         latents = torch.from_numpy(np.array(one.trajectory.latents_BK1, dtype=np.float32)).to(policy.device)
         condition = policy.encode(one.unit.prompts)
         for k in np.flatnonzero(one.trajectory.stochastic_K).tolist():
-            mine: Gaussian = replay(policy, one.unit, latents, [k], condition)
+            mine = replay(policy, one.unit, latents, [k], condition).gaussian
             with policy.as_reference():
-                theirs = replay(policy, one.unit, latents, [k], condition)
+                theirs = replay(policy, one.unit, latents, [k], condition).gaussian
             values.append(mine.kl(theirs))
     return float(torch.cat(values).double().mean()) if values else 0.0
 

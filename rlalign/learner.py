@@ -6,7 +6,7 @@ added in order. Shards may run on threads of one process or on several learner p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from rlalign.batches import Batch, Pass, moved
 from rlalign.diffusion.noise import generator
 from rlalign.policies.base import Policy
-from rlalign.records import StepBatch, StepPass
+from rlalign.records import Weights
 from rlalign.registry import UserError
 
 
@@ -49,40 +50,53 @@ class LearnerSettings(BaseModel):
 class PassLoss(Protocol):
     """What the learner calls: a loss with its metrics for one pass (an Algorithm's ``loss``)."""
 
-    def __call__(self, batch: StepPass, policy: Policy, /) -> Any: ...
+    def __call__(self, batch: Any, policy: Policy, /) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Trainable weights with the number of updates that made them, and which of the kept sets they are."""
+class Beside:
+    """What an algorithm keeps beside the policy that it trains."""
 
-    version: int
-    kind: str
-    """"current", "average" (EMA) or "base" (before any update)."""
-    tensors: Mapping[str, torch.Tensor]
-
-    @property
-    def tag(self) -> tuple[str, int]:
-        """Equal tags mean equal weights within a run."""
-        return (self.kind, self.version)
+    critic: torch.nn.Module | None = None
+    """A value network, which the loss finds as ``policy.critic``."""
+    critic_lr: float = 1e-4
+    behaviour_decay: Callable[[int], float] | None = None
+    """Round -> d of the slow copy d * copy + (1 - d) * weights that rollouts use and the loss finds as "behaviour"."""
+    refresh_reference: int = 0
+    """Rounds after which the reference becomes the current weights; 0 is never."""
 
 
 class Learner:
     """The live learner; the same object with one process and with many."""
 
     def __init__(
-        self, policy: Policy, loss: PassLoss, settings: LearnerSettings, *, seed: int, threads: int = 1
+        self,
+        policy: Policy,
+        loss: PassLoss,
+        settings: LearnerSettings,
+        *,
+        seed: int,
+        threads: int = 1,
+        beside: Beside | None = None,
     ) -> None:
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=policy.device == "cpu")
         self.policy, self.loss, self.settings, self.seed = policy, loss, settings, seed
+        self.beside = beside or Beside()
         self.version = 0
         self._base = policy.weights()
         self._average = policy.weights() if settings.ema_decay else None
-        self._parameters = policy.trainable()
+        policy.critic = self.beside.critic
+        self._snapshots = {"behaviour": policy.weights()} if self.beside.behaviour_decay else {}
+        policy.snapshots = self._snapshots  # the replicas' too
+        self._own = policy.trainable()
+        self._parameters = _all_parameters(policy)
         self.optimiser = torch.optim.AdamW(
-            self._parameters.values(),
+            [
+                {"params": list(self._own.values())},
+                {"params": [p for n, p in self._parameters.items() if n not in self._own], "lr": self.beside.critic_lr},
+            ],
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
@@ -103,26 +117,34 @@ class Learner:
         """Whether this process writes files and publishes weights."""
         return self.accelerator.is_main_process
 
-    def update(self, batch: StepBatch, *, round: int) -> dict[str, float]:
-        """All updates of one round. Returns its metrics: loss, grad_norm, the algorithm's own, and ``ratio/first_update``."""
+    def update(self, batch: Batch, *, round: int) -> dict[str, float]:
+        """All updates of one round. Returns its metrics: loss, grad_norm, the algorithm's own, and ``ratio/first_update``.
+
+        ``update_calls`` is the number of samples that the denoiser was asked about per update.
+        """
         collected: list[dict[str, float]] = []
         for epoch in range(self.settings.epochs):
-            order = generator("shuffle", self.seed, round, epoch).permutation(len(batch.units))
+            order = generator("shuffle", self.seed, round, epoch).permutation(batch.parts)
             for part in np.array_split(order, self.settings.updates_per_round):
-                collected.append(self._optimise(batch.pick(part.tolist())))
+                if len(part):  # a batch may have fewer parts than updates, where samples were dropped
+                    collected.append(self._optimise(batch.pick(part.tolist()), (round, epoch)))
+        self._move_snapshots(round)
+        if not collected:
+            return {"grad_norm": 0.0, "loss": 0.0}
         metrics = {
             name: max(c[name] for c in collected)
             if name in self._maxima
             else float(np.mean([c[name] for c in collected]))
-            for name in collected[0]
+            for name in sorted({n for c in collected for n in c})
+            if all(name in c for c in collected)
         }
         if "ratio/max_deviation" in metrics:
             metrics["ratio/first_update"] = collected[0]["ratio/max_deviation"]
         return metrics
 
-    def _optimise(self, part: StepBatch) -> dict[str, float]:
+    def _optimise(self, part: Batch, draw: tuple[int, int]) -> dict[str, float]:
         """One optimiser update over all passes of ``part``."""
-        passes = list(part.passes(self.settings.steps_per_pass))
+        passes = list(part.passes(self.settings.steps_per_pass, draw))
         jobs = [(s, self._lanes[i % len(self._lanes)]) for i, s in enumerate(self._own_shards)]
         mine = list(self._pool.map(lambda job: self._shard(passes[job[0] :: self.settings.shards], job[1]), jobs))
         gradient = self._sum_of_shards([flat for flat, _, _ in mine])
@@ -131,7 +153,7 @@ class Learner:
                 f"learner: the gradient is not finite after {self.version} updates; lower learner.lr, or look at the rewards"
             )
         self._place(gradient)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._own.values(), self.settings.max_grad_norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.version += 1
@@ -143,15 +165,14 @@ class Learner:
 
     _maxima: frozenset[str] = frozenset()
 
-    def _shard(
-        self, passes: Sequence[StepPass], lane: Policy
-    ) -> tuple[torch.Tensor, dict[str, float], dict[str, float]]:
+    def _shard(self, passes: Sequence[Pass], lane: Policy) -> tuple[torch.Tensor, dict[str, float], dict[str, float]]:
         """The summed gradient of one shard as a flat vector, with its weighted means and its maxima."""
-        parameters = list(lane.trainable().values())
+        parameters = list(_all_parameters(lane).values())
+        calls = lane.calls
         means: dict[str, float] = {}
         maxima: dict[str, float] = {}
         for one in passes:
-            loss = self.loss(_moved(one, lane.device), lane)
+            loss = self.loss(moved(one, lane.device), lane)
             (loss.value * one.weight).backward()
             for name, value in {"loss": loss.value, **loss.means}.items():
                 means[name] = means.get(name, 0.0) + float(value.detach()) * one.weight
@@ -160,6 +181,7 @@ class Learner:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
         for parameter in parameters:
             parameter.grad = None
+        means["update_calls"] = float(lane.calls - calls)
         return flat, means, maxima
 
     def _sum_of_shards(self, own: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -201,17 +223,34 @@ class Learner:
     def _track_average(self) -> None:
         if self._average is None:
             return
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._own.items():
             self._average[name].lerp_(parameter, 1.0 - self.settings.ema_decay)
 
+    @torch.no_grad()
+    def _move_snapshots(self, round: int) -> None:
+        """After a round: the behaviour copy follows the weights, the reference is refreshed where that is due."""
+        snapshots, decay, every = self._snapshots, self.beside.behaviour_decay, self.beside.refresh_reference
+        if decay is not None:
+            for name, parameter in self._own.items():
+                snapshots["behaviour"][name].lerp_(parameter, 1.0 - decay(round))
+        if every and round % every == 0:
+            snapshots["reference"] = self.policy.weights()
+
+    def scale_rate(self, factor: float) -> None:
+        """The policy's learning rate becomes ``factor`` times its setting."""
+        self.optimiser.param_groups[0]["lr"] = self.settings.lr * factor
+
     def weights(self) -> Weights:
-        """The current weights: what rollouts use."""
+        """What rollouts use: the current weights, or the slow copy of them where the algorithm keeps one."""
+        slow = self._snapshots.get("behaviour")
+        if slow is not None:
+            return Weights(version=self.version, kind="behaviour", tensors={n: t.clone() for n, t in slow.items()})
         return Weights(version=self.version, kind="current", tensors=self.policy.weights())
 
     def weights_to_show(self) -> Weights:
         """What is evaluated and exported: the average where there is one, else the current weights."""
         if self._average is None:
-            return self.weights()
+            return Weights(version=self.version, kind="current", tensors=self.policy.weights())
         return Weights(version=self.version, kind="average", tensors={n: t.clone() for n, t in self._average.items()})
 
     def base_weights(self) -> Weights:
@@ -219,18 +258,27 @@ class Learner:
         return Weights(version=0, kind="base", tensors=self._base)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything that an update depends on, as named tensors: weights, both moments, step counts, the average."""
-        tensors = {f"policy/{n}": p.detach() for n, p in self._parameters.items()}
+        """Everything that an update depends on, as named tensors: weights, both moments, step counts, the copies."""
+        tensors = {n if n not in self._own else f"policy/{n}": p.detach() for n, p in self._parameters.items()}
         for name, parameter in self._parameters.items():
             for key, value in self.optimiser.state.get(parameter, {}).items():
                 tensors[f"optimiser/{key}/{name}"] = value
         tensors.update({f"average/{n}": t for n, t in (self._average or {}).items()})
+        for kind, snapshot in self._snapshots.items():
+            tensors.update({f"snapshot/{kind}/{n}": t for n, t in snapshot.items()})
         tensors["version"] = torch.tensor(self.version)
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """The inverse of ``state_dict``; raises KeyError when a tensor is missing."""
-        self.policy.set_weights({n: tensors[f"policy/{n}"] for n in self._parameters})
+        self.policy.set_weights({n: tensors[f"policy/{n}"] for n in self._own})
+        with torch.no_grad():
+            for name in self._parameters.keys() - self._own.keys():
+                self._parameters[name].copy_(tensors[name])
+        for kind in {k.split("/")[1] for k in tensors if k.startswith("snapshot/")}:
+            self._snapshots[kind] = {
+                n: tensors[f"snapshot/{kind}/{n}"].to(p.device, copy=True) for n, p in self._own.items()
+            }
         self.optimiser.state.clear()
         for name, parameter in self._parameters.items():
             keys = {k.split("/")[1] for k in tensors if k.startswith("optimiser/") and k.endswith("/" + name)}
@@ -241,18 +289,11 @@ class Learner:
                     for k in sorted(keys)
                 }
         if self._average is not None:
-            self._average = {n: tensors[f"average/{n}"].to(p.device, copy=True) for n, p in self._parameters.items()}
+            self._average = {n: tensors[f"average/{n}"].to(p.device, copy=True) for n, p in self._own.items()}
         self.version = int(tensors["version"])
 
 
-def _moved(one: StepPass, device: str) -> StepPass:
-    if device == "cpu":
-        return one
-    from dataclasses import replace
-
-    return replace(
-        one,
-        latents_BK1=one.latents_BK1.to(device),
-        log_prob_BS=one.log_prob_BS.to(device),
-        advantage_B=one.advantage_B.to(device),
-    )
+def _all_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:
+    """The policy's trainable weights, then its critic's, in a fixed order."""
+    critic = dict(policy.critic.named_parameters()) if policy.critic is not None else {}
+    return {**policy.trainable(), **{f"critic/{n}": p for n, p in critic.items()}}

@@ -19,17 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rlalign import checkpoint, evaluate
-from rlalign.advantages import PromptStatistics
+from rlalign.assemble import build_learner
+from rlalign.batches import Batch, PromptBatch
 from rlalign.collect import Collect, LocalCollect
 from rlalign.config import Run, dump, identity_of
-from rlalign.learner import Learner, Weights
+from rlalign.guard import Guard
+from rlalign.learner import Learner
+from rlalign.memory import Memory
 from rlalign.metrics import Recorder
-from rlalign.policies.base import Policy
-from rlalign.records import Scored, StepBatch
+from rlalign.records import Scored, Unit, Weights
 from rlalign.registry import UserError
 
 OnRecord = Callable[[dict[str, Any]], None]
@@ -40,7 +41,7 @@ def align(run: Run, folder: Path, collect: Collect, learner: Learner, on_record:
     with checkpoint.exclusive(folder) if learner.is_main else contextlib.nullcontext():
         alignment = _Alignment(run, folder, collect, learner, on_record)
         alignment.resume()
-        while alignment.done < run.rounds:
+        while alignment.goes_on:
             alignment.one_round()
         alignment.finish()
 
@@ -53,39 +54,15 @@ def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) ->
     align(run, folder, collect, build_learner(run), on_record)
 
 
-def build_learner(run: Run) -> Learner:
-    """The learner of a run, on this process's device."""
-    policy = run.policy.load(run.runtime.device)
-    check_plan(run, policy)
-    return Learner(policy, run.algorithm.loss, run.learner, seed=run.seed, threads=run.runtime.learner_threads)
-
-
-def check_plan(run: Run, policy: Policy) -> None:
-    """Refuses a plan that leaves a policy-gradient algorithm without a single stochastic step, or a rule of another path."""
-    from rlalign.diffusion.paths import RectifiedFlow
-    from rlalign.diffusion.steps import is_stochastic
-
-    if run.plan.rule.startswith("flow_") and not isinstance(policy.path, RectifiedFlow):
-        raise UserError(
-            f"plan.rule {run.plan.rule!r} needs a flow model, and {run.policy.name!r} is not one; use ddim or ddpm"
-        )
-    levels = policy.path.levels(run.plan.steps)
-    stochastic = is_stochastic(policy.path, levels, rule=run.plan.rule, eta=run.plan.eta)
-    if run.algorithm.eats == "steps" and not bool(stochastic.any()):
-        raise UserError(
-            f"plan.eta must be > 0 for {run.algorithm.name}, got {run.plan.eta}: no step would have a density"
-        )
-
-
 class _Alignment:
     """The state of a run between rounds."""
 
     def __init__(self, run: Run, folder: Path, collect: Collect, learner: Learner, on_record: OnRecord) -> None:
         self.run, self.folder, self.collect, self.learner, self.on_record = run, folder, collect, learner, on_record
-        self.statistics = PromptStatistics()
+        self.memory, self.guard = Memory(), Guard(run.guard)
         self.done = 0
         self.counts = {"samples": 0, "denoiser_calls": 0, "reward_queries": 0}
-        self.tickets: deque[tuple[int, int]] = deque()
+        self.tickets: deque[tuple[int, int]] = deque()  # (ticket, rounds that its weights had learned)
         self.ordered = 0
         self.shown: tuple[tuple[str, int], list[Scored]] = (("", -1), [])
         self.recorder: Recorder | None = None
@@ -96,7 +73,9 @@ class _Alignment:
         found = checkpoint.latest(self.folder, run_identity=self.identity)
         if found is not None:
             self.learner.load_state_dict(found.tensors)
-            self.statistics.load_state_dict(found.facts["statistics"])
+            self.memory.load(found.facts["memory"], found.tensors)
+            self.guard.load(found.facts["guard"])
+            self.learner.scale_rate(self.guard.rate)
             self.counts = dict(found.facts["counts"])
             self.done = self.ordered = found.round
         if self.learner.is_main:
@@ -109,14 +88,12 @@ class _Alignment:
     def one_round(self) -> None:
         """Gathers the next round, learns from it, and starts what may start."""
         start = time.monotonic()
-        sync = self.order_ahead()
-        ticket, version = self.tickets.popleft()
-        scored = self.collect.gather(ticket)
+        sync, scored, staleness = self.order_ahead(), list[Scored](), 0
+        if self.run.rolls_out:
+            ticket, made_in = self.tickets.popleft()
+            scored, staleness = self.collect.gather(ticket), self.done - made_in
         gathered = time.monotonic()
-        batch = self.run.algorithm.make_batch(scored, self.statistics)
-        assert isinstance(batch, StepBatch), type(batch)
-        staleness = self.done - self.rounds_learned(version)
-        learned = self.learner.update(batch, round=self.done + 1)
+        learned = self.learner.update(self.batch(scored), round=self.done + 1)
         self.check_ratio(learned, staleness)
         self.done += 1
         updated = time.monotonic()
@@ -126,8 +103,24 @@ class _Alignment:
         # a checkpoint comes after everything that its round writes: what it does not cover is written again on resume
         if self.due(self.run.evaluate.every):
             self.evaluate(self.learner.weights_to_show())
-        if self.due(self.run.checkpoint.every):
+        if self.due(self.run.checkpoint.every) or self.guard.stopped:
             self.save()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another round to do."""
+        return self.done < self.run.rounds and not self.guard.stopped
+
+    def units(self, round: int) -> list[Unit]:
+        """A round's units of work."""
+        return self.run.prompts.units(self.run.seed, round, self.run.plan)
+
+    def batch(self, scored: Sequence[Scored]) -> Batch:
+        """What the next round learns from: its scored samples, a set of preferences, or prompts alone."""
+        algorithm = self.run.algorithm
+        if algorithm.eats == "prompts":
+            return PromptBatch(units=tuple(self.units(self.done + 1)))
+        return algorithm.make_batch(scored, self.memory)
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many rounds, and after the last one, happens now (0: only then)."""
@@ -138,17 +131,12 @@ class _Alignment:
         run, start = self.run, time.monotonic()
         barrier = (self.done // run.checkpoint.every + 1) * run.checkpoint.every
         last = min(self.done + 1 + run.runtime.max_staleness, barrier, run.rounds)
-        if self.ordered < last:
+        if self.ordered < last and run.rolls_out:
             weights = self.learner.weights()
             for round in range(self.ordered + 1, last + 1):
-                ticket = self.collect.order(run.prompts.units(run.seed, round, run.plan), weights)
-                self.tickets.append((ticket, weights.version))
+                self.tickets.append((self.collect.order(self.units(round), weights), self.done))
             self.ordered = last
         return time.monotonic() - start
-
-    def rounds_learned(self, version: int) -> int:
-        """How many rounds a policy version has seen."""
-        return version // (self.run.learner.updates_per_round * self.run.learner.epochs)
 
     def check_ratio(self, learned: Mapping[str, float], staleness: int) -> None:
         """Refuses to go on when the first batch of an on-policy run replays to other numbers than it was made with."""
@@ -168,20 +156,14 @@ class _Alignment:
         seconds: Mapping[str, float],
     ) -> None:
         """Writes the metrics line of a round."""
-        titles = [r.title for r in self.run.rewards]
-        samples = sum(len(s.unit.prompts) for s in scored)
+        samples = self.run.samples_per_round if self.run.samples_itself else 0
         self.counts["samples"] += samples
         self.counts["denoiser_calls"] += samples * self.run.plan.steps
-        self.counts["reward_queries"] += samples * len(titles)
+        self.counts["reward_queries"] += samples * len(self.run.rewards)
         work = {phase: sum(s.seconds.get(phase, 0.0) for s in scored) for phase in ("rollout", "reward")}
         share = waited / max(sum(work.values()), 1e-9)
         line: dict[str, Any] = {"round": self.done, "policy_version": self.learner.version, **self.counts}
-        for title, value_B in [("total", _joined(s.total_B for s in scored))] + [
-            (t, _joined(s.raw[t] for s in scored)) for t in titles
-        ]:
-            line[f"reward/{title}/mean"] = float(np.nanmean(value_B)) if np.isfinite(value_B).any() else float("nan")
-            line[f"reward/{title}/std"] = float(np.nanstd(value_B)) if np.isfinite(value_B).any() else float("nan")
-        line["samples_dropped"] = int(sum((~s.kept_B).sum() for s in scored))
+        line.update(evaluate.round_facts(scored, self.trained))
         line.update(learned)
         line["staleness/max"] = staleness
         line.update(self.collect.facts())
@@ -199,8 +181,8 @@ class _Alignment:
             self.folder,
             checkpoint.Checkpoint(
                 round=self.done,
-                tensors=self.learner.state_dict(),
-                facts={"statistics": self.statistics.state_dict(), "counts": self.counts},
+                tensors={**self.learner.state_dict(), **self.memory.tensors()},
+                facts={"memory": self.memory.facts(), "guard": self.guard.facts(), "counts": self.counts},
             ),
             run_identity=self.identity,
             keep=self.run.checkpoint.keep,
@@ -220,12 +202,18 @@ class _Alignment:
         scored = self.sample_fixed(weights)
         if self.recorder is not None:
             summary = evaluate.summarise(scored, self.trained, self.held_out)
+            with self.learner.policy.holding(dict(weights.tensors)):
+                summary["kl/per_step_gaussian"] = evaluate.kl_to_reference(self.learner.policy, scored)
             line = {"round": self.done, **summary, "seconds": time.monotonic() - start}
             with checkpoint.disk_errors(self.folder):
                 self.recorder.write_evaluation(line)
                 evaluate.write_samples(self.folder, self.done, scored, self.run.evaluate.grid)
             self.on_record({"evaluation": line})
         self.shown = (weights.tag, scored)
+        verdict = self.guard.observe(self.done, evaluate.summarise(scored, self.trained, self.held_out))
+        self.learner.scale_rate(self.guard.rate)
+        if verdict:
+            self.on_record({"note": verdict})
 
     @property
     def trained(self) -> list[str]:
@@ -248,13 +236,11 @@ class _Alignment:
         policy.set_weights(dict(aligned_weights.tensors))
         result = evaluate.compare(base, aligned, self.trained, self.held_out)
         result["round"] = self.done
+        if self.guard.stopped:
+            result["stopped"] = self.guard.reason
         result["kl/per_step_gaussian"] = evaluate.kl_to_reference(policy, aligned)
         with checkpoint.disk_errors(self.folder):
             evaluate.write_json(self.folder / "evaluation.json", result)
             policy.save(self.folder / "policy")
             self.recorder.close()
             write_report(self.folder)
-
-
-def _joined(parts: Any) -> np.ndarray:
-    return np.concatenate(list(parts))

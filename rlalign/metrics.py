@@ -85,10 +85,11 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
 
 def round_line(record: Mapping[str, Any], rounds: int) -> str:
     """A round in one readable line."""
-    parts = [
-        f"round {record['round']:>3}/{rounds}",
-        f"reward {record['reward/total/mean']:+.4f} ± {record['reward/total/std']:.3f}",
-    ]
+    parts = [f"round {record['round']:>3}/{rounds}"]
+    if "reward/total/mean" in record:
+        parts.append(f"reward {record['reward/total/mean']:+.4f} ± {record['reward/total/std']:.3f}")
+    if "preference/accuracy" in record:
+        parts.append(f"agrees {100 * record['preference/accuracy']:4.1f} %")
     if "ratio/clip_fraction" in record:
         parts.append(f"clipped {100 * record['ratio/clip_fraction']:4.1f} %")
     parts.append(f"grad {record['grad_norm']:.3g}")

@@ -5,7 +5,7 @@ Letters: B samples, K denoising steps, F frames, C H W, P prompts, G samples per
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -32,6 +32,9 @@ class Plan(BaseModel):
     height: int = Field(default=0, ge=0, description="pixels; 0 is the policy's own size")
     width: int = Field(default=0, ge=0, description="pixels; 0 is the policy's own size")
     frames: int = Field(default=1, ge=1, description="1 is a picture")
+    window: int = Field(
+        default=0, ge=0, description="noise in this many neighbouring steps of the first half only; 0 is in all steps"
+    )
 
 
 class UnitKey(NamedTuple):
@@ -102,92 +105,18 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepBatch:
-    """Denoising steps with advantages: what policy-gradient algorithms eat. Whole units, so that a replay can use the
-    rollout's own batch shape."""
+class Weights:
+    """Trainable weights with the number of updates that made them, and which of the kept sets they are."""
 
-    units: tuple[Unit, ...]
-    latents: tuple[torch.Tensor, ...]
-    """Per unit (B, K+1, C, H, W) float32."""
-    log_prob: tuple[torch.Tensor, ...]
-    """Per unit (B, K) float32 behaviour log-probs, nats per element."""
-    stochastic: tuple[torch.Tensor, ...]
-    """Per unit (K,) bool."""
-    advantage: tuple[torch.Tensor, ...]
-    """Per unit (B,) float32; 0 for a dropped sample."""
+    version: int
+    kind: str
+    """"current", "average" (EMA) or "base" (before any update)."""
+    tensors: Mapping[str, torch.Tensor]
 
-    def __len__(self) -> int:
-        return sum(len(u.prompts) for u in self.units)
-
-    def pick(self, indices: Sequence[int]) -> StepBatch:
-        """The batch of these units, in this order."""
-        return StepBatch(
-            units=tuple(self.units[i] for i in indices),
-            latents=tuple(self.latents[i] for i in indices),
-            log_prob=tuple(self.log_prob[i] for i in indices),
-            stochastic=tuple(self.stochastic[i] for i in indices),
-            advantage=tuple(self.advantage[i] for i in indices),
-        )
-
-    def passes(self, steps_per_pass: int) -> Iterator[StepPass]:
-        """Slices of one unit and up to ``steps_per_pass`` of its stochastic steps; their weights sum to 1 over the batch.
-
-        A weight is the slice's share of all stochastic (sample, step) pairs, so the weighted sum of slice means is the
-        mean over pairs, whatever the slicing.
-        """
-        pairs = sum(len(u.prompts) * int(s.sum()) for u, s in zip(self.units, self.stochastic, strict=True))
-        for i, unit in enumerate(self.units):
-            steps = torch.nonzero(self.stochastic[i]).flatten().tolist()
-            for start in range(0, len(steps), steps_per_pass):
-                chosen = tuple(steps[start : start + steps_per_pass])
-                yield StepPass(
-                    unit=unit,
-                    steps=chosen,
-                    latents_BK1=self.latents[i],
-                    log_prob_BS=self.log_prob[i][:, list(chosen)],
-                    advantage_B=self.advantage[i],
-                    weight=len(unit.prompts) * len(chosen) / pairs,
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepPass:
-    """One forward pass of a StepBatch: the steps ``steps`` of one unit."""
-
-    unit: Unit
-    steps: tuple[int, ...]
-    latents_BK1: torch.Tensor
-    log_prob_BS: torch.Tensor
-    advantage_B: torch.Tensor
-    weight: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageBatch:
-    """Clean latents with weights: what reward-weighted regression eats."""
-
-    prompts: tuple[str, ...]
-    latents_BCHW: torch.Tensor
-    weight_B: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairBatch:
-    """Preferred and rejected clean latents of one prompt each: what preference algorithms eat."""
-
-    prompts: tuple[str, ...]
-    winner_BCHW: torch.Tensor
-    loser_BCHW: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptBatch:
-    """Prompts alone: what reward backpropagation eats."""
-
-    units: tuple[Unit, ...]
-
-
-Batch = StepBatch | ImageBatch | PairBatch | PromptBatch
+    @property
+    def tag(self) -> tuple[str, int]:
+        """Equal tags mean equal weights within a run."""
+        return (self.kind, self.version)
 
 
 def with_prompts(unit: Unit, prompts: Sequence[str]) -> Unit:

@@ -20,12 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS: tuple[tuple[str, ...], ...] = (
     ("registry",),
     ("records", "objectives", "advantages", "lora", "pictures"),
-    ("diffusion", "arrow"),
+    ("batches",),
+    ("diffusion", "arrow", "memory"),
+    ("critic",),
     ("policies", "rewards", "data"),
     ("algorithms", "samplers"),
-    ("learner", "checkpoint", "evaluate", "report", "environment", "pretrain", "metrics"),
+    ("learner", "checkpoint", "evaluate", "guard", "report", "environment", "pretrain", "metrics"),
     ("config",),
-    ("collect",),
+    ("collect", "assemble"),
     ("loop",),
     ("runtime",),
     ("cli",),
@@ -43,7 +45,8 @@ SHELVES = {
 """Shelf package -> its room. From outside its room, only ``base`` of a shelf may be imported; plug-ins load by name."""
 
 NARROW = {
-    "algorithms": {"registry", "records", "objectives", "advantages", "diffusion", "policies.base", "rewards.base"},
+    "algorithms": {"registry", "records", "batches", "memory", "critic", "objectives", "advantages", "diffusion"}
+    | {"policies.base", "rewards.base"},
     "samplers": {"registry", "records", "objectives", "advantages", "diffusion", "policies.base", "rewards.base"},
     "records": set[str](),
 }

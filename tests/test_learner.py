@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlalign.advantages import PromptStatistics
 from rlalign.algorithms.base import Loss
 from rlalign.algorithms.ddpo import DDPO
+from rlalign.batches import StepBatch, StepPass
 from rlalign.diffusion.rollout import replay
 from rlalign.learner import Learner, LearnerSettings
+from rlalign.memory import Memory
 from rlalign.objectives import gaussian_kl
 from rlalign.policies.base import Policy
-from rlalign.records import StepBatch, StepPass
 from rlalign.registry import UserError
 from tests.toy import ToyPolicy, as_float64, collect, gradient, make_units
 
@@ -29,7 +29,7 @@ DDPO_WIDE = DDPO(clip_range=0.2, advantage="global")
 
 
 def batch_of(policy: Policy, *, round: int = 1, count: int = 8) -> StepBatch:
-    return DDPO_WIDE.make_batch(collect(policy, make_units(count, round=round)), PromptStatistics())
+    return DDPO_WIDE.make_batch(collect(policy, make_units(count, round=round)), Memory())
 
 
 def learner_of(policy: Policy, **settings: Any) -> Learner:
@@ -108,7 +108,7 @@ def test_units_of_unequal_size_weigh_by_their_samples(monkeypatch: pytest.Monkey
     """A unit of 1 and a unit of 5 samples: the gradient is the mean over the six samples (float64, 1e-12)."""
     policy = ToyPolicy(dtype=torch.float64)
     units = [*make_units(1, per_unit=1), make_units(2, per_unit=5)[1]]
-    batch = as_float64(DDPO_WIDE.make_batch(collect(policy, units), PromptStatistics()))
+    batch = as_float64(DDPO_WIDE.make_batch(collect(policy, units), Memory()))
     unit_means = [DDPO_WIDE.loss(p, policy).value for p in batch.passes(5)]
     wanted = gradient(unit_means[0] / 6 + unit_means[1] * 5 / 6, policy)
     found = last_gradient(monkeypatch, batch, torch.float64)
@@ -344,8 +344,8 @@ def test_lanes_that_look_at_the_reference_do_not_disturb_one_another(lora_rank: 
     def loss(one: StepPass, policy: Policy) -> Loss:
         condition = policy.encode(one.unit.prompts).rows(len(one.steps))
         with torch.no_grad(), policy.as_reference():
-            reference = replay(policy, one.unit, one.latents_BK1, one.steps, condition)
-        own = replay(policy, one.unit, one.latents_BK1, one.steps, condition)
+            reference = replay(policy, one.unit, one.latents_BK1, one.steps, condition).gaussian
+        own = replay(policy, one.unit, one.latents_BK1, one.steps, condition).gaussian
         plain = DDPO_WIDE.loss(one, policy)
         return Loss(value=plain.value + gaussian_kl(own.mean, reference.mean, own.std).mean(), maxima=plain.maxima)
 
@@ -373,5 +373,5 @@ def test_it_learns() -> None:
         for round in range(1, 13):
             scored = collect(policy, make_units(8, per_unit=12, seed=seed, round=round))
             means.append(float(sum(s.total_B.mean() for s in scored)) / 8)
-            learner.update(DDPO_WIDE.make_batch(scored, PromptStatistics()), round=round)
+            learner.update(DDPO_WIDE.make_batch(scored, Memory()), round=round)
         assert means[-1] - means[0] > 0.5, (seed, means)

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from rlalign import lora
+from rlalign.batches import StepBatch
 from rlalign.diffusion.noise import generator
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.diffusion.rollout import rollout
 from rlalign.policies.base import Condition, Policy, PolicyRecipe
-from rlalign.records import Plan, Scored, StepBatch, Unit, UnitKey
+from rlalign.records import Plan, Scored, Unit, UnitKey
 
 PROMPTS = ("a red circle", "a blue square", "a green triangle", "two circles")
 PLAN = Plan(steps=5, eta=1.0)
@@ -150,6 +151,7 @@ def as_float64(batch: StepBatch) -> StepBatch:
         latents=tuple(t.double() for t in batch.latents),
         log_prob=tuple(t.double() for t in batch.log_prob),
         advantage=tuple(t.double() for t in batch.advantage),
+        reward=tuple(t.double() for t in batch.reward),
     )
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 
-from rlalign.advantages import PromptStatistics
+from rlalign.advantages import over_round, within_groups
+from rlalign.batches import Batch, Key, Pairs, StepBatch
+from rlalign.diffusion.noise import generator, normal
+from rlalign.memory import Memory
 from rlalign.policies.base import Policy
-from rlalign.records import Batch, Scored, StepBatch, StepPass
+from rlalign.records import Plan, Scored
 from rlalign.registry import Recipe
+
+
+class DifferentiableScorer(Protocol):
+    """Media (B, F, 3, H, W) in [0, 1] and prompts -> reward title -> (B,) scores, and "total", with gradients."""
+
+    def __call__(self, media_BFCHW: torch.Tensor, prompts: Sequence[str], /) -> Mapping[str, torch.Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +52,55 @@ class Algorithm(Recipe):
         """Whether the loss is right for the first update after a rollout only."""
         return False
 
-    def make_batch(self, scored: Sequence[Scored], statistics: PromptStatistics) -> Batch:
-        """The batch of one round. ``statistics`` is the run's memory; it may be changed."""
+    @property
+    def reference_rounds(self) -> int:
+        """Rounds after which the reference becomes the current policy; 0 keeps the pretrained one."""
+        return 0
+
+    @property
+    def behaviour_decay(self) -> Callable[[int], float] | None:
+        """Round -> decay of the slow copy of the weights that rollouts use; None: they use the current weights."""
+        return None
+
+    def critic(self, policy: Policy, plan: Plan) -> tuple[torch.nn.Module, float] | None:
+        """A value network to be trained beside the policy, and its learning rate; the loss finds it as ``policy.critic``."""
+        return None
+
+    def make_batch(self, scored: Sequence[Scored], memory: Memory) -> Batch:
+        """The batch of one round. ``memory`` is the run's; it may be changed."""
         raise NotImplementedError
 
-    def loss(self, batch: StepPass, policy: Policy) -> Loss:
-        """The loss of one pass, with gradients into the policy's trainable weights."""
+    def pair_batch(self, pairs: Sequence[Pairs]) -> Batch:
+        """The batch of given pairs, where the algorithm learns from a set of preferences."""
         raise NotImplementedError
+
+    def loss(self, batch: Any, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
+        """The loss of one pass of the batch, with gradients into the policy's trainable weights."""
+        raise NotImplementedError
+
+
+AdvantageOver = Literal["prompt", "group", "global"]
 
 
 def rewards_of(scored: Sequence[Scored]) -> tuple[np.ndarray, list[int]]:
     """(B,) float32 weighted totals of a round in unit order (NaN: dropped), and the prompt id of each."""
     return np.concatenate([s.total_B for s in scored]), [p for s in scored for p in s.unit.prompt_ids]
+
+
+def standardised(
+    scored: Sequence[Scored], memory: Memory, over: AdvantageOver, *, size: int = 16, min_count: int = 16
+) -> np.ndarray:
+    """(B,) float64 advantages: running statistics per prompt, the round's samples of a prompt, or the whole round."""
+    reward_B, prompt_B = rewards_of(scored)
+    if over == "prompt":
+        return memory.statistics.advantages(reward_B, prompt_B, size=size, min_count=min_count)
+    return within_groups(reward_B, prompt_B) if over == "group" else over_round(reward_B)
+
+
+def per_unit(scored: Sequence[Scored], value_B: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """A round's values as one float32 tensor per unit."""
+    bounds = np.cumsum([len(s.unit.prompts) for s in scored])[:-1]
+    return tuple(torch.from_numpy(part.astype(np.float32)) for part in np.split(value_B, bounds))
 
 
 def step_batch(scored: Sequence[Scored], advantage_B: np.ndarray, *, skip_last: int = 0) -> StepBatch:
@@ -65,14 +111,45 @@ def step_batch(scored: Sequence[Scored], advantage_B: np.ndarray, *, skip_last: 
     trajectories = [s.trajectory for s in scored]
     assert all(t is not None for t in trajectories), "a step batch needs trajectories"
     kept = [t for t in trajectories if t is not None]
-    bounds = np.cumsum([len(s.unit.prompts) for s in scored])[:-1]
     return StepBatch(
         units=tuple(t.unit for t in kept),
         latents=tuple(torch.from_numpy(np.array(t.latents_BK1, dtype=np.float32)) for t in kept),
         log_prob=tuple(torch.from_numpy(np.array(t.log_prob_BK)) for t in kept),
         stochastic=tuple(_learned(t.stochastic_K, skip_last) for t in kept),
-        advantage=tuple(torch.from_numpy(a.astype(np.float32)) for a in np.split(advantage_B, bounds)),
+        advantage=per_unit(scored, advantage_B),
+        reward=per_unit(scored, rewards_of(scored)[0]),
     )
+
+
+def final_latents(scored: Sequence[Scored]) -> tuple[torch.Tensor, ...]:
+    """Per unit the clean latents (B, C, H, W) float32 that its trajectories ended in, cloned."""
+    trajectories = [s.trajectory for s in scored]
+    assert all(t is not None for t in trajectories), "an image batch needs trajectories"
+    return tuple(torch.from_numpy(np.array(t.latents_BK1[:, -1], dtype=np.float32)) for t in trajectories if t)
+
+
+def noised(
+    policy: Policy, key: Key, clean_BCHW: torch.Tensor, caption_dropout: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A pass's own draws: levels (B,) spread as in pretraining, noise (B, C, H, W), and which captions are left out (B,) bool."""
+    rng, rows = generator(*key), len(clean_BCHW)
+    level_B = policy.path.random_levels(rng.random(rows))
+    noise_BCHW = normal((*key, "noise"), clean_BCHW.shape).to(clean_BCHW)
+    return level_B, noise_BCHW, torch.from_numpy(rng.random(rows) < caption_dropout)
+
+
+def best_and_worst(reward_B: np.ndarray, prompt_B: Sequence[int]) -> list[tuple[int, int]]:
+    """(best, worst) sample of each prompt with two or more kept samples, in order of first appearance; NaN is dropped.
+
+    Among equals the first is best and the last is worst, so a group of ties still names two samples.
+    """
+    pairs = []
+    for prompt in dict.fromkeys(prompt_B):
+        own = [i for i, p in enumerate(prompt_B) if p == prompt and np.isfinite(reward_B[i])]
+        if len(own) > 1:
+            best = max(own, key=lambda i: (reward_B[i], -i))
+            pairs.append((best, min((i for i in own if i != best), key=lambda i: (reward_B[i], -i))))
+    return pairs
 
 
 def _learned(stochastic_K: np.ndarray, skip_last: int) -> torch.Tensor:

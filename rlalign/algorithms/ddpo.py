@@ -9,11 +9,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from rlalign import objectives
-from rlalign.advantages import PromptStatistics, over_round, within_groups
-from rlalign.algorithms.base import Algorithm, Loss, rewards_of, step_batch
+from rlalign.algorithms.base import AdvantageOver, Algorithm, DifferentiableScorer, Loss, standardised, step_batch
+from rlalign.batches import StepBatch, StepPass
 from rlalign.diffusion.rollout import replay_log_prob
+from rlalign.memory import Memory
 from rlalign.policies.base import Policy
-from rlalign.records import Scored, StepBatch, StepPass
+from rlalign.records import Scored
 
 
 class DDPO(Algorithm):
@@ -29,14 +30,13 @@ class DDPO(Algorithm):
         default="importance_sampling", description="score_function needs one update and one epoch a round"
     )
     clip_range: float = Field(default=1e-4, gt=0, lt=1, description="c, on the ratio of per-element log-probs")
-    advantage: Literal["prompt", "group", "global"] = Field(
+    advantage: AdvantageOver = Field(
         default="prompt",
         description="whose statistics: running per prompt, the round's samples of a prompt, or the round",
     )
     advantage_clip: float = Field(default=5.0, gt=0, description="advantages are clipped to +- this")
     buffer_size: int = Field(default=16, ge=1, description="rewards remembered per prompt")
     min_count: int = Field(default=16, ge=1, description="rewards of a prompt before its own statistics are used")
-
     skip_last: int = Field(
         default=0, ge=0, description="final steps left out of the loss: sharp Gaussians that carry noise and no layout"
     )
@@ -55,26 +55,18 @@ class DDPO(Algorithm):
     def strictly_on_policy(self) -> bool:
         return self.form == "score_function"
 
-    def make_batch(self, scored: Sequence[Scored], statistics: PromptStatistics) -> StepBatch:
-        reward_B, prompt_B = rewards_of(scored)
-        if self.advantage == "prompt":
-            value_B = statistics.advantages(reward_B, prompt_B, size=self.buffer_size, min_count=self.min_count)
-        elif self.advantage == "group":
-            value_B = within_groups(reward_B, prompt_B)
-        else:
-            value_B = over_round(reward_B)
+    def make_batch(self, scored: Sequence[Scored], memory: Memory) -> StepBatch:
+        value_B = standardised(scored, memory, self.advantage, size=self.buffer_size, min_count=self.min_count)
         return step_batch(scored, np.clip(value_B, -self.advantage_clip, self.advantage_clip), skip_last=self.skip_last)
 
-    def loss(self, batch: StepPass, policy: Policy) -> Loss:
+    def loss(self, batch: StepPass, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
         condition = policy.encode(batch.unit.prompts).rows(len(batch.steps))
         log_prob_BS, _ = replay_log_prob(policy, batch.unit, batch.latents_BK1, batch.steps, condition)
         advantage_B1 = batch.advantage_B[:, None]
         if self.form == "score_function":
             return Loss(value=objectives.score_function(log_prob_BS, advantage_B1).mean())
         ratio_BS = objectives.ratio(log_prob_BS, batch.log_prob_BS)
-        fixed_BS = ratio_BS.detach()
         return Loss(
             value=objectives.clipped_surrogate(ratio_BS, advantage_B1, self.clip_range).mean(),
-            means={"ratio/clip_fraction": objectives.clip_fraction(fixed_BS, self.clip_range)},
-            maxima={"ratio/max_deviation": (fixed_BS - 1.0).abs().max()},
+            **objectives.ratio_metrics(ratio_BS, self.clip_range),
         )

@@ -70,8 +70,8 @@ def check(
     Prints what follows from it. Loads the policy, the rewards and the prompts once, so that what they lack shows here and
     not in the run.
     """
+    from rlalign.assemble import check_plan
     from rlalign.config import derived, load_run
-    from rlalign.loop import check_plan
     from rlalign.runtime.cluster import needed_cpus, needed_gpus
 
     run = load_run(config, overrides or [])

@@ -154,10 +154,10 @@ def _run_for(model: Model, config: Path | None, overrides: Sequence[str]) -> Run
 
 def sample(model: Model, run: Run) -> tuple[list[Scored], float | None]:
     """The evaluation's prompts and noise under a model, scored; and a trained model's distance from where it started."""
+    from rlalign.assemble import check_plan
     from rlalign.collect import LocalCollect
     from rlalign.evaluate import evaluation_units, kl_to_reference
-    from rlalign.learner import Weights
-    from rlalign.loop import check_plan
+    from rlalign.records import Weights
 
     run = run.model_copy(update={"policy": model.recipe})
     policy = model.load(run.runtime.device)

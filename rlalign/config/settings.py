@@ -11,6 +11,7 @@ from rlalign.algorithms.base import Algorithm
 from rlalign.checkpoint import CheckpointSettings
 from rlalign.data.prompts.base import Prompts
 from rlalign.evaluate import EvaluateSettings
+from rlalign.guard import GuardSettings
 from rlalign.learner import LearnerSettings
 from rlalign.policies.base import PolicyRecipe
 from rlalign.records import Plan
@@ -79,6 +80,7 @@ class Run(BaseModel):
     algorithm: SerializeAsAny[Annotated[Algorithm, _recipe("algorithms")]]
     learner: LearnerSettings = LearnerSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    guard: GuardSettings = GuardSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
@@ -94,18 +96,28 @@ class Run(BaseModel):
             raise UserError(
                 f"learner.shards must be a multiple of runtime.learner_workers ({runtime.learner_workers}), got {learner.shards}"
             )
+        if self.guard.held_out and self.guard.held_out not in [r.title for r in self.evaluate.rewards]:
+            held_out = ", ".join(r.title for r in self.evaluate.rewards) or "none"
+            raise UserError(
+                f"guard.held_out must be one of evaluate.rewards ({held_out}), got {self.guard.held_out!r}; add it there"
+            )
         strict = self.algorithm.strictly_on_policy
         if strict and learner.updates_per_round * learner.epochs != 1:
             raise UserError(
-                "algorithm.form score_function is strictly on-policy: learner.updates_per_round and learner.epochs must be 1, "
-                f"got {learner.updates_per_round} and {learner.epochs}; or use importance_sampling"
+                f"{self._strict_name} is strictly on-policy: learner.updates_per_round and learner.epochs must be 1, "
+                f"got {learner.updates_per_round} and {learner.epochs}; or use ddpo with importance_sampling"
             )
         if strict and runtime.max_staleness:
             raise UserError(
-                "algorithm.form score_function is strictly on-policy: runtime.max_staleness must be 0, "
-                f"got {runtime.max_staleness}; or use importance_sampling"
+                f"{self._strict_name} is strictly on-policy: runtime.max_staleness must be 0, "
+                f"got {runtime.max_staleness}; or use ddpo with importance_sampling"
             )
         return self
+
+    @property
+    def _strict_name(self) -> str:
+        has_forms = "form" in type(self.algorithm).model_fields
+        return "algorithm.form score_function" if has_forms else f"algorithm {self.algorithm.name}"
 
     @model_validator(mode="after")
     def _titles_tell_rewards_apart(self) -> Run:
@@ -118,6 +130,16 @@ class Run(BaseModel):
             if titles.count(title) > 1:
                 raise UserError(f"rewards: {title!r} appears twice; give one of them a label of its own")
         return self
+
+    @property
+    def rolls_out(self) -> bool:
+        """Whether rounds learn from samples that the rollout workers make."""
+        return self.algorithm.eats != "prompts"
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether a round makes samples of its own, wherever that happens."""
+        return True
 
     @property
     def units_per_round(self) -> int:

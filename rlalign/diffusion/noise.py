@@ -33,3 +33,17 @@ def unit_noise(unit: Unit, step: int, shape: Sequence[int]) -> torch.Tensor:
         for prompt, sample in zip(unit.prompt_ids, unit.sample_ids, strict=True)
     ]
     return torch.stack(rows)
+
+
+def noisy_steps(unit: Unit) -> list[bool]:
+    """Per denoising step of a unit's plan: whether it may be stochastic.
+
+    All of them, or a window of neighbouring steps whose start is drawn from the first half of the plan, the same for every
+    unit of a round (Flow-GRPO-Fast; MixGRPO, Li 2025, arXiv:2507.21802).
+    """
+    plan = unit.plan
+    if not plan.window:
+        return [True] * plan.steps
+    last_start = max(plan.steps // 2 - plan.window, 0)
+    start = int(generator("window", unit.seed, unit.key.stream, unit.key.round).integers(last_start + 1))
+    return [start <= k < start + plan.window for k in range(plan.steps)]

@@ -17,6 +17,16 @@ from rlalign.registry import UserError
 class NoisePath(Protocol):
     """A Gaussian path between data and noise."""
 
+    @property
+    def train_steps(self) -> int:
+        """T: the timesteps that the denoiser was trained with."""
+        ...
+
+    @property
+    def level_gap(self) -> float:
+        """Distance of two neighbouring training levels."""
+        ...
+
     def levels(self, steps: int) -> torch.Tensor:
         """(steps + 1,) float64, noisiest first; the last one is where sampling ends."""
         ...
@@ -31,6 +41,10 @@ class NoisePath(Protocol):
 
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
         """What the denoiser is told: the number it was trained with."""
+        ...
+
+    def random_levels(self, uniform_B: np.ndarray) -> torch.Tensor:
+        """(B,) float64 levels as in training from numbers in [0, 1): uniform over timesteps, or over the flow's time."""
         ...
 
 
@@ -66,6 +80,10 @@ class VariancePreserving:
     def train_steps(self) -> int:
         return len(self.alphas_cumprod)
 
+    @property
+    def level_gap(self) -> float:
+        return 1.0
+
     def levels(self, steps: int) -> torch.Tensor:
         total = self.train_steps
         if steps > total:
@@ -93,6 +111,9 @@ class VariancePreserving:
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
         return level.round().long()
 
+    def random_levels(self, uniform_B: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.floor(np.asarray(uniform_B, dtype=np.float64) * self.train_steps))
+
 
 class RectifiedFlow:
     """x = (1 - s) * clean + s * noise with level s in [0, 1] (Liu 2022, arXiv:2209.03003; Esser 2024, arXiv:2403.03206).
@@ -104,6 +125,10 @@ class RectifiedFlow:
     def __init__(self, *, shift: float = 1.0, train_steps: int = 1000) -> None:
         assert shift > 0
         self.shift, self.train_steps = shift, train_steps
+
+    @property
+    def level_gap(self) -> float:
+        return 1.0 / self.train_steps
 
     def shifted(self, level: torch.Tensor) -> torch.Tensor:
         """The level after the shift."""
@@ -124,6 +149,31 @@ class RectifiedFlow:
 
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
         return level * self.train_steps
+
+    def random_levels(self, uniform_B: np.ndarray) -> torch.Tensor:
+        # 0 would ask for the noise in a clean picture; sampling never does
+        return self.shifted(torch.from_numpy(np.maximum(np.asarray(uniform_B, dtype=np.float64), 1e-3)))
+
+
+def elbo_weight(path: NoisePath, level_B: torch.Tensor, prediction: str) -> torch.Tensor:
+    """(B,) float64 weight of |target - prediction|^2 (mean over elements) in the variational bound, nats per element.
+
+    Half the drop of the signal-to-noise ratio alpha^2 / sigma^2 over one training step times the squared error of the clean
+    prediction (Kingma 2021, arXiv:2107.00630, eq. 13), brought to the network's own prediction type. For epsilon it is
+    beta_t^2 / (2 std^2 alpha_t (1 - alpha_bar_t)) of Ho 2020, eq. 12, with the posterior's std. The last training step, whose
+    ratio has no bound, takes the weight of the one before it.
+    """
+    level_B = level_B.to(torch.float64).clamp(min=2.0 * path.level_gap if prediction == "flow" else path.level_gap)
+    before_B = level_B - path.level_gap
+    alpha, sigma = path.alpha(level_B), path.sigma(level_B)
+    drop = (path.alpha(before_B) / path.sigma(before_B)) ** 2 - (alpha / sigma) ** 2
+    to_clean = {
+        "epsilon": (sigma / alpha) ** 2,
+        "v_prediction": sigma**2,
+        "sample": torch.ones_like(sigma),
+        "flow": sigma**2,
+    }
+    return 0.5 * drop * to_clean[prediction]
 
 
 def coefficients(path: NoisePath, level: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
 from rlalign.diffusion.paths import NoisePath, coefficients
-from rlalign.diffusion.predictions import PredictionType, to_clean_and_noise
+from rlalign.diffusion.predictions import PredictionType, target, to_clean_and_noise
 from rlalign.records import Plan
 from rlalign.registry import Recipe
 
@@ -32,6 +33,11 @@ class Condition:
         return Condition(
             embeds_BLD=self.embeds_BLD.repeat(repeat, 1, 1), uncond_BLD=self.uncond_BLD.repeat(repeat, 1, 1)
         )
+
+    def dropped(self, empty_B: torch.Tensor) -> Condition:
+        """The condition with the empty caption where ``empty_B`` (bool) says so: caption dropout."""
+        mask_B11 = empty_B.to(self.embeds_BLD.device)[:, None, None]
+        return replace(self, embeds_BLD=torch.where(mask_B11, self.uncond_BLD, self.embeds_BLD))
 
 
 class PolicyRecipe(Recipe):
@@ -55,6 +61,12 @@ class Policy(ABC):
     network: torch.nn.Module
     """The denoiser: what is trained."""
     device: str
+    critic: torch.nn.Module | None = None
+    """A value network that an algorithm trains beside the policy; no part of its weights."""
+    snapshots: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({})
+    """Name -> earlier trainable weights that a learner keeps ("behaviour", "reference"), for ``as_snapshot``."""
+    calls: int = 0
+    """Samples that the denoiser was asked about so far; a guided pass asks twice."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -89,6 +101,7 @@ class Policy(ABC):
         2B rows; the gradient flows through both halves. w = 1 is one pass of B rows.
         """
         rows = x.shape[0]
+        self.calls += rows if guidance == 1.0 else 2 * rows
         timestep_B = self.path.timestep(level).to(x.device).expand(rows)
         if guidance == 1.0:
             prediction = self.predict(x, timestep_B, condition.embeds_BLD)
@@ -100,6 +113,23 @@ class Policy(ABC):
         alpha, sigma = coefficients(self.path, level, x)
         return to_clean_and_noise(prediction, x, alpha, sigma, self.prediction)
 
+    def as_latents(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Clean latents (B, C, H, W) of what may be latents already, or media (B, F, 3, H, W) uint8."""
+        return self.encode_media(pictures.float() / 255.0) if pictures.dtype == torch.uint8 else pictures
+
+    def error(
+        self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        """(B,) squared error of the network's raw output at x = alpha * clean + sigma * noise, averaged over elements.
+
+        In the network's own prediction type: |noise - prediction|^2 for epsilon (Ho 2020), |velocity - prediction|^2 for flow.
+        """
+        alpha, sigma = coefficients(self.path, level, clean)
+        timestep_B = self.path.timestep(level).to(clean.device).expand(len(clean))
+        self.calls += len(clean)
+        output = self.predict(alpha * clean + sigma * noise, timestep_B, condition.embeds_BLD)
+        return ((output - target(clean, noise, alpha, sigma, self.prediction)) ** 2).flatten(1).mean(1)
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Name -> parameter of what is trained, in a fixed order."""
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
@@ -107,9 +137,11 @@ class Policy(ABC):
     def replica(self) -> Policy:
         """A second policy on the same weights (updates in place reach both) with gradients of its own: one per thread."""
         twin = copy.copy(self)
-        twin.network = copy.deepcopy(self.network)
-        for mine, other in zip(self.network.parameters(), twin.network.parameters(), strict=True):
-            other.data = mine.data
+        twin.network, twin.critic = copy.deepcopy(self.network), copy.deepcopy(self.critic)
+        for own, others in ((self.network, twin.network), (self.critic, twin.critic)):
+            if own is not None and others is not None:
+                for mine, other in zip(own.parameters(), others.parameters(), strict=True):
+                    other.data = mine.data
         return twin
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -126,20 +158,36 @@ class Policy(ABC):
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, the policy is the pretrained one: the adapter off (LoRA), or a kept copy of the weights swapped in."""
+        """Inside, the policy is the pretrained one: the adapter off (LoRA), or a kept copy of the weights swapped in.
+
+        Where a learner refreshes the reference, it is the weights of the last refresh.
+        """
         from rlalign import lora
 
-        with lora.disabled(self.network) if lora.is_attached(self.network) else self._swapped():
+        if "reference" in self.snapshots:
+            inside = self.holding(self.snapshots["reference"])
+        elif lora.is_attached(self.network):
+            inside = lora.disabled(self.network)
+        else:
+            inside = self.holding(self.reference)
+        with inside:
             yield
 
     @contextlib.contextmanager
-    def _swapped(self) -> Iterator[None]:
+    def as_snapshot(self, kind: str) -> Iterator[None]:
+        """Inside, the policy has the trainable weights of one of its snapshots."""
+        with self.holding(self.snapshots[kind]):
+            yield
+
+    @contextlib.contextmanager
+    def holding(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, the policy has these trainable weights instead of its own."""
         # pointers move, numbers do not: other replicas on these weights, and graphs built before, stay as they are
         own = self.trainable()
-        assert own.keys() == self.reference.keys(), "this policy keeps no reference"
+        assert own.keys() == weights.keys(), "this policy keeps no such weights"
         current = {name: parameter.data for name, parameter in own.items()}
         for name, parameter in own.items():
-            parameter.data = self.reference[name]
+            parameter.data = weights[name]
         try:
             yield
         finally:

@@ -9,8 +9,7 @@ import ray
 from ray.actor import ActorHandle
 
 from rlalign.config import Run
-from rlalign.learner import Weights
-from rlalign.records import Scored, Unit
+from rlalign.records import Scored, Unit, Weights
 from rlalign.registry import UserError
 from rlalign.rewards.base import total
 from rlalign.runtime.coordinator import Failure

@@ -128,7 +128,8 @@ def learn(config: dict[str, Any]) -> None:
     import torch
     from accelerate.utils import broadcast_object_list
 
-    from rlalign.loop import align, build_learner
+    from rlalign.assemble import build_learner
+    from rlalign.loop import align
     from rlalign.runtime.collect import RemoteCollect
     from rlalign.runtime.coordinator import failure_of
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.advantages import PromptStatistics
 from rlalign.algorithms.base import step_batch
 from rlalign.algorithms.ddpo import DDPO
+from rlalign.batches import StepBatch, StepPass
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.diffusion.rollout import replay_log_prob
 from rlalign.diffusion.steps import step
+from rlalign.memory import Memory
 from rlalign.policies.base import Condition, Policy
-from rlalign.records import Plan, Scored, StepBatch, StepPass, Unit
+from rlalign.records import Plan, Scored, Unit
 from rlalign.registry import UserError, build
 from tests.toy import PLAN, ToyPolicy, as_float64, collect, first_number, gradient, make_units
 
@@ -137,7 +138,7 @@ def test_importance_sampling_equals_score_function_before_the_first_update(guida
     """float64, 1e-12: the ratio is 1 up to rounding and the two gradients agree."""
     policy = ToyPolicy(dtype=torch.float64)
     scored = collect(policy, make_units(2, plan=Plan(steps=5, guidance=guidance)))
-    batch = as_float64(IMPORTANCE.make_batch(scored, PromptStatistics()))
+    batch = as_float64(IMPORTANCE.make_batch(scored, Memory()))
     for one in batch.passes(PLAN.steps):
         # behaviour log-probs again, in this precision
         on_policy = replace(one, log_prob_BS=log_probs(policy, one))
@@ -156,9 +157,7 @@ def log_probs(policy: Policy, one: StepPass) -> torch.Tensor:
 def test_ratio_is_exactly_one_before_the_first_update(guidance: float) -> None:
     """One step a pass has the rollout's own shape: float32, not a bit apart."""
     policy = ToyPolicy()
-    batch = IMPORTANCE.make_batch(
-        collect(policy, make_units(4, plan=Plan(steps=5, guidance=guidance))), PromptStatistics()
-    )
+    batch = IMPORTANCE.make_batch(collect(policy, make_units(4, plan=Plan(steps=5, guidance=guidance))), Memory())
     for one in batch.passes(1):
         loss = IMPORTANCE.loss(one, policy)
         assert loss.maxima["ratio/max_deviation"].item() == 0.0
@@ -167,7 +166,7 @@ def test_ratio_is_exactly_one_before_the_first_update(guidance: float) -> None:
 
 def test_several_steps_a_pass_stay_below_a_tenth_of_the_clip_range() -> None:
     policy = ToyPolicy()
-    batch = IMPORTANCE.make_batch(collect(policy, make_units(4)), PromptStatistics())
+    batch = IMPORTANCE.make_batch(collect(policy, make_units(4)), Memory())
     for one in batch.passes(3):
         assert IMPORTANCE.loss(one, policy).maxima["ratio/max_deviation"].item() <= IMPORTANCE.ratio_limit  # type: ignore[operator]
 
@@ -196,7 +195,7 @@ def test_gradient_under_guidance_equals_finite_differences() -> None:
     """Central differences of step 1e-6 in float64 at three weights of the first layer: relative 1e-5."""
     policy = ToyPolicy(dtype=torch.float64)
     plan = Plan(steps=5, guidance=3.0)
-    batch = as_float64(IMPORTANCE.make_batch(collect(policy, make_units(1, plan=plan)), PromptStatistics()))
+    batch = as_float64(IMPORTANCE.make_batch(collect(policy, make_units(1, plan=plan)), Memory()))
     one = next(batch.passes(5))
     value = SCORE_FUNCTION.loss(one, policy).value
     whole = gradient(value, policy)
@@ -245,7 +244,7 @@ def test_a_dropped_sample_has_no_pull() -> None:
         value_B[2] = np.nan
         return value_B
 
-    batch = IMPORTANCE.make_batch(collect(policy, units, reward=with_a_hole), PromptStatistics())
+    batch = IMPORTANCE.make_batch(collect(policy, units, reward=with_a_hole), Memory())
     assert batch.advantage[0][2].item() == 0.0
     assert torch.isfinite(gradient(IMPORTANCE.loss(next(batch.passes(1)), policy).value, policy)).all()
 
@@ -253,7 +252,7 @@ def test_a_dropped_sample_has_no_pull() -> None:
 def test_make_batch_clips_and_clones() -> None:
     policy = ToyPolicy()
     scored = collect(policy, make_units(2, per_unit=6), reward=lambda x: np.r_[100.0, np.zeros(len(x) - 1)])
-    batch = DDPO(advantage="group", advantage_clip=0.5).make_batch(scored, PromptStatistics())
+    batch = DDPO(advantage="group", advantage_clip=0.5).make_batch(scored, Memory())
     assert max(a.abs().max().item() for a in batch.advantage) == 0.5
     assert scored[0].trajectory is not None
     before = scored[0].trajectory.latents_BK1.copy()
@@ -266,9 +265,9 @@ def test_prompt_statistics_are_the_runs_memory() -> None:
     """advantage: prompt takes the round into the statistics; group and global leave them alone."""
     scored = collect(ToyPolicy(), make_units(2, per_unit=4))
     for form, remembered in (("prompt", 4), ("group", 0), ("global", 0)):
-        statistics = PromptStatistics()
-        DDPO(advantage=form).make_batch(scored, statistics)
-        assert len(statistics.state_dict()) == remembered
+        memory = Memory()
+        DDPO(advantage=form).make_batch(scored, memory)
+        assert len(memory.statistics.state_dict()) == remembered
 
 
 def test_how_units_split_a_round_changes_no_advantage() -> None:
@@ -278,7 +277,7 @@ def test_how_units_split_a_round_changes_no_advantage() -> None:
     def advantages(count: int, per_unit: int) -> np.ndarray:
         units: list[Unit] = make_units(count, per_unit=per_unit)
         scored = collect(policy, units, reward=lambda x: np.round(first_number(x), 2))
-        batch = DDPO(advantage="prompt", min_count=2).make_batch(scored, PromptStatistics())
+        batch = DDPO(advantage="prompt", min_count=2).make_batch(scored, Memory())
         return torch.cat(batch.advantage).numpy()
 
     assert np.array_equal(advantages(6, 2), advantages(2, 6))
@@ -296,8 +295,8 @@ def test_settings_that_cannot_work_are_refused() -> None:
 def test_skipped_last_steps_are_outside_the_loss() -> None:
     policy = ToyPolicy()
     scored = collect(policy, make_units(2), reward=first_number)
-    whole = DDPO(advantage="global").make_batch(scored, PromptStatistics())
-    short = DDPO(advantage="global", skip_last=2).make_batch(scored, PromptStatistics())
+    whole = DDPO(advantage="global").make_batch(scored, Memory())
+    short = DDPO(advantage="global", skip_last=2).make_batch(scored, Memory())
     steps = {k for one in whole.passes(1) for k in one.steps}
     assert {k for one in short.passes(1) for k in one.steps} == set(sorted(steps)[:-2])
     assert sum(one.weight for one in short.passes(1)) == pytest.approx(1.0, abs=1e-12)

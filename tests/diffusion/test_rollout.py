@@ -110,12 +110,12 @@ def test_many_steps_in_a_pass_agree(path, kind, plan, steps):
     policy, unit = Denoiser(path, kind), unit_of(plan)
     trajectory, _ = rollout(policy, unit, 0)
     latents, condition = stored(trajectory), policy.encode(unit.prompts)
-    log_prob, gaussian = replay_log_prob(policy, unit, latents, steps, condition.repeat(len(steps), 1))
+    log_prob, (gaussian, _, _) = replay_log_prob(policy, unit, latents, steps, condition.repeat(len(steps), 1))
     expected = torch.from_numpy(trajectory.log_prob_BK[:, steps])
     torch.testing.assert_close(log_prob, expected, rtol=1e-6, atol=1e-6)
     assert gaussian.mean.shape == (4 * len(steps), 2, 4, 4)
     for s, k in enumerate(steps):
-        alone = replay(policy, unit, latents, [k], condition)
+        alone = replay(policy, unit, latents, [k], condition).gaussian
         torch.testing.assert_close(gaussian.mean[4 * s : 4 * s + 4], alone.mean, rtol=0, atol=1e-5)
         torch.testing.assert_close(gaussian.std[4 * s].squeeze(), alone.std.squeeze(), rtol=0, atol=0)
 
@@ -128,7 +128,7 @@ def test_the_chain_is_its_gaussians_and_the_keyed_noise(path, kind, plan):
     assert torch.equal(latents[:, 0], unit_noise(unit, 0, (2, 4, 4)))
     with torch.no_grad():
         for k in range(plan.steps):
-            gaussian = replay(policy, unit, latents, [k], policy.encode(unit.prompts))
+            gaussian = replay(policy, unit, latents, [k], policy.encode(unit.prompts)).gaussian
             assert torch.equal(latents[:, k + 1], gaussian.sample(unit_noise(unit, k + 1, (2, 4, 4))))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rlalign import registry
-from rlalign.advantages import PromptStatistics
 from rlalign.algorithms.ddpo import DDPO
+from rlalign.memory import Memory
 from rlalign.policies.stable_diffusion import StableDiffusionPolicy
 from rlalign.policies.tiny import ASSET, Tiny
 from rlalign.records import Plan, Unit, UnitKey
@@ -48,7 +48,7 @@ def test_ratio_is_exactly_one_before_the_first_update(lora_rank: int, guidance: 
     policy = Tiny(lora_rank=lora_rank).load("cpu")
     algorithm = DDPO(advantage="global")
     scored = collect(policy, make_units(2, per_unit=4, plan=Plan(steps=10, guidance=guidance)))
-    for one in algorithm.make_batch(scored, PromptStatistics()).passes(1):
+    for one in algorithm.make_batch(scored, Memory()).passes(1):
         assert algorithm.loss(one, policy).maxima["ratio/max_deviation"].item() == 0.0
 
 

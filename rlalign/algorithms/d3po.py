@@ -1,0 +1,81 @@
+"""D3PO: direct preference optimisation of denoising steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from rlalign import objectives
+from rlalign.algorithms.base import Algorithm, DifferentiableScorer, Loss, best_and_worst, step_batch
+from rlalign.batches import StepBatch, StepPass
+from rlalign.diffusion.rollout import replay_log_prob
+from rlalign.memory import Memory
+from rlalign.policies.base import Policy
+from rlalign.records import Scored
+
+
+class D3PO(Algorithm):
+    """-log sigmoid(beta log R_w - beta log R_l) at each step of two trajectories, R = clip(p / p_ref, 1 - c, 1 + c).
+
+    The preference is the trajectories' (best against worst of the prompt's samples by the round's rewards; ties are left
+    out). Ratios are of per-element log-probs against the reference; outside the range the gradient is exactly 0.
+
+    Source: Yang 2023, arXiv:2311.13231, eq. 13.
+    """
+
+    beta: float = Field(default=0.1, gt=0, description="strength")
+    clip_range: float = Field(default=0.1, gt=0, lt=1, description="c, on the ratio to the reference")
+    refresh_every: int = Field(
+        default=0, ge=0, description="rounds after which the reference becomes the current policy; 0 never"
+    )
+
+    @property
+    def reference_rounds(self) -> int:
+        return self.refresh_every
+
+    def make_batch(self, scored: Sequence[Scored], memory: Memory) -> StepBatch:
+        """A step batch whose "advantage" is +1 for a winner, -1 for its loser, 0 for the rest."""
+        side_B = []
+        for one in scored:
+            mine_B = np.zeros(len(one.unit.prompts))
+            for best, worst in best_and_worst(one.total_B, one.unit.prompt_ids):
+                if one.total_B[best] > one.total_B[worst]:
+                    mine_B[best], mine_B[worst] = 1.0, -1.0
+            side_B.append(mine_B)
+        return step_batch(scored, np.concatenate(side_B))
+
+    def loss(self, batch: StepPass, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
+        winners, losers = _sides(batch)
+        if not winners:  # nothing but ties: no loss, and no gradient
+            return Loss(value=torch.stack([p.sum() for p in policy.trainable().values()]).sum() * 0.0)
+        rows = winners + losers
+        latents = batch.latents_BK1[rows]
+        condition = policy.encode([batch.unit.prompts[i] for i in rows]).rows(len(batch.steps))
+        with torch.no_grad(), policy.as_reference():
+            theirs, _ = replay_log_prob(policy, batch.unit, latents, batch.steps, condition)
+        mine, _ = replay_log_prob(policy, batch.unit, latents, batch.steps, condition)
+        ratio = objectives.ratio(mine, theirs)
+        log_ratio = ratio.clamp(1.0 - self.clip_range, 1.0 + self.clip_range).log()
+        won, lost = log_ratio.split(len(winners))
+        logit = objectives.preference_logit(won, lost, self.beta)
+        metrics = objectives.ratio_metrics(ratio, self.clip_range)
+        # these ratios are to the reference, not to the behaviour policy: they have names of their own
+        return Loss(
+            value=objectives.preference_loss(logit).mean(),
+            means={
+                "preference/accuracy": (logit.detach() > 0).float().mean(),
+                "reference_ratio/clip_fraction": metrics["means"]["ratio/clip_fraction"],
+            },
+            maxima={"reference_ratio/max_deviation": metrics["maxima"]["ratio/max_deviation"]},
+        )
+
+
+def _sides(batch: StepPass) -> tuple[list[int], list[int]]:
+    """Rows of the winners, and of their losers in the same order."""
+    side = batch.advantage_B.tolist()
+    winner = {p: i for i, p in enumerate(batch.unit.prompt_ids) if side[i] > 0}
+    loser = {p: i for i, p in enumerate(batch.unit.prompt_ids) if side[i] < 0}
+    return list(winner.values()), [loser[p] for p in winner]

@@ -1,0 +1,96 @@
+"""Diffusion-DPO: learning from pairs of pictures without a reward model, offline or from the run's own scored samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from rlalign import objectives
+from rlalign.algorithms.base import Algorithm, DifferentiableScorer, Loss, best_and_worst, final_latents, noised
+from rlalign.batches import PairBatch, PairPass, Pairs
+from rlalign.diffusion.paths import elbo_weight
+from rlalign.memory import Memory
+from rlalign.policies.base import Policy
+from rlalign.records import Scored
+
+
+class DiffusionDPO(Algorithm):
+    """-log sigmoid(-s (d_w - d_l)), d = |target - prediction|^2 - |target - prediction of the reference|^2, per pair.
+
+    Winner and loser get the same noise level and the same noise. Errors are means over elements. ``weighting`` uniform has
+    s = beta / 2, the published code's form; elbo writes the bound out, s = beta T w(t) with w(t) the exact weight of the
+    variational bound at that level, so beta counts nats per element.
+
+    Pairs come from the run's ``preferences`` (offline), or from the round's samples: best against worst of each prompt.
+
+    Source: Wallace 2023, arXiv:2311.12908, eq. 14; Rafailov 2023, arXiv:2305.18290.
+    """
+
+    eats = "pairs"
+
+    beta: float = Field(default=5000.0, gt=0, description="strength; the published 5000 goes with uniform weighting")
+    weighting: Literal["uniform", "elbo"] = Field(default="uniform", description="of noise levels")
+    draws: int = Field(default=4, ge=1, description="times that each pair is noised")
+    caption_dropout: float = Field(default=0.2, ge=0, le=1, description="share of empty captions, for guidance")
+    ties: Literal["drop", "half"] = Field(
+        default="drop", description="pairs of one's own samples with equal rewards: left out, or half for each side"
+    )
+    refresh_every: int = Field(
+        default=0, ge=0, description="rounds after which the reference becomes the current policy; 0 never"
+    )
+
+    @property
+    def reference_rounds(self) -> int:
+        return self.refresh_every
+
+    def make_batch(self, scored: Sequence[Scored], memory: Memory) -> PairBatch:
+        parts = []
+        for one, clean in zip(scored, final_latents(scored), strict=True):
+            found = best_and_worst(one.total_B, one.unit.prompt_ids)
+            if self.ties == "drop":
+                found = [pair for pair in found if one.total_B[pair[0]] > one.total_B[pair[1]]]
+            if not found:
+                continue
+            winners, losers = (list(side) for side in zip(*found, strict=True))
+            label = np.where(one.total_B[winners] > one.total_B[losers], 1.0, 0.5).astype(np.float32)
+            parts.append(
+                Pairs(
+                    prompts=tuple(one.unit.prompts[w] for w in winners),
+                    first=clean[winners],
+                    second=clean[losers],
+                    label_B=torch.from_numpy(label),
+                    key=(one.unit.seed, *one.unit.key),
+                )
+            )
+        return self.pair_batch(parts)
+
+    def pair_batch(self, pairs: Sequence[Pairs]) -> PairBatch:
+        return PairBatch(pairs=tuple(pairs), draws=self.draws)
+
+    def loss(self, batch: PairPass, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
+        with torch.no_grad():
+            first, second = (policy.as_latents(side) for side in (batch.first, batch.second))
+        level_B, noise, empty_B = noised(policy, batch.key, first, self.caption_dropout)
+        condition = policy.encode(batch.prompts).dropped(empty_B).rows(2)
+        both, levels, noises = torch.cat([first, second]), level_B.repeat(2), torch.cat([noise, noise])
+        with torch.no_grad(), policy.as_reference():
+            theirs_first, theirs_second = policy.error(both, noises, levels, condition).chunk(2)
+        mine_first, mine_second = policy.error(both, noises, levels, condition).chunk(2)
+        gain_B = (theirs_first - mine_first) - (theirs_second - mine_second)
+        logit_B = self._strength(policy, level_B).to(gain_B) * gain_B
+        loss_B = objectives.labelled_preference_loss(logit_B, batch.label_B)
+        agrees_B = torch.where(batch.label_B == 0.5, 0.5, ((logit_B > 0) == (batch.label_B > 0.5)).float())
+        return Loss(
+            value=loss_B.mean(),
+            means={"preference/accuracy": agrees_B.mean(), "preference/logit": logit_B.detach().abs().mean()},
+        )
+
+    def _strength(self, policy: Policy, level_B: torch.Tensor) -> torch.Tensor:
+        """(B,) what the difference of gains is multiplied with."""
+        if self.weighting == "uniform":
+            return torch.full_like(level_B, self.beta / 2.0)
+        return self.beta * policy.path.train_steps * elbo_weight(policy.path, level_B, policy.prediction)

@@ -1,0 +1,84 @@
+"""GRPO on denoising steps: group-relative policy gradient, with Flow-GRPO's and GRPO-Guard's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from rlalign import objectives
+from rlalign.advantages import within_groups
+from rlalign.algorithms.base import Algorithm, DifferentiableScorer, Loss, rewards_of, step_batch
+from rlalign.batches import StepBatch, StepPass
+from rlalign.diffusion.noise import unit_noise
+from rlalign.diffusion.rollout import replay, taken
+from rlalign.memory import Memory
+from rlalign.policies.base import Policy
+from rlalign.records import Scored
+
+
+class GRPO(Algorithm):
+    """Clipped ratios with advantages relative to the prompt's group of samples, for flow models (plan.rule flow_sde) and UNets.
+
+    plan.window makes a few steps stochastic and trains only those (Flow-GRPO-Fast). ``guard`` is GRPO-Guard: the ratio is
+    exp((log ratio + |mean - mean_old|^2 / (2 std^2)) std), whose exponent is centred at every step, and each step's loss is
+    divided by its distance on the grid of levels. ``kl_form`` coded drops that distance from the KL, as Flow-GRPO's code does.
+
+    Source: Liu 2025 (Flow-GRPO), arXiv:2505.05470, eq. 4-9; Shao 2024, arXiv:2402.03300; Wang 2025 (GRPO-Guard),
+    arXiv:2510.22319.
+    """
+
+    clip_range: float = Field(default=1e-4, gt=0, lt=1, description="c, on the ratio of per-element log-probs")
+    advantage_std: Literal["global", "group"] = Field(
+        default="global", description="whose standard deviation divides: the round's, as in Flow-GRPO, or the group's"
+    )
+    advantage_clip: float = Field(default=5.0, gt=0, description="advantages are clipped to +- this")
+    kl_weight: float = Field(default=0.0, ge=0, description="weight of the KL to the pretrained model")
+    kl_form: Literal["gaussian", "coded"] = Field(
+        default="gaussian", description="exact per-step Gaussian KL, or Flow-GRPO's, times the level distance"
+    )
+    guard: bool = Field(default=False, description="GRPO-Guard's centred ratio and per-step weight")
+    skip_last: int = Field(
+        default=1, ge=0, description="final steps left out of the loss: their Gaussian is very sharp"
+    )
+
+    @property
+    def ratio_limit(self) -> float | None:
+        return self.clip_range / 10
+
+    def make_batch(self, scored: Sequence[Scored], memory: Memory) -> StepBatch:
+        reward_B, group_B = rewards_of(scored)
+        value_B = within_groups(reward_B, group_B, std=self.advantage_std)
+        return step_batch(scored, np.clip(value_B, -self.advantage_clip, self.advantage_clip), skip_last=self.skip_last)
+
+    def loss(self, batch: StepPass, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
+        rows, steps = batch.latents_BK1.shape[0], list(batch.steps)
+        condition = policy.encode(batch.unit.prompts).rows(len(steps))
+        theirs = None
+        if self.kl_weight:
+            with torch.no_grad(), policy.as_reference():
+                theirs = replay(policy, batch.unit, batch.latents_BK1, steps, condition).gaussian
+        mine = replay(policy, batch.unit, batch.latents_BK1, steps, condition).gaussian
+        drawn = taken(batch.latents_BK1, steps)
+        log_ratio = mine.log_prob(drawn) - batch.log_prob_BS.transpose(0, 1).flatten()
+        ratio, scale = log_ratio.exp(), torch.ones(())
+        levels = policy.path.levels(batch.unit.plan.steps)
+        gap = (levels[:-1] - levels[1:]).abs()[steps].repeat_interleave(rows).to(log_ratio)
+        if self.guard:
+            shape = mine.mean.shape[1:]
+            noise = torch.cat([unit_noise(batch.unit, k + 1, shape) for k in steps]).to(drawn)
+            behaviour_mean = drawn - mine.std * noise  # the stored latent is that mean plus the keyed noise
+            std = mine.std.expand(len(drawn), *[1] * len(shape)).flatten()
+            squared = ((mine.mean - behaviour_mean) ** 2).flatten(1).mean(1)
+            ratio, scale = objectives.guarded_ratio(log_ratio, squared, std), 1.0 / gap
+        advantage = batch.advantage_B.repeat(len(steps))
+        value = (scale * objectives.clipped_surrogate(ratio, advantage, self.clip_range)).mean()
+        metrics = objectives.ratio_metrics(ratio, self.clip_range)
+        if theirs is not None:
+            kl = objectives.gaussian_kl(mine.mean, theirs.mean, mine.std)
+            value = value + self.kl_weight * (kl if self.kl_form == "gaussian" else kl * gap).mean()
+            metrics["means"]["kl/per_step_gaussian"] = kl.detach().mean()
+        return Loss(value=value, **metrics)

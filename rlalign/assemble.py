@@ -1,0 +1,66 @@
+"""The live parts of a run, from its settings: the learner with what its algorithm keeps beside the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from rlalign.config import Run
+from rlalign.diffusion.paths import RectifiedFlow
+from rlalign.diffusion.steps import is_stochastic
+from rlalign.learner import Beside, Learner
+from rlalign.policies.base import Policy
+from rlalign.registry import UserError
+
+
+def build_learner(run: Run) -> Learner:
+    """The learner of a run, on this process's device."""
+    policy = run.policy.load(run.runtime.device)
+    check_plan(run, policy)
+    algorithm = run.algorithm
+    loss: Any = algorithm.loss
+    if algorithm.eats == "prompts":
+        loss = partial(algorithm.loss, scorer=differentiable_scorer(run))
+    critic, critic_lr = algorithm.critic(policy, run.plan) or (None, 1e-4)
+    beside = Beside(
+        critic=critic,
+        critic_lr=critic_lr,
+        behaviour_decay=algorithm.behaviour_decay,
+        refresh_reference=algorithm.reference_rounds,
+    )
+    return Learner(policy, loss, run.learner, seed=run.seed, threads=run.runtime.learner_threads, beside=beside)
+
+
+def differentiable_scorer(run: Run) -> Any:
+    """Media and prompts -> each reward's scores and their weighted total, with gradients to the media."""
+    blind = [r.title for r in run.rewards if not r.differentiable]
+    if blind:
+        raise UserError(
+            f"algorithm {run.algorithm.name} needs differentiable rewards, and {', '.join(blind)} gives no gradient; use "
+            "another reward, or an algorithm that takes any (ddpo, dpok, grpo)"
+        )
+    scorers = {r.title: r.load(run.runtime.device) for r in run.rewards}
+
+    def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        scores = {title: one(media_BFCHW, prompts) for title, one in scorers.items()}
+        parts = [r.weight * scores[r.title] for r in run.rewards]
+        return {**scores, "total": torch.stack(parts).sum(0)}
+
+    return scorer
+
+
+def check_plan(run: Run, policy: Policy) -> None:
+    """Refuses a plan that leaves a policy-gradient algorithm without a single stochastic step, or a rule of another path."""
+    if run.plan.rule.startswith("flow_") and not isinstance(policy.path, RectifiedFlow):
+        raise UserError(
+            f"plan.rule {run.plan.rule!r} needs a flow model, and {run.policy.name!r} is not one; use ddim or ddpm"
+        )
+    levels = policy.path.levels(run.plan.steps)
+    stochastic = is_stochastic(policy.path, levels, rule=run.plan.rule, eta=run.plan.eta)
+    if run.algorithm.eats == "steps" and not bool(stochastic.any()):
+        raise UserError(
+            f"plan.eta must be > 0 for {run.algorithm.name}, got {run.plan.eta}: no step would have a density"
+        )

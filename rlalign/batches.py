@@ -1,0 +1,269 @@
+"""The four batches that algorithms eat. A batch is a list of parts, which the learner shuffles and deals to updates, and cuts
+into passes: one forward and backward each, with weights that sum to 1 over the batch.
+
+Letters: B samples, K denoising steps, C H W. Random draws of a loss come from the pass's ``key`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, TypeVar
+
+import torch
+
+from rlalign.records import Unit
+
+Key = tuple[int | str, ...]
+
+
+class Pass(Protocol):
+    """One forward and backward pass of a batch."""
+
+    @property
+    def weight(self) -> float:
+        """The pass's share of its batch's mean."""
+        ...
+
+
+class Batch(Protocol):
+    """What the learner asks of a batch; ``len`` is its number of samples."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def parts(self) -> int:
+        """Units (or bundles of pairs) that the batch is made of."""
+        ...
+
+    def pick(self, indices: Sequence[int], /) -> Batch:
+        """The batch of these parts, in this order."""
+        ...
+
+    def passes(self, steps_per_pass: int, draw: Key = (), /) -> Iterator[Pass]:
+        """The passes of one use of the batch; ``draw`` (round, epoch) enters the passes' keys."""
+        ...
+
+
+Dataclass = TypeVar("Dataclass")
+
+
+def moved(one: Dataclass, device: str) -> Dataclass:
+    """The same pass with its tensors on ``device``."""
+    if device == "cpu":
+        return one
+    own = {f.name: getattr(one, f.name) for f in fields(one)}  # type: ignore[arg-type]
+    return replace(one, **{n: v.to(device) for n, v in own.items() if isinstance(v, torch.Tensor)})  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """Denoising steps with advantages: what policy-gradient algorithms eat. Whole units, so that a replay can use the
+    rollout's own batch shape."""
+
+    units: tuple[Unit, ...]
+    latents: tuple[torch.Tensor, ...]
+    """Per unit (B, K+1, C, H, W) float32."""
+    log_prob: tuple[torch.Tensor, ...]
+    """Per unit (B, K) float32 behaviour log-probs, nats per element."""
+    stochastic: tuple[torch.Tensor, ...]
+    """Per unit (K,) bool: the steps that are learned from."""
+    advantage: tuple[torch.Tensor, ...]
+    """Per unit (B,) float32; 0 for a dropped sample."""
+    reward: tuple[torch.Tensor, ...]
+    """Per unit (B,) float32 weighted totals; NaN for a dropped sample."""
+
+    def __len__(self) -> int:
+        return sum(len(u.prompts) for u in self.units)
+
+    @property
+    def parts(self) -> int:
+        return len(self.units)
+
+    def pick(self, indices: Sequence[int], /) -> StepBatch:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return StepBatch(**{n: tuple(v[i] for i in indices) for n, v in own.items()})
+
+    def passes(self, steps_per_pass: int, draw: Key = (), /) -> Iterator[StepPass]:
+        """Slices of one unit and up to ``steps_per_pass`` of its steps.
+
+        A weight is the slice's share of all (sample, step) pairs, so the weighted sum of slice means is the mean over pairs,
+        whatever the slicing.
+        """
+        pairs = sum(len(u.prompts) * int(s.sum()) for u, s in zip(self.units, self.stochastic, strict=True))
+        for i, unit in enumerate(self.units):
+            steps = torch.nonzero(self.stochastic[i]).flatten().tolist()
+            for start in range(0, len(steps), steps_per_pass):
+                chosen = tuple(steps[start : start + steps_per_pass])
+                yield StepPass(
+                    unit=unit,
+                    steps=chosen,
+                    learned=len(steps),
+                    latents_BK1=self.latents[i],
+                    log_prob_BS=self.log_prob[i][:, list(chosen)],
+                    advantage_B=self.advantage[i],
+                    reward_B=self.reward[i],
+                    weight=len(unit.prompts) * len(chosen) / pairs,
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPass:
+    """One forward pass of a StepBatch: the steps ``steps`` of one unit."""
+
+    unit: Unit
+    steps: tuple[int, ...]
+    learned: int
+    """Steps of the unit that are learned from, over all its passes."""
+    latents_BK1: torch.Tensor
+    log_prob_BS: torch.Tensor
+    advantage_B: torch.Tensor
+    reward_B: torch.Tensor
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Clean latents with weights: what weighted denoising eats (reward-weighted regression, DiffusionNFT)."""
+
+    units: tuple[Unit, ...]
+    clean: tuple[torch.Tensor, ...]
+    """Per unit (B, C, H, W) float32."""
+    weight: tuple[torch.Tensor, ...]
+    """Per unit (B,) float32; its meaning is the algorithm's."""
+    draws: int
+    """Times that each sample is noised."""
+
+    def __len__(self) -> int:
+        return sum(len(u.prompts) for u in self.units)
+
+    @property
+    def parts(self) -> int:
+        return len(self.units)
+
+    def pick(self, indices: Sequence[int], /) -> ImageBatch:
+        return replace(
+            self,
+            units=tuple(self.units[i] for i in indices),
+            clean=tuple(self.clean[i] for i in indices),
+            weight=tuple(self.weight[i] for i in indices),
+        )
+
+    def passes(self, steps_per_pass: int, draw: Key = (), /) -> Iterator[ImagePass]:
+        """``draws`` passes of each unit, of equal weight per sample. ``steps_per_pass`` has no say here."""
+        for unit, clean, weight in zip(self.units, self.clean, self.weight, strict=True):
+            for number in range(self.draws):
+                yield ImagePass(
+                    unit=unit,
+                    clean_BCHW=clean,
+                    weight_B=weight,
+                    number=number,
+                    draws=self.draws,
+                    key=("draw", unit.seed, *draw, *unit.key, number),
+                    weight=len(unit.prompts) / (len(self) * self.draws),
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePass:
+    """One unit's clean latents, to be noised for the ``number``-th of ``draws`` times."""
+
+    unit: Unit
+    clean_BCHW: torch.Tensor
+    weight_B: torch.Tensor
+    number: int
+    draws: int
+    key: Key
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Pairs of one prompt each: a part of a PairBatch."""
+
+    prompts: tuple[str, ...]
+    first: torch.Tensor
+    """Clean latents (B, C, H, W) float32, or media (B, F, 3, H, W) uint8 that are yet to be encoded."""
+    second: torch.Tensor
+    """The same for the other of each pair."""
+    label_B: torch.Tensor
+    """(B,) float32: 1 where the first is preferred, 0 where the second is, 1/2 for a tie."""
+    key: Key
+    """Tells this part's random draws apart."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """Preferred and rejected pictures: what preference algorithms eat."""
+
+    pairs: tuple[Pairs, ...]
+    draws: int
+
+    def __len__(self) -> int:
+        return sum(len(p) for p in self.pairs)
+
+    @property
+    def parts(self) -> int:
+        return len(self.pairs)
+
+    def pick(self, indices: Sequence[int], /) -> PairBatch:
+        return replace(self, pairs=tuple(self.pairs[i] for i in indices))
+
+    def passes(self, steps_per_pass: int, draw: Key = (), /) -> Iterator[PairPass]:
+        """``draws`` passes of each part, of equal weight per pair. ``steps_per_pass`` has no say here."""
+        for one in self.pairs:
+            for number in range(self.draws):
+                yield PairPass(
+                    prompts=one.prompts,
+                    first=one.first,
+                    second=one.second,
+                    label_B=one.label_B,
+                    key=("draw", *draw, *one.key, number),
+                    weight=len(one) / (len(self) * self.draws),
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPass:
+    """One part of a PairBatch, to be noised once. Fields as in Pairs."""
+
+    prompts: tuple[str, ...]
+    first: torch.Tensor
+    second: torch.Tensor
+    label_B: torch.Tensor
+    key: Key
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Prompts with their noise, nothing sampled yet: what reward backpropagation eats."""
+
+    units: tuple[Unit, ...]
+
+    def __len__(self) -> int:
+        return sum(len(u.prompts) for u in self.units)
+
+    @property
+    def parts(self) -> int:
+        return len(self.units)
+
+    def pick(self, indices: Sequence[int], /) -> PromptBatch:
+        return PromptBatch(units=tuple(self.units[i] for i in indices))
+
+    def passes(self, steps_per_pass: int, draw: Key = (), /) -> Iterator[PromptPass]:
+        """One pass a unit. ``steps_per_pass`` has no say here."""
+        for unit in self.units:
+            yield PromptPass(unit=unit, key=("draw", unit.seed, *draw, *unit.key), weight=len(unit.prompts) / len(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptPass:
+    """One unit, to be sampled with gradients."""
+
+    unit: Unit
+    key: Key
+    weight: float
