@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # so the registry is the floor.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("registry",),
-    ("records", "objectives", "advantages", "lora", "pictures"),
-    ("diffusion", "arrow"),
+    ("records", "objectives", "advantages", "lora", "pictures", "progress"),
+    ("diffusion", "arrow", "towers"),
     ("policies", "rewards", "data"),
     ("algorithms", "samplers"),
-    ("learner", "checkpoint", "evaluate", "report", "environment", "pretrain", "metrics"),
+    ("learner", "checkpoint", "evaluate", "report", "environment", "pretrain", "fit_reward", "metrics"),
     ("config",),
     ("collect",),
     ("loop",),
