@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
+from rlalign.batches import Pairs
 from rlalign.config import Run
+from rlalign.data.preferences import PairReader
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.diffusion.steps import is_stochastic
 from rlalign.learner import Beside, Learner
@@ -50,6 +53,28 @@ def differentiable_scorer(run: Run) -> Any:
         return {**scores, "total": torch.stack(parts).sum(0)}
 
     return scorer
+
+
+def preference_pairs(reader: PairReader, round: int) -> list[Pairs]:
+    """A round's pairs, cut into passes, their pictures still uint8 (B, 1, 3, H, W): the policy's own encoder reads them."""
+    parts = []
+    for number, pairs in enumerate(reader.passes(round)):
+        sides = ([p.picture_0 for p in pairs], [p.picture_1 for p in pairs])
+        if len({picture.shape for side in sides for picture in side}) > 1:
+            raise UserError(
+                "preferences.size must be > 0 where pictures differ in size (all are then resized to it), got 0"
+            )
+        first, second = (torch.from_numpy(np.stack(side))[:, None] for side in sides)
+        parts.append(
+            Pairs(
+                prompts=tuple(p.caption for p in pairs),
+                first=first,
+                second=second,
+                label_B=torch.tensor([p.label_0 for p in pairs], dtype=torch.float32),
+                key=("pairs", reader.seed, round, number),
+            )
+        )
+    return parts
 
 
 def check_plan(run: Run, policy: Policy) -> None:

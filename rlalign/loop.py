@@ -22,10 +22,12 @@ from typing import Any
 import torch
 
 from rlalign import checkpoint, evaluate
-from rlalign.assemble import build_learner
+from rlalign.arrow import write_pairs
+from rlalign.assemble import build_learner, preference_pairs
 from rlalign.batches import Batch, PromptBatch
 from rlalign.collect import Collect, LocalCollect
 from rlalign.config import Run, dump, identity_of
+from rlalign.data.preferences import PairReader
 from rlalign.guard import Guard
 from rlalign.learner import Learner
 from rlalign.memory import Memory
@@ -67,6 +69,7 @@ class _Alignment:
         self.shown: tuple[tuple[str, int], list[Scored]] = (("", -1), [])
         self.recorder: Recorder | None = None
         self.identity = identity_of(run)
+        self.pairs = PairReader(run.preferences, run.seed) if run.preferences is not None else None
 
     def resume(self) -> None:
         """Takes up the newest checkpoint, or starts with the base model's evaluation."""
@@ -94,6 +97,7 @@ class _Alignment:
             scored, staleness = self.collect.gather(ticket), self.done - made_in
         gathered = time.monotonic()
         learned = self.learner.update(self.batch(scored), round=self.done + 1)
+        self.write_pairs(scored)
         self.check_ratio(learned, staleness)
         self.done += 1
         updated = time.monotonic()
@@ -120,11 +124,25 @@ class _Alignment:
         algorithm = self.run.algorithm
         if algorithm.eats == "prompts":
             return PromptBatch(units=tuple(self.units(self.done + 1)))
+        if self.pairs is not None:
+            return algorithm.pair_batch(preference_pairs(self.pairs, self.done))
         return algorithm.make_batch(scored, self.memory)
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many rounds, and after the last one, happens now (0: only then)."""
         return self.done == self.run.rounds or (every > 0 and self.done % every == 0)
+
+    def write_pairs(self, scored: Sequence[Scored]) -> None:
+        """The round's samples as a set of preferences, where that is asked for."""
+        if not self.run.write_pairs or not self.learner.is_main:
+            return
+        from rlalign.data.rankings import pairs_of
+
+        path = self.folder / "preferences" / f"round-{self.done + 1:05d}.parquet"
+        rows = list(pairs_of(scored, self.run.write_pairs))
+        if rows:
+            with checkpoint.disk_errors(self.folder):
+                write_pairs(path, rows)
 
     def order_ahead(self) -> float:
         """Orders every round that may start under the current weights. Returns the seconds it took to publish them."""

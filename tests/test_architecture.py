@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # so the registry is the floor.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("registry",),
-    ("records", "objectives", "advantages", "lora", "pictures"),
+    ("records", "objectives", "advantages", "lora", "pictures", "progress"),
     ("batches",),
-    ("diffusion", "arrow", "memory"),
+    ("diffusion", "arrow", "memory", "towers"),
     ("critic",),
     ("policies", "rewards", "data"),
     ("algorithms", "samplers"),
-    ("learner", "checkpoint", "evaluate", "guard", "report", "environment", "pretrain", "metrics"),
+    ("learner", "checkpoint", "evaluate", "guard", "report", "environment", "pretrain", "fit_reward", "metrics"),
     ("config",),
     ("collect", "assemble"),
     ("loop",),

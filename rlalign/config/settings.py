@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from rlalign.algorithms.base import Algorithm
 from rlalign.checkpoint import CheckpointSettings
+from rlalign.data.preferences import PreferenceSettings
 from rlalign.data.prompts.base import Prompts
 from rlalign.evaluate import EvaluateSettings
 from rlalign.guard import GuardSettings
@@ -78,6 +79,12 @@ class Run(BaseModel):
     prompts: SerializeAsAny[Annotated[Prompts, _recipe("prompts")]]
     rewards: tuple[SerializeAsAny[Annotated[Reward, _recipe("rewards")]], ...] = Field(min_length=1)
     algorithm: SerializeAsAny[Annotated[Algorithm, _recipe("algorithms")]]
+    preferences: PreferenceSettings | None = Field(
+        default=None, description="a set of preference pairs to learn from, in place of samples of one's own"
+    )
+    write_pairs: Literal["", "best_and_worst", "all"] = Field(
+        default="", description="write each round's samples as preference pairs into preferences/ of the run folder"
+    )
     learner: LearnerSettings = LearnerSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     guard: GuardSettings = GuardSettings()
@@ -87,7 +94,7 @@ class Run(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Run:
         prompts, learner, runtime = self.prompts, self.learner, self.runtime
-        if self.units_per_round % learner.updates_per_round:
+        if self.preferences is None and self.units_per_round % learner.updates_per_round:
             raise UserError(
                 f"learner.updates_per_round must divide the units of a round ({self.units_per_round} = prompts.per_round "
                 f"{prompts.per_round} / prompts.per_unit {prompts.per_unit}), got {learner.updates_per_round}"
@@ -101,6 +108,10 @@ class Run(BaseModel):
             raise UserError(
                 f"guard.held_out must be one of evaluate.rewards ({held_out}), got {self.guard.held_out!r}; add it there"
             )
+        if self.preferences is not None and self.algorithm.eats != "pairs":
+            raise UserError(f"preferences are for algorithms that learn from pairs, and {self.algorithm.name} does not")
+        if self.write_pairs and not self.rolls_out:
+            raise UserError("write_pairs needs rounds of scored samples, and this run makes none; leave it empty")
         strict = self.algorithm.strictly_on_policy
         if strict and learner.updates_per_round * learner.epochs != 1:
             raise UserError(
@@ -134,12 +145,12 @@ class Run(BaseModel):
     @property
     def rolls_out(self) -> bool:
         """Whether rounds learn from samples that the rollout workers make."""
-        return self.algorithm.eats != "prompts"
+        return self.algorithm.eats != "prompts" and self.preferences is None
 
     @property
     def samples_itself(self) -> bool:
         """Whether a round makes samples of its own, wherever that happens."""
-        return True
+        return self.preferences is None
 
     @property
     def units_per_round(self) -> int:
