@@ -70,6 +70,8 @@ def train(
         print(f"stopped; go on with: rlalign train --resume {folder}", file=sys.stderr)
         raise typer.Exit(STOPPED)
     print(_summary(final))
+    if "stopped" in final:
+        print(final["stopped"])
     print(f"policy: {folder / 'policy'}\nreport: {folder / 'report.html'}")
 
 
@@ -124,7 +126,8 @@ def _final(folder: Path, rounds: int) -> dict[str, Any] | None:
     """The comparison that ends a run; None where the run did not come to its last round."""
     path = folder / "evaluation.json"
     final = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return final if final is not None and final["round"] == rounds else None
+    over = final is not None and (final["round"] == rounds or "stopped" in final)
+    return final if over else None
 
 
 def _summary(final: Mapping[str, Any]) -> str:

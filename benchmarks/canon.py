@@ -1,0 +1,88 @@
+"""Every algorithm on the embedded task with one budget: reward, held-out reward, diversity, KL to the base model, cost.
+
+    python benchmarks/canon.py [rounds] [seeds] [--jobs N]
+
+Runs each contestant of ``canon_contestants.py`` under each seed as ``rlalign train ... --local`` on one core (``--jobs`` at a
+time), into runs/canon/; what is there already is not run again. Then it writes docs/canon.md and docs/images/canon*.png. An
+hour or two on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from canon_contestants import CONTESTANTS, OVER_OPTIMISATION, Contestant
+from canon_page import write_page
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "canon"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=12)
+    parser.add_argument("seeds", nargs="?", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=None, help="contestants by name")
+    given = parser.parse_args()
+    chosen = [c for c in CONTESTANTS if given.only is None or c.name in given.only]
+    jobs = [(c, seed, given.rounds) for seed in range(given.seeds) for c in chosen]
+    jobs += [(c, 0, c.rounds) for c in OVER_OPTIMISATION if given.only is None]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(lambda job: train(*job), jobs))
+    results = [result(c, seed) for c in chosen for seed in range(given.seeds)]
+    write_page(ROOT / "docs", results, [RUNS / f"{c.name}-0" for c in OVER_OPTIMISATION], given.rounds)
+
+
+def train(contestant: Contestant, seed: int, rounds: int) -> None:
+    """One run in a process of its own, on one core; an earlier one that ended is kept."""
+    folder = RUNS / f"{contestant.name}-{seed}"
+    if (folder / "evaluation.json").is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = [f"seed={seed}", f"rounds={rounds}", "checkpoint.every=100", "runtime.rollout_workers=1", "learner.shards=1"]
+    command = [sys.executable, "-m", "rlalign", "train", str(ROOT / "configs" / f"{contestant.config}.yaml"), "--local"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, *settings, *contestant.settings, "--out", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{contestant.name} seed {seed} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+    print(f"{contestant.name} seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def result(contestant: Contestant, seed: int) -> dict[str, Any]:
+    """What a run came to: its comparison with the base model, its curve, and its cost."""
+    folder = RUNS / f"{contestant.name}-{seed}"
+    final = json.loads((folder / "evaluation.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    versions = [0, *(line["policy_version"] for line in lines)]
+    updates = [b - a for a, b in zip(versions[:-1], versions[1:], strict=True)]
+    return {
+        "contestant": contestant,
+        "seed": seed,
+        "final": final,
+        "evaluations": evaluations,
+        "reward_queries": lines[-1]["reward_queries"],
+        "sampling_calls": lines[-1]["denoiser_calls"],
+        "update_calls": sum(line.get("update_calls", 0.0) * n for line, n in zip(lines, updates, strict=True)),
+        "seconds": sum(line["seconds/round"] for line in lines),
+        "queries_per_round": lines[0]["reward_queries"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Who takes part in benchmarks/canon.py, and with which settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """An algorithm as configured in a run file, with what is changed."""
+
+    name: str
+    title: str
+    config: str
+    settings: tuple[str, ...] = ()
+    rounds: int = 0
+
+
+# The reward is the verifier's, or, where a gradient is needed, the fitted Bradley-Terry model's; both are measured for all.
+SHARED = ("evaluate.every=2", "evaluate.prompts=64")
+FITTED = "evaluate.rewards=[{name: bradley_terry, label: fitted}]"
+
+CONTESTANTS: tuple[Contestant, ...] = tuple(
+    Contestant(name=name, title=title, config=config, settings=(*SHARED, *settings))
+    for name, title, config, settings in (
+        ("reinforce", "REINFORCE", "tiny_reinforce", (FITTED,)),
+        ("ddpo", "DDPO", "quickstart", (FITTED,)),
+        ("dpok", "DPOK", "tiny_dpok_shapes", (FITTED,)),
+        ("grpo", "GRPO", "tiny_grpo", (FITTED,)),
+        ("rwr", "RWR", "tiny_rwr", (FITTED,)),
+        ("d3po", "D3PO", "tiny_d3po", (FITTED,)),
+        ("diffusion_dpo", "Diffusion-DPO, online", "tiny_diffusion_dpo", (FITTED,)),
+        ("diffusion_nft", "DiffusionNFT", "tiny_diffusion_nft", (FITTED,)),
+        ("reward_backprop", "DRaFT", "tiny_draft", ()),
+        ("flow_grpo", "Flow-GRPO", "tiny_flow_grpo", (FITTED,)),
+        ("flow_nft", "DiffusionNFT", "tiny_flow_nft", (FITTED,)),
+    )
+)
+
+_CURVE = ("evaluate.every=2", "evaluate.prompts=64", "evaluate.grid=16")
+OVER_OPTIMISATION: tuple[Contestant, ...] = (
+    Contestant(name="compress_ddpo", title="DDPO", config="tiny_compressibility", settings=_CURVE, rounds=24),
+    Contestant(name="compress_dpok", title="DPOK", config="tiny_dpok", settings=_CURVE, rounds=30),
+)

@@ -1,0 +1,53 @@
+"""Every training config in configs/ that is small enough: two rounds on Ray and locally, bitwise equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlalign.config import Run, load_run
+from rlalign.loop import train_local
+from rlalign.runtime import train_on_ray
+from tests.runs import CONFIGS, assert_same_run, metrics
+
+pytestmark = pytest.mark.ray
+
+SMALL = (
+    "rounds=2",
+    "plan.steps=4",
+    "prompts.per_round=4",
+    "prompts.samples_per_prompt=4",
+    "prompts.per_unit=2",
+    "learner.shards=2",
+    "evaluate.prompts=4",
+    "evaluate.every=1",
+    "evaluate.grid=4",
+    "checkpoint.every=1",
+    "runtime.rollout_workers=2",
+)
+TINY = sorted(path.stem for path in CONFIGS.glob("tiny_*.yaml")) + ["quickstart"]
+QUICK = {"quickstart", "tiny_dpok", "tiny_diffusion_nft", "tiny_flow_grpo", "tiny_draft"}
+"""One of each kind of batch, on either model: the default tests; the rest is marked slow."""
+
+
+def small(name: str) -> Run:
+    return load_run(CONFIGS / f"{name}.yaml", SMALL)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TINY])
+def test_it_trains_on_ray_as_it_does_locally(name: str, tmp_path: Path) -> None:
+    train_local(small(name), tmp_path / "local", resume=False, on_record=lambda _: None)
+    train_on_ray(small(name), tmp_path / "ray", resume=False, on_record=lambda _: None)
+    assert_same_run(tmp_path / "ray", tmp_path / "local")
+    lines = metrics(tmp_path / "local")
+    assert [line["round"] for line in lines] == [1, 2]
+    assert all(line["grad_norm"] >= 0 for line in lines)
+    if "ratio/first_update" in lines[0]:
+        assert lines[0]["ratio/first_update"] == 0.0
+
+
+def test_there_is_a_config_for_every_algorithm() -> None:
+    from rlalign.registry import names
+
+    assert {small(name).algorithm.name for name in TINY} == set(names("algorithms"))
