@@ -10,6 +10,7 @@ hour or two on two cores.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -49,7 +50,13 @@ def train(contestant: Contestant, seed: int, rounds: int) -> None:
     if (folder / "evaluation.json").is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    settings = [f"seed={seed}", f"rounds={rounds}", "checkpoint.every=100", "runtime.rollout_workers=1", "learner.shards=1"]
+    settings = [
+        f"seed={seed}",
+        f"rounds={rounds}",
+        "checkpoint.every=100",
+        "runtime.rollout_workers=1",
+        "learner.shards=1",
+    ]
     command = [sys.executable, "-m", "rlalign", "train", str(ROOT / "configs" / f"{contestant.config}.yaml"), "--local"]
     start = time.monotonic()
     done = subprocess.run(
@@ -70,7 +77,7 @@ def result(contestant: Contestant, seed: int) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     versions = [0, *(line["policy_version"] for line in lines)]
-    updates = [b - a for a, b in zip(versions[:-1], versions[1:], strict=True)]
+    updates = [b - a for a, b in itertools.pairwise(versions)]
     return {
         "contestant": contestant,
         "seed": seed,

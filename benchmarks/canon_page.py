@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def write_page(docs: Path, results: Sequence[dict[str, Any]], over: Sequence[Pat
         groups.setdefault(one["contestant"].name, []).append(one)
     images = docs / "images"
     curves(groups, images / "canon.png")
-    text = (docs / "canon.template.md").read_text()
+    text = Path(__file__).with_name("canon_page.md").read_text()
     parts = {"TABLE": table(groups), "COST": cost_to_reach(groups), "ROUNDS": str(rounds)}
     parts["SEEDS"] = str(max(len(g) for g in groups.values()))
     if all((folder / "evaluation.json").is_file() for folder in over) and over:
@@ -44,7 +45,9 @@ def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
 
 def shapes_of(evaluation: dict[str, Any]) -> float:
     """The verifier's mean, trained on or held out."""
-    return next(evaluation[f"{kind}/shapes/mean"] for kind in ("reward", "held_out") if f"{kind}/shapes/mean" in evaluation)
+    return next(
+        evaluation[f"{kind}/shapes/mean"] for kind in ("reward", "held_out") if f"{kind}/shapes/mean" in evaluation
+    )
 
 
 def fitted_of(evaluation: dict[str, Any]) -> float:
@@ -97,14 +100,19 @@ def cost_to_reach(groups: dict[str, list[dict[str, Any]]]) -> str:
 def curves(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Score on held-out prompts against reward queries: mean of the seeds, and their range."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for panel, flow, name in ((panels[0], False, "UNet, epsilon prediction"), (panels[1], True, "transformer, rectified flow")):
+    for panel, flow, name in (
+        (panels[0], False, "UNet, epsilon prediction"),
+        (panels[1], True, "transformer, rectified flow"),
+    ):
         for number, runs in enumerate(g for n, g in groups.items() if ("flow" in n) == flow):
             rounds = [e["round"] for e in runs[0]["evaluations"]]
             x = [r * runs[0]["queries_per_round"] for r in rounds]
             columns = list(zip(*([shapes_of(e) for e in r["evaluations"]] for r in runs), strict=False))
             style = {"color": f"C{number}", "lw": 1.8}
             panel.plot(x, [statistics.mean(c) for c in columns], label=runs[0]["contestant"].title, **style)
-            panel.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=f"C{number}", alpha=0.12, lw=0)
+            panel.fill_between(
+                x, [min(c) for c in columns], [max(c) for c in columns], color=f"C{number}", alpha=0.12, lw=0
+            )
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("reward queries")
         panel.grid(alpha=0.25)
@@ -129,7 +137,9 @@ def over_optimisation(folders: Sequence[Path], images: Path) -> str:
     nearest = min(ddpo, key=lambda t: abs(t[1] - gain))
     figure, panel = plt.subplots(figsize=(5.6, 3.8))
     for (name, track), colour in zip(tracks.items(), ("C3", "C0"), strict=True):
-        panel.plot([t[1] for t in track], [t[2] for t in track], "o-", color=colour, ms=3.5, label=name.split("_")[1].upper())
+        panel.plot(
+            [t[1] for t in track], [t[2] for t in track], "o-", color=colour, ms=3.5, label=name.split("_")[1].upper()
+        )
     panel.axvline(gain, color="0.7", lw=1, ls="--")
     panel.set_xlabel("reward gained: kB saved per picture")
     panel.set_ylabel("held-out shapes score")
@@ -143,16 +153,16 @@ def over_optimisation(folders: Sequence[Path], images: Path) -> str:
     sheets.append(folders[1] / "samples" / f"round-{last_round:05d}.png")
     stacked(sheets, images / "canon-samples.png")
     return (
-        f"DDPO alone: {ddpo[-1][1]:+.3f} kB gained in {ddpo[-1][0]} rounds, and the held-out score falls from {ddpo[0][2]:.3f} to "
-        f"{ddpo[-1][2]:.3f}. DPOK gains {gain:+.3f} kB and keeps {kept:.3f}; at that gain DDPO has {without:.3f} left (between its "
-        f"evaluations), so DPOK keeps {kept / max(without, 1e-9):.1f} times as much. The pictures show the same prompts and noise: "
-        f"the base model, DDPO after {nearest[0]} rounds ({nearest[1]:+.3f} kB), DPOK after {last_round} rounds ({gain:+.3f} kB)."
+        f"DDPO alone: {ddpo[-1][1]:+.3f} kB gained in {ddpo[-1][0]} rounds, and the held-out score falls from "
+        f"{ddpo[0][2]:.3f} to {ddpo[-1][2]:.3f}. DPOK gains {gain:+.3f} kB and keeps {kept:.3f}; at that gain DDPO has "
+        f"{without:.3f} left (between its evaluations), so DPOK keeps {kept / max(without, 1e-9):.1f} times as much. The "
+        f"pictures show the same prompts and noise: the base model, DDPO after {nearest[0]} rounds ({nearest[1]:+.3f} kB), DPOK after {last_round} rounds ({gain:+.3f} kB)."
     )
 
 
 def at_gain(track: Sequence[tuple[int, float, float]], gain: float) -> float:
     """The held-out score where the track first passes a gain, between its evaluations."""
-    for (_, x0, y0), (_, x1, y1) in zip(track[:-1], track[1:], strict=True):
+    for (_, x0, y0), (_, x1, y1) in itertools.pairwise(track):
         if x0 <= gain <= x1:
             return y0 + (y1 - y0) * (gain - x0) / (x1 - x0)
     return track[-1][2]

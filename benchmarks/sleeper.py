@@ -37,7 +37,13 @@ class SleeperPolicy(Policy):
         empty_BLD = torch.zeros(len(prompts), 1, 1)
         return Condition(embeds_BLD=empty_BLD, uncond_BLD=empty_BLD)
 
-    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self,
+        x: torch.Tensor,
+        timestep_B: torch.Tensor,
+        embeds_BLD: torch.Tensor,
+        pooled_BD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if not torch.is_grad_enabled():  # a rollout; the learner's passes take no time
             time.sleep(self.seconds)
         return x * self.network.weight[0, 0]

@@ -66,7 +66,13 @@ class ToyPolicy(Policy):
         embeds_BLD = torch.from_numpy(np.stack(rows))
         return Condition(embeds_BLD=embeds_BLD, uncond_BLD=torch.zeros_like(embeds_BLD))
 
-    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self,
+        x: torch.Tensor,
+        timestep_B: torch.Tensor,
+        embeds_BLD: torch.Tensor,
+        pooled_BD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return self.network(x, timestep_B, embeds_BLD)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

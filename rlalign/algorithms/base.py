@@ -48,6 +48,11 @@ class Algorithm(Recipe):
         return None
 
     @property
+    def uses(self) -> int:
+        """Passes that a unit's samples make through the network in an epoch, where they are not one per denoising step."""
+        return 1
+
+    @property
     def strictly_on_policy(self) -> bool:
         """Whether the loss is right for the first update after a rollout only."""
         return False

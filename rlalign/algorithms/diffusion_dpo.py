@@ -47,6 +47,10 @@ class DiffusionDPO(Algorithm):
     def reference_rounds(self) -> int:
         return self.refresh_every
 
+    @property
+    def uses(self) -> int:
+        return self.draws
+
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> PairBatch:
         parts = []
         for one, clean in zip(scored, final_latents(scored), strict=True):

@@ -51,6 +51,10 @@ class DiffusionNFT(Algorithm):
         slope, most = self.decay_slope, self.decay_most
         return lambda round: min(slope * round, most)
 
+    @property
+    def uses(self) -> int:
+        return self.draws
+
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> ImageBatch:
         reward_B, group_B = rewards_of(scored)
         value_B = within_groups(reward_B, group_B, std=self.advantage_std)

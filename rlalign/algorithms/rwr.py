@@ -46,6 +46,10 @@ class RWR(Algorithm):
     draws: int = Field(default=4, ge=1, description="times that each sample is noised")
     caption_dropout: float = Field(default=0.1, ge=0, le=1, description="share of empty captions, for guidance")
 
+    @property
+    def uses(self) -> int:
+        return self.draws
+
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> ImageBatch:
         reward_B, prompt_B = rewards_of(scored)
         group_B = np.asarray(prompt_B) if self.over == "prompt" else np.zeros(len(reward_B), dtype=int)

@@ -70,7 +70,7 @@ def check(
     Prints what follows from it. Loads the policy, the rewards and the prompts once, so that what they lack shows here and
     not in the run.
     """
-    from rlalign.assemble import check_plan
+    from rlalign.assemble import check_plan, differentiable_scorer
     from rlalign.config import derived, load_run
     from rlalign.runtime.cluster import needed_cpus, needed_gpus
 
@@ -81,6 +81,12 @@ def check(
         reward.load("cpu")
     policy = run.policy.load("cpu")
     check_plan(run, policy)
+    if run.algorithm.eats == "prompts":
+        differentiable_scorer(run)
+    if run.preferences is not None:
+        from rlalign.data.preferences import PairReader
+
+        PairReader(run.preferences, run.seed)
     runtime = run.runtime
     rows = {
         "run": f"{run.name}: {run.policy.name} with {run.algorithm.name} on "

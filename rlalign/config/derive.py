@@ -39,16 +39,28 @@ def derived(run: Run) -> dict[str, str]:
     """What follows from the settings alone, in words."""
     learner, prompts, samples = run.learner, run.prompts, run.samples_per_round
     updates = learner.updates_per_round * learner.epochs
-    units = run.units_per_round // learner.updates_per_round
-    passes = units * -(-run.plan.steps // learner.steps_per_pass)
-    guided = "" if run.plan.guidance == 1.0 else ", each for the caption and for the empty one (guidance)"
     evaluations = 2 + ((run.rounds - 1) // run.evaluate.every if run.evaluate.every else 0)
+    if run.preferences is not None:
+        pairs = run.preferences.pairs_per_round
+        return {
+            "pairs per round": f"{pairs:,} of {run.preferences.path}, {run.preferences.pairs_per_pass:,} in a pass",
+            "updates per round": f"{updates:,}",
+            "in all": f"{run.rounds:,} rounds, {pairs * run.rounds:,} pairs, {updates * run.rounds:,} updates; no sampling",
+            "evaluations": f"{evaluations:,} of {run.evaluate.prompts} samples",
+        }
+    units = run.units_per_round // learner.updates_per_round
+    passes = units * (
+        -(-run.plan.steps // learner.steps_per_pass) if run.algorithm.eats == "steps" else run.algorithm.uses
+    )
+    guided = "" if run.plan.guidance == 1.0 else ", each for the caption and for the empty one (guidance)"
+    each = f"samples{' and steps' if run.algorithm.eats == 'steps' else ''}"
+    rows = run.samples_per_unit * (learner.steps_per_pass if run.algorithm.eats == "steps" else 1)
     return {
         "samples per round": f"{samples:,} = {prompts.per_round} prompts x {prompts.samples_per_prompt}",
         "units per round": f"{run.units_per_round:,} of {run.samples_per_unit} samples",
         "denoiser calls per round": f"{samples * run.plan.steps:,}{guided}",
         "updates per round": f"{updates:,} of {samples // learner.updates_per_round} samples each",
-        "passes per update": f"at most {passes:,} of {run.samples_per_unit * learner.steps_per_pass} samples and steps, "
+        "passes per update": f"at most {passes:,} of {rows} {each}, "
         f"in {learner.shards} shard{'s' if learner.shards > 1 else ''}",
         "in all": f"{run.rounds:,} rounds, {samples * run.rounds:,} samples, {samples * run.rounds * run.plan.steps:,} denoiser "
         f"calls, {samples * run.rounds * len(run.rewards):,} reward queries, {updates * run.rounds:,} updates",

@@ -27,17 +27,27 @@ class Condition:
     embeds_BLD: torch.Tensor
     uncond_BLD: torch.Tensor
     """The same for the empty caption, for classifier-free guidance."""
+    pooled_BD: torch.Tensor | None = None
+    """One vector a caption, where the family has it."""
+    uncond_pooled_BD: torch.Tensor | None = None
 
     def rows(self, repeat: int) -> Condition:
         """The condition of a batch in which every sample appears ``repeat`` times in a row of blocks."""
         return Condition(
-            embeds_BLD=self.embeds_BLD.repeat(repeat, 1, 1), uncond_BLD=self.uncond_BLD.repeat(repeat, 1, 1)
+            embeds_BLD=self.embeds_BLD.repeat(repeat, 1, 1),
+            uncond_BLD=self.uncond_BLD.repeat(repeat, 1, 1),
+            pooled_BD=self.pooled_BD.repeat(repeat, 1) if self.pooled_BD is not None else None,
+            uncond_pooled_BD=self.uncond_pooled_BD.repeat(repeat, 1) if self.uncond_pooled_BD is not None else None,
         )
 
     def dropped(self, empty_B: torch.Tensor) -> Condition:
         """The condition with the empty caption where ``empty_B`` (bool) says so: caption dropout."""
-        mask_B11 = empty_B.to(self.embeds_BLD.device)[:, None, None]
-        return replace(self, embeds_BLD=torch.where(mask_B11, self.uncond_BLD, self.embeds_BLD))
+        mask_B1 = empty_B.to(self.embeds_BLD.device)[:, None]
+        pooled_BD = self.pooled_BD
+        if pooled_BD is not None and self.uncond_pooled_BD is not None:
+            pooled_BD = torch.where(mask_B1, self.uncond_pooled_BD, pooled_BD)
+        embeds_BLD = torch.where(mask_B1[:, :, None], self.uncond_BLD, self.embeds_BLD)
+        return replace(self, embeds_BLD=embeds_BLD, pooled_BD=pooled_BD)
 
 
 class PolicyRecipe(Recipe):
@@ -73,7 +83,13 @@ class Policy(ABC):
         """The condition of each prompt; a prompt's rows do not depend on its neighbours in the batch."""
 
     @abstractmethod
-    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self,
+        x: torch.Tensor,
+        timestep_B: torch.Tensor,
+        embeds_BLD: torch.Tensor,
+        pooled_BD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The network's raw output for latents (B, C, H, W)."""
 
     @abstractmethod
@@ -104,10 +120,12 @@ class Policy(ABC):
         self.calls += rows if guidance == 1.0 else 2 * rows
         timestep_B = self.path.timestep(level).to(x.device).expand(rows)
         if guidance == 1.0:
-            prediction = self.predict(x, timestep_B, condition.embeds_BLD)
+            prediction = self.predict(x, timestep_B, condition.embeds_BLD, condition.pooled_BD)
         else:
-            both = torch.cat([condition.uncond_BLD, condition.embeds_BLD])
-            output = self.predict(torch.cat([x, x]), torch.cat([timestep_B, timestep_B]), both)
+            both, pooled = torch.cat([condition.uncond_BLD, condition.embeds_BLD]), None
+            if condition.pooled_BD is not None and condition.uncond_pooled_BD is not None:
+                pooled = torch.cat([condition.uncond_pooled_BD, condition.pooled_BD])
+            output = self.predict(torch.cat([x, x]), torch.cat([timestep_B, timestep_B]), both, pooled)
             uncond, cond = output.chunk(2)
             prediction = uncond + guidance * (cond - uncond)
         alpha, sigma = coefficients(self.path, level, x)
@@ -127,7 +145,7 @@ class Policy(ABC):
         alpha, sigma = coefficients(self.path, level, clean)
         timestep_B = self.path.timestep(level).to(clean.device).expand(len(clean))
         self.calls += len(clean)
-        output = self.predict(alpha * clean + sigma * noise, timestep_B, condition.embeds_BLD)
+        output = self.predict(alpha * clean + sigma * noise, timestep_B, condition.embeds_BLD, condition.pooled_BD)
         return ((output - target(clean, noise, alpha, sigma, self.prediction)) ** 2).flatten(1).mean(1)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:

@@ -33,13 +33,13 @@ class StableDiffusion(PolicyRecipe):
 
     def load(self, device: str) -> StableDiffusionPolicy:
         """Loads safetensors weights alone; a missing or damaged checkpoint is a UserError."""
-        pipeline = load_pipeline(self.path)
+        pipeline = load_pipeline(self.path, safety_checker=None)
         return StableDiffusionPolicy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
 
 
-def load_pipeline(path: str) -> Any:
-    """diffusers' StableDiffusionPipeline in float32, or a UserError that names the file and the way out."""
-    from diffusers import StableDiffusionPipeline
+def load_pipeline(path: str, kind: str = "StableDiffusionPipeline", **settings: Any) -> Any:
+    """A diffusers pipeline of this class in float32, or a UserError that names the file and the way out."""
+    import diffusers
     from diffusers.utils import logging as diffusers_logging
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
@@ -53,8 +53,8 @@ def load_pipeline(path: str) -> Any:
             f"policy.path must be a diffusers pipeline folder or a hub id, got {path!r} without model_index.json"
         )
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, safety_checker=None, local_files_only=folder.is_dir()
+        pipeline = getattr(diffusers, kind).from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, local_files_only=folder.is_dir(), **settings
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -75,15 +75,27 @@ class StableDiffusionPolicy(Policy):
 
     network: Any
     """diffusers' UNet2DConditionModel."""
+    part: ClassVar[str] = "unet"
+    """What the pipeline calls its denoiser."""
+    lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
 
     def __init__(self, pipeline: Any, device: str, *, lora_rank: int = 0, lora_alpha: float = 0.0) -> None:
         self.pipeline = pipeline
         self.device = device
-        self.network = pipeline.unet.to(device)
+        self.network = getattr(pipeline, self.part).to(device).eval()
         self.vae = pipeline.vae.to(device).eval().requires_grad_(False)
-        self.text_encoder = pipeline.text_encoder.to(device).eval().requires_grad_(False)
+        self._take_words_and_path()
+        if lora_rank:
+            lora.attach(self.network, rank=lora_rank, alpha=lora_alpha, targets=self.lora_targets)
+        else:
+            self.network.requires_grad_(True)
+        self.reference = {} if lora_rank else self.weights()
+
+    def _take_words_and_path(self) -> None:
+        """Text encoders, noise path and prediction type of the pipeline."""
+        pipeline, scheduler = self.pipeline, self.pipeline.scheduler.config
+        self.text_encoder = pipeline.text_encoder.to(self.device).eval().requires_grad_(False)
         self.tokenizer = pipeline.tokenizer
-        scheduler = pipeline.scheduler.config
         self.path = VariancePreserving(
             pipeline.scheduler.alphas_cumprod,
             spacing=scheduler.timestep_spacing,
@@ -91,12 +103,6 @@ class StableDiffusionPolicy(Policy):
             ends_clean=scheduler.get("set_alpha_to_one", True),
         )
         self.prediction = scheduler.prediction_type
-        self.network.eval()
-        if lora_rank:
-            lora.attach(self.network, rank=lora_rank, alpha=lora_alpha, targets=LORA_TARGETS)
-        else:
-            self.network.requires_grad_(True)
-        self.reference = {} if lora_rank else self.weights()
         self._encoded: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -124,7 +130,13 @@ class StableDiffusionPolicy(Policy):
             uncond_BLD=torch.stack([self._embed("")] * len(prompts)),
         )
 
-    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self,
+        x: torch.Tensor,
+        timestep_B: torch.Tensor,
+        embeds_BLD: torch.Tensor,
+        pooled_BD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return self.network(x, timestep_B, encoder_hidden_states=embeds_BLD, return_dict=False)[0]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -153,9 +165,8 @@ class StableDiffusionPolicy(Policy):
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network))
         # without the adapter's own settings diffusers would take alpha to be the rank
         settings = self.network.peft_config[lora.ADAPTER].to_dict()
-        self.pipeline.save_lora_weights(
-            folder, unet_lora_layers=layers, safe_serialization=True, unet_lora_adapter_metadata=settings
-        )
+        named = {f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": settings}
+        self.pipeline.save_lora_weights(folder, safe_serialization=True, **named)
 
     def merged(self) -> StableDiffusionPolicy:
         """A copy whose adapters are merged into plain diffusers modules: what saves as a pipeline folder."""
@@ -168,5 +179,5 @@ class StableDiffusionPolicy(Policy):
         fresh.load_state_dict(lora.plain_state_dict(merged))
         plain.network = fresh.to(self.device).eval()
         plain.pipeline = copy.copy(self.pipeline)
-        plain.pipeline.unet = plain.network
+        setattr(plain.pipeline, self.part, plain.network)
         return plain

@@ -22,5 +22,5 @@ class Tiny(PolicyRecipe):
 
     def load(self, device: str) -> StableDiffusionPolicy:
         """The shipped weights, float32."""
-        pipeline = load_pipeline(self.path or str(ASSET))
+        pipeline = load_pipeline(self.path or str(ASSET), safety_checker=None)
         return StableDiffusionPolicy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)

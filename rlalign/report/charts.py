@@ -78,6 +78,16 @@ _OPTIMISER = (
         title="Clipped share",
         note="Share of samples and steps whose ratio met the clip range.",
     ),
+    _Curve(
+        key="preference/accuracy",
+        title="Preferences agreed with",
+        note="Share of pairs that the policy, against its reference, prefers as the labels do.",
+    ),
+    _Curve(
+        key="entropy/per_step",
+        title="Entropy of a step",
+        note="Mean of −log p of the samples' steps, nats per latent element; where the plan sets the noise it stays.",
+    ),
     _Curve(key="grad_norm", title="Gradient norm", note="Before it is clipped.", limit=("learner", "max_grad_norm")),
 )
 
@@ -106,7 +116,13 @@ _KL_NOTE = "Distance from the reference policy, in the unit that the algorithm n
 def _pictures(run: RunFiles) -> list[Chart]:
     x, y = _column(run.evaluations, "diversity/pixel_rms")
     note = "Root mean square distance between the evaluation's pictures at 8 × 8 pixels; falls when they grow alike."
-    return [line_chart("Diversity", note, [Series(label="diversity", x=x, y=y, colour=2, look="points")])] if x else []
+    found = [line_chart("Diversity", note, [Series(label="diversity", x=x, y=y, colour=2, look="points")])] if x else []
+    x, y = _column(run.evaluations, "kl/per_step_gaussian")
+    if any(v for v in y):
+        series = [Series(label="per step", x=x, y=y, colour=2, look="points")]
+        note = "Mean Gaussian KL of a step to the pretrained model, nats per latent element, on the policy's own trajectories."
+        found.append(line_chart("Distance from the base model", note, series))
+    return found
 
 
 def _time(run: RunFiles) -> list[Chart]:

@@ -26,7 +26,7 @@ SMALL = (
     "checkpoint.every=1",
     "runtime.rollout_workers=2",
 )
-TINY = sorted(path.stem for path in CONFIGS.glob("tiny_*.yaml")) + ["quickstart"]
+TINY = [*sorted(path.stem for path in CONFIGS.glob("tiny_*.yaml")), "quickstart"]
 QUICK = {"quickstart", "tiny_dpok", "tiny_diffusion_nft", "tiny_flow_grpo", "tiny_draft"}
 """One of each kind of batch, on either model: the default tests; the rest is marked slow."""
 

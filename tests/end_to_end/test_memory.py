@@ -42,7 +42,9 @@ def test_replay_learns_from_earlier_rounds_too(tmp_path: Path) -> None:
     for replay, expected in ((0, True), (1, False)):
         folder = tmp_path / str(replay)
         algorithm = f"algorithm={{name: dpok, replay: {replay}, clip_range: 1.0e-2}}"
-        train_local(small_run("rounds=2", algorithm, "learner.updates_per_round=1"), folder, resume=False, on_record=quiet)
+        train_local(
+            small_run("rounds=2", algorithm, "learner.updates_per_round=1"), folder, resume=False, on_record=quiet
+        )
         first = [m["ratio/first_update"] for m in metrics(folder)]
         assert first[0] == 0.0
         assert (first[1] == 0.0) is expected

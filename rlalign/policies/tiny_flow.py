@@ -1,0 +1,26 @@
+"""The embedded flow model: a Stable Diffusion 3 pipeline of a few million parameters that draws coloured shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from rlalign.policies.base import PolicyRecipe
+from rlalign.policies.sd3 import StableDiffusion3Policy, flow_policy
+from rlalign.policies.stable_diffusion import load_pipeline
+
+ASSET = Path(__file__).parent.parent / "assets" / "tiny_flow"
+
+
+class TinyFlow(PolicyRecipe):
+    """The shipped 32x32 flow-matching transformer of coloured shapes, in Stable Diffusion 3's format; made by ``rlalign pretrain``.
+
+    Source: Lipman 2022, arXiv:2210.02747 (training); Esser 2024, arXiv:2403.03206 (architecture).
+    """
+
+    path: str = Field(default="", description="another folder of the same format; empty is the shipped one")
+
+    def load(self, device: str) -> StableDiffusion3Policy:
+        """The shipped weights, float32; captions are read by the two CLIP encoders alone."""
+        return flow_policy(load_pipeline(self.path or str(ASSET), "StableDiffusion3Pipeline"), device, self)
