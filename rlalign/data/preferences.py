@@ -41,9 +41,13 @@ class PreferenceSettings(BaseModel):
     pairs_per_pass: int = Field(default=16, ge=1, description="pairs that go through the network at once")
     ties: Ties = Field(default="drop", description="a tie is dropped, or counts as half a win for both")
     bad_share: float = Field(default=0.01, ge=0.0, le=1.0, description="largest share of bad rows before it is refused")
-    shuffle: int = Field(default=1024, ge=1, description="rows of a shuffle window; 1 keeps the order of the row groups")
+    shuffle: int = Field(
+        default=1024, ge=1, description="rows of a shuffle window; 1 keeps the order of the row groups"
+    )
     size: int = Field(default=0, ge=0, description="pixels to which pictures are resized (squared); 0 as they are")
-    workers: int = Field(default=0, ge=0, le=64, description="threads that decode pictures; the order does not depend on it")
+    workers: int = Field(
+        default=0, ge=0, le=64, description="threads that decode pictures; the order does not depend on it"
+    )
 
     @model_validator(mode="after")
     def _passes_fit(self) -> PreferenceSettings:
@@ -148,7 +152,9 @@ class PairReader:
         self._window: tuple[tuple[int, int], list[Mapping[str, Any]]] | None = None
         if not self._count:
             which = " of the captions asked for" if keep is not None and self.bad.rows else ""
-            raise UserError(f"preferences.path must hold at least one usable pair, got none{which} in {settings.path!r}")
+            raise UserError(
+                f"preferences.path must hold at least one usable pair, got none{which} in {settings.path!r}"
+            )
 
     def __len__(self) -> int:
         """Usable pairs: the length of an epoch."""
@@ -237,7 +243,9 @@ class PairReader:
             pair = self._decoded(window[at])
             if pair is not None:
                 return pair
-        raise UserError(f"preferences.path: no picture of {len(window)} rows in a row of {self.settings.path!r} can be decoded")
+        raise UserError(
+            f"preferences.path: no picture of {len(window)} rows in a row of {self.settings.path!r} can be decoded"
+        )
 
     def _decoded(self, row: Mapping[str, Any]) -> Pair | None:
         try:

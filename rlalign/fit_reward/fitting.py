@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -127,8 +126,6 @@ def _write(towers: Towers, config: FitReward, facts: Mapping[str, Any]) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     loss = "bradley_terry" if config.fit.theta == 1.0 else f"rao_kupper, theta {config.fit.theta:g}"
     shown = {k: facts[k] for k in ("accuracy", "standard_error", "decided", "prompts", "loss", "calibration_error")}
-    settings = config.model_dump_json(exclude={"out", "checkpoint_every", "threads"})
-    identity = hashlib.sha256(settings.encode()).hexdigest()[:16]
-    save_towers(towers, beside, {"loss": loss, "ties": config.preferences.ties, "held_out": shown, "run": identity})
+    save_towers(towers, beside, {"loss": loss, "ties": config.preferences.ties, "held_out": shown})
     shutil.rmtree(folder, ignore_errors=True)
     return beside.rename(folder)

@@ -70,7 +70,8 @@ def summary(
         "reliability": bins,
         "margins": _margins(np.abs(d), right),
         "sources": {
-            str(s): {"pairs": int((made == s).sum()), "accuracy": float(right[made == s].mean())} for s in np.unique(made)
+            str(s): {"pairs": int((made == s).sum()), "accuracy": float(right[made == s].mean())}
+            for s in np.unique(made)
         },
     }
 

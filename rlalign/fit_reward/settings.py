@@ -22,14 +22,18 @@ class _Settings(BaseModel):
 class ModelSettings(_Settings):
     """Which open_clip model is fitted, and how much of it."""
 
-    architecture: str = Field(default="tiny", description="tiny, a name of open_clip's, or a JSON file with a model_cfg")
+    architecture: str = Field(
+        default="tiny", description="tiny, a name of open_clip's, or a JSON file with a model_cfg"
+    )
     tokenizer: str = Field(default="", description="folder with a tokenizer; empty is the architecture's own")
     pretrained: str = Field(default="", description="safetensors file of weights to start from; empty starts fresh")
     image_groups: int = Field(
         default=-1, ge=-1, description="last groups of the image tower that are trained (open_clip's lock); -1 is all"
     )
-    text_layers: int = Field(
-        default=-1, ge=-1, description="last layers of the text tower that are trained (open_clip's lock); -1 is all"
+    text_groups: int = Field(
+        default=-1,
+        ge=-1,
+        description="last groups of the text tower that are trained (projection, blocks ...); -1 is all",
     )
 
 
@@ -55,9 +59,13 @@ class Fit(Optimisation):
 
     updates: int = Field(default=1000, ge=1, description="optimiser updates")
     theta: float = Field(
-        default=1.0, ge=1.0, description="Rao-Kupper's threshold for ties; 1 is Bradley-Terry (preferences.ties says how)"
+        default=1.0,
+        ge=1.0,
+        description="Rao-Kupper's threshold for ties; 1 is Bradley-Terry (preferences.ties says how)",
     )
-    weight_by_prompt: bool = Field(default=True, description="each pair counts 1 / pairs of its prompt, as in PickScore")
+    weight_by_prompt: bool = Field(
+        default=True, description="each pair counts 1 / pairs of its prompt, as in PickScore"
+    )
 
 
 class FitPreferences(PreferenceSettings):
@@ -89,10 +97,15 @@ class Simulate(_Settings):
     pairs: int = Field(default=4000, ge=2, description="pairs in all, of the policy's samples and drawn")
     samples_per_prompt: int = Field(default=4, ge=2, description="samples of a prompt, each compared with each")
     drawn: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="share of pairs of drawn shapes: the caption's scene and one with a fact changed"
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of pairs of drawn shapes: the caption's scene and one with a fact changed",
     )
     temperature: float = Field(
-        default=0.0, ge=0.0, description="labels are drawn with probability sigmoid(difference / temperature); 0 is exact"
+        default=0.0,
+        ge=0.0,
+        description="labels are drawn with probability sigmoid(difference / temperature); 0 is exact",
     )
     lanes: int = Field(default=2, ge=1, description="threads that sample, each with a replica of the policy")
 
@@ -111,7 +124,9 @@ class FitReward(_Settings):
     model: ModelSettings = ModelSettings()
     preferences: FitPreferences = FitPreferences()
     simulate: Simulate | None = Field(default=None, description="make the pairs, where preferences.path names none")
-    held_out: float = Field(default=0.1, gt=0.0, lt=1.0, description="share of prompts whose pairs are never trained on")
+    held_out: float = Field(
+        default=0.1, gt=0.0, lt=1.0, description="share of prompts whose pairs are never trained on"
+    )
     contrastive: Contrastive = Contrastive()
     fit: Fit = Fit()
     checkpoint_every: int = Field(default=250, ge=1, description="updates between two checkpoints")

@@ -36,12 +36,17 @@ def simulate_pairs(config: FitReward, file: Path, report: Report) -> None:
     assert simulate is not None
     scorers = [reward.load(config.device) for reward in simulate.utility]
     drawn = round(simulate.drawn * simulate.pairs)
-    rows = [*_sampled(config, simulate, scorers, simulate.pairs - drawn, report), *_drawn(config, scorers, drawn, report)]
+    rows = [
+        *_sampled(config, simulate, scorers, simulate.pairs - drawn, report),
+        *_drawn(config, scorers, drawn, report),
+    ]
     order = generator("fit-reward", config.seed, "mix").permutation(len(rows))
     write_pairs(file, (rows[i] for i in order))
 
 
-def _utility(simulate: Simulate, scorers: Sequence[Scorer], media_BFCHW: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+def _utility(
+    simulate: Simulate, scorers: Sequence[Scorer], media_BFCHW: np.ndarray, captions: Sequence[str]
+) -> np.ndarray:
     """(B,) the hidden utility."""
     rewards = simulate.utility
     raw = [score(r, s, media_BFCHW, captions) for r, s in zip(rewards, scorers, strict=True)]
@@ -100,9 +105,7 @@ def _within(prompt_ids: Sequence[int]) -> list[tuple[int, int]]:
     return [(a, b) for a, b in combinations(range(len(prompt_ids)), 2) if prompt_ids[a] == prompt_ids[b]]
 
 
-def _drawn(
-    config: FitReward, scorers: Sequence[Scorer], count: int, report: Report
-) -> Iterator[dict[str, Any]]:
+def _drawn(config: FitReward, scorers: Sequence[Scorer], count: int, report: Report) -> Iterator[dict[str, Any]]:
     """Pairs of drawings: the caption's scene, and one with a fact changed; which comes first is keyed."""
     simulate = config.simulate
     assert simulate is not None

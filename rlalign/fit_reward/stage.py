@@ -24,7 +24,9 @@ class Stage:
         self.name, self.towers, self.settings, self.done = name, towers, settings, 0
         self.trained = [p for p in towers.parameters() if p.requires_grad]
         matrices = [p for p in self.trained if p.ndim >= 2]
-        others = [p for p in self.trained if p.ndim < 2]  # gains, biases and the logit scale do not decay, as in open_clip
+        others = [
+            p for p in self.trained if p.ndim < 2
+        ]  # gains, biases and the logit scale do not decay, as in open_clip
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr)
         own = {k.removeprefix(f"{name}/"): v for k, v in saved.items() if k.startswith(f"{name}/")}
@@ -79,10 +81,10 @@ def lock(towers: Towers, settings: ModelSettings) -> None:
     try:
         if settings.image_groups >= 0:
             towers.clip.lock_image_tower(unlocked_groups=settings.image_groups, freeze_bn_stats=True)
-        if settings.text_layers >= 0:
-            towers.clip.lock_text_tower(unlocked_layers=settings.text_layers, freeze_layer_norm=True)
+        if settings.text_groups >= 0:
+            towers.clip.lock_text_tower(unlocked_layers=settings.text_groups, freeze_layer_norm=True)
     except (AssertionError, AttributeError, NotImplementedError) as error:
         raise UserError(
-            f"model.image_groups and model.text_layers: open_clip cannot lock a part of {towers.architecture!r} "
+            f"model.image_groups and model.text_groups: open_clip cannot lock a part of {towers.architecture!r} "
             f"({str(error) or type(error).__name__}); use 0 (all of a tower) or -1 (nothing)"
         ) from error

@@ -118,7 +118,9 @@ def test_bad_rows_are_counted_and_skipped_up_to_the_stated_share(tmp_path: Path)
     assert sorted(int(name.rsplit(":", 1)[1]) for name in reader.bad.found) == sorted(BAD)
     seen = numbers(reader, 0, 1, 2)
     assert len(seen) == 15 and set(seen) <= set(range(20)) - set(BAD) - set(BAD_PICTURES)
-    assert set(seen) == {p.picture_0[0, 0, 0] for p in reader.all()}, "another pair stands in an undecodable one's place"
+    assert set(seen) == {p.picture_0[0, 0, 0] for p in reader.all()}, (
+        "another pair stands in an undecodable one's place"
+    )
     assert {int(name.rsplit(":", 1)[1]) for name in reader.bad.found} == set(BAD) | set(BAD_PICTURES)
     again = PairReader(settings(tmp_path, bad_share=0.4, workers=2), 0)
     assert numbers(again, 2, 1, 0) == [*seen[10:], *seen[5:10], *seen[:5]]
@@ -130,7 +132,9 @@ def test_too_many_bad_rows_are_refused_with_their_file_and_numbers(tmp_path: Pat
     with pytest.raises(UserError) as refused:
         PairReader(settings(tmp_path, bad_share=0.1), 0)
     message = str(refused.value)
-    assert message.startswith("preferences.bad_share must be >= the share of bad rows, got 0.1 with at least 3 bad of 20 rows")
+    assert message.startswith(
+        "preferences.bad_share must be >= the share of bad rows, got 0.1 with at least 3 bad of 20 rows"
+    )
     for part in (f"{file}:3: caption is missing", f"{file}:5: caption is missing", f"{file}:8: label is missing"):
         assert part in message
     write_pairs(file, [row(n, **BAD_PICTURES.get(n, {})) for n in range(20)], rows_per_group=7)
@@ -177,7 +181,9 @@ def test_pairs_of_a_rounds_samples_say_who_scored_more(tmp_path: Path, every: st
 
 
 def test_samples_without_a_score_take_no_part() -> None:
-    scored = toy.collect(toy.ToyPolicy(), toy.make_units(1, per_unit=8), reward=lambda final: np.full(len(final), np.nan))
+    scored = toy.collect(
+        toy.ToyPolicy(), toy.make_units(1, per_unit=8), reward=lambda final: np.full(len(final), np.nan)
+    )
     assert list(pairs_of(scored)) == []
     scored[0].total_B[:] = 1.0
     rows = list(pairs_of(scored))
