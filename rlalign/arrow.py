@@ -6,7 +6,6 @@ One row is a caption, two encoded pictures and how a judge liked them: ``label_0
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,12 +97,17 @@ def _columns_of(row: Mapping[str, Any]) -> tuple[str, ...]:
 def pair_files(path: str, place: str = "preferences.path") -> list[Path]:
     """The Parquet files that a user means: a file, all ``*.parquet`` below a folder, or a glob; sorted by name."""
     folder = Path(path)
-    if folder.is_dir():
+    if not path:
+        found = []
+    elif folder.is_dir():
         found = sorted(folder.rglob("*.parquet"))
     elif folder.is_file():
         found = [folder]
     else:
-        found = sorted(Path(name) for name in glob.glob(path, recursive=True))
+        try:
+            found = sorted(Path(folder.anchor).glob(str(folder.relative_to(folder.anchor))))
+        except ValueError:  # "**x", no pattern
+            found = []
     found = [file for file in found if file.is_file() and not file.name.startswith(".")]
     if not found:
         raise UserError(

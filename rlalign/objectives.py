@@ -6,6 +6,8 @@ elements, a per-element clip range c bounds the joint log-ratio by D * c.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -118,3 +120,35 @@ def forward_reinforcement(
 def reward_weights(reward_B: torch.Tensor, temperature: float) -> torch.Tensor:
     """(B,) softmax(reward / temperature), rescaled to mean 1 (Lee 2023, arXiv:2302.12192; Black 2023 for RWR)."""
     return torch.softmax(reward_B / temperature, dim=0) * len(reward_B)
+
+
+def bradley_terry_loss(score_0_B: torch.Tensor, score_1_B: torch.Tensor, label_0_B: torch.Tensor) -> torch.Tensor:
+    """(B,) nats: cross-entropy of sigmoid(score_0 - score_1) against the share of wins that picture 0 has.
+
+    With label 1 it is -log sigmoid(r_w - r_l) (Bradley & Terry 1952, Biometrika 39); a tie has label 1/2, the cross-entropy
+    against (1/2, 1/2), which is ln 2 at equal scores (PickScore's form: Kirstain 2023, arXiv:2305.01569). Adding a constant to
+    both scores changes nothing.
+    """
+    logit_B = score_0_B - score_1_B
+    return -(label_0_B * F.logsigmoid(logit_B) + (1.0 - label_0_B) * F.logsigmoid(-logit_B))
+
+
+def rao_kupper(difference_B: torch.Tensor, theta: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B,) probabilities that 0 wins, that 1 wins, and of a tie, at score difference d = score_0 - score_1.
+
+    P(0) = 1 / (1 + theta e^-d), P(1) = 1 / (1 + theta e^d), P(tie) = (theta^2 - 1) P(0) P(1); they sum to 1, and theta = 1 is
+    Bradley-Terry without ties (Rao & Kupper 1967, JASA 62, eq. 2.3). Needs theta >= 1.
+    """
+    shift = math.log(theta)
+    first_B, second_B = torch.sigmoid(difference_B - shift), torch.sigmoid(-difference_B - shift)
+    return first_B, second_B, (theta**2 - 1.0) * first_B * second_B
+
+
+def rao_kupper_loss(
+    score_0_B: torch.Tensor, score_1_B: torch.Tensor, label_0_B: torch.Tensor, theta: float
+) -> torch.Tensor:
+    """(B,) nats: minus the log probability of what was seen (0 wins: label 1; 1 wins: 0; a tie: 1/2). Needs theta > 1."""
+    shift, difference_B = math.log(theta), score_0_B - score_1_B
+    first_B, second_B = F.logsigmoid(difference_B - shift), F.logsigmoid(-difference_B - shift)
+    tie_B = math.log(theta**2 - 1.0) + first_B + second_B
+    return -torch.where(label_0_B == 0.5, tie_B, torch.where(label_0_B > 0.5, first_B, second_B))

@@ -54,8 +54,12 @@ class Preprocess:
         if (height, width) == (high, wide):
             return pixels_NCHW
         ratios = (high / height, wide / width)
-        factor = {"shortest": max(ratios), "longest": min(ratios)}.get(self.resize_mode)
-        inner = (high, wide) if factor is None else (round(height * factor), round(width * factor))
+        factor = max(ratios) if self.resize_mode == "shortest" else min(ratios)
+        inner = (high, wide)
+        if self.resize_mode == "shortest":  # torchvision cuts the longer side's fraction off
+            inner = (max(high, int(height * factor)), max(wide, int(width * factor)))
+        elif self.resize_mode == "longest":
+            inner = (round(height * factor), round(width * factor))
         kind = "bilinear" if self.interpolation == "bilinear" else "bicubic"
         resized = F.interpolate(pixels_NCHW, size=inner, mode=kind, antialias=True, align_corners=False).clamp(0.0, 1.0)
         if self.resize_mode == "shortest":
@@ -135,6 +139,9 @@ def load_towers(path: str | Path, place: str, device: str = "cpu") -> Towers:
     said = _json(folder / REWARD, place)
     if said.get("format") != FORMAT:
         raise UserError(f"{place}: {folder / REWARD} must have the format {FORMAT!r}, got {said.get('format')!r}")
+    lost = next((n for n in said.get("files", []) if not (folder / n).is_file()), None)
+    if lost is not None:
+        raise UserError(f"{place}: {folder} is incomplete: {lost} is missing; fit the reward again, or copy it whole")
     clip = _json(folder / CONFIG, place)
     config = clip.get("model_cfg")
     if not isinstance(config, dict):
@@ -159,7 +166,13 @@ def save_towers(towers: Towers, folder: Path, facts: Mapping[str, Any]) -> None:
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in towers.clip.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone; a checkout or a package is read by others
-    said = {"format": FORMAT, "architecture": towers.architecture, "tokenizer": type(towers.tokenizer).__name__}
+    files = sorted({CONFIG, *(file.name for file in folder.iterdir() if file.is_file())})
+    said: dict[str, Any] = {
+        "format": FORMAT,
+        "architecture": towers.architecture,
+        "tokenizer": type(towers.tokenizer).__name__,
+    }
+    said["files"] = files
     said |= {"score": SCORE, "preprocess": how, **facts}
     for name, value in ((CONFIG, {"model_cfg": config, "preprocess_cfg": how}), (REWARD, said)):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -229,7 +242,7 @@ def _read_weights(towers: Towers, file: Path, place: str) -> None:
         raise UserError(f"{place} must name an existing .safetensors file, got {str(file)!r}; nothing is unpickled")
     try:
         load_checkpoint(towers.clip, str(file))
-    except (SafetensorError, RuntimeError, KeyError, ValueError, OSError, StopIteration) as error:
+    except (SafetensorError, RuntimeError, KeyError, ValueError, OSError, StopIteration, AssertionError) as error:
         raise UserError(f"{place}: {file} is damaged or of another model ({_first(error)})") from error
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # so the registry is the floor.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("registry",),
-    ("records", "objectives", "advantages", "lora", "pictures", "progress"),
+    ("records", "objectives", "advantages", "lora", "pictures", "progress", "stage_checkpoints"),
     ("batches",),
     ("diffusion", "arrow", "memory", "towers"),
     ("critic",),

@@ -90,8 +90,17 @@ def test_a_file_a_folder_and_a_glob_name_files_in_order(tmp_path: Path) -> None:
     assert pair_files(str(tmp_path)) == expected
     assert pair_files(str(tmp_path / "*.parquet")) == expected[:2]
     assert pair_files(str(expected[1])) == [expected[1]]
-    with pytest.raises(UserError, match=r"preferences\.path must name a Parquet file, .* got '.*nothing.*'"):
-        pair_files(str(tmp_path / "nothing*"))
+    for nothing in (str(tmp_path / "nothing*"), str(tmp_path / "**x"), ""):
+        with pytest.raises(
+            UserError, match=r"preferences\.path must name a Parquet file, .* got '.*', where there is none"
+        ):
+            pair_files(nothing)
+
+
+def test_a_glob_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pairs(tmp_path / "deep" / "a.parquet", [row(0)])
+    monkeypatch.chdir(tmp_path)
+    assert pair_files("**/*.parquet") == pair_files("deep/a.parquet") == [Path("deep/a.parquet")]
 
 
 def test_what_is_no_file_of_pairs_is_named(tmp_path: Path) -> None:

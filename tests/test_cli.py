@@ -179,7 +179,7 @@ def test_a_full_disk_is_no_fault_of_ours(capfd, monkeypatch):
 def test_without_arguments_it_explains_itself(call):
     code, out, _ = call()
     assert code == 0
-    for command in ("train", "pretrain", "evaluate", "export", "list", "check", "schema"):
+    for command in ("train", "pretrain", "fit-reward", "evaluate", "export", "list", "check", "schema"):
         assert f"\n  {command} " in out
     assert call("--version")[1] == f"rlalign {rlalign.__version__}\n"
 

@@ -9,10 +9,13 @@ import pytest
 import yaml
 
 from rlalign.config import dump, load_run, load_settings, parse_run, schema
+from rlalign.fit_reward import FitReward
 from rlalign.pretrain import Pretrain
 
 FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
-RUNS = [path for path in FILES if not path.name.startswith("pretrain_")]
+OTHERS = {"pretrain_": ("pretrain", Pretrain), "fit_": ("fit-reward", FitReward)}
+"""How a file's name begins -> the command that takes it, and its settings; any other file is a run."""
+RUNS = [path for path in FILES if not path.name.startswith(tuple(OTHERS))]
 
 
 def test_there_are_some():
@@ -23,7 +26,7 @@ def test_there_are_some():
 def test_it_is_sparse_and_says_how_to_start_it(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 30
-    command = "pretrain" if path.name.startswith("pretrain_") else "train"
+    command = next((command for prefix, (command, _) in OTHERS.items() if path.name.startswith(prefix)), "train")
     assert f"# rlalign {command} configs/{path.name}" in lines
 
 
@@ -42,8 +45,9 @@ def test_a_run_file_passes_the_schema(path):
 
 
 @pytest.mark.parametrize("path", sorted(set(FILES) - set(RUNS)), ids=lambda p: p.stem)
-def test_a_pretraining_file_loads(path):
-    assert load_settings(Pretrain, path).images > 0
+def test_a_file_of_another_command_loads_and_writes_to_a_folder_of_its_name(path):
+    settings = next(cls for prefix, (_, cls) in OTHERS.items() if path.name.startswith(prefix))
+    assert load_settings(settings, path).out == Path("runs") / path.stem
 
 
 def test_quickstart_is_the_contracts_example():

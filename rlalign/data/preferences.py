@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlalign.arrow import group_rows, open_pairs, pair_files
+from rlalign.arrow import REQUIRED, group_rows, open_pairs, pair_files
 from rlalign.diffusion.noise import generator
 from rlalign.registry import UserError
 
@@ -71,6 +71,8 @@ class Pair:
     """1 where picture 0 is preferred, 0 where picture 1 is, 0.5 for a tie."""
     row: str
     """Where it is from: ``FILE:ROW``, rows counted from 0."""
+    source: str = ""
+    """Who made picture 0, where the set says so (``model_0``)."""
 
 
 class BadRows:
@@ -261,6 +263,7 @@ def to_pair(row: Mapping[str, Any], size: int) -> Pair:
         picture_1=decode(row["jpg_1"], size),
         label_0=float(row["label_0"]),
         row=row["row"],
+        source=row.get("model_0") or "",
     )
 
 
@@ -268,7 +271,7 @@ def _read(group: _Group, numbers: Iterable[int]) -> list[dict[str, Any]]:
     """Rows of a group by their ascending numbers, each with its name under "row"."""
     wanted, rows, seen = list(numbers), [], 0
     chosen = set(wanted)
-    for batch in open_pairs(group.file, groups=[group.index]):
+    for batch in open_pairs(group.file, (*REQUIRED, "model_0"), groups=[group.index]):
         inside = [n for n in range(seen, seen + batch.num_rows) if n in chosen]
         rows += [
             {**row, "row": f"{group.file}:{group.first + n}"}

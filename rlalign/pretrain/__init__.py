@@ -10,10 +10,10 @@ one's weights. May import data, diffusion and registry. Another kind of denoiser
 
 from __future__ import annotations
 
-from rlalign.pretrain.progress import Report, console_progress
 from rlalign.pretrain.run import pretrain
 from rlalign.pretrain.settings import Autoencoder, Denoiser, Optimisation, Pretrain
 from rlalign.pretrain.stages import denoising_loss
+from rlalign.progress import Report, console_progress
 
 __all__ = [
     "Autoencoder",

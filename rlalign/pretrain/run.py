@@ -10,10 +10,10 @@ import torch
 
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.pretrain import stages
-from rlalign.pretrain.checkpoints import Checkpoints
 from rlalign.pretrain.pipeline import components, tokenise, write_pipeline
-from rlalign.pretrain.progress import Report, console_progress
 from rlalign.pretrain.settings import Pretrain
+from rlalign.progress import Report, console_progress
+from rlalign.stage_checkpoints import StageCheckpoints
 
 
 def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None = None) -> Path:
@@ -22,7 +22,10 @@ def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None =
     With ``resume`` it goes on from the newest checkpoint of ``out``; without, earlier checkpoints are deleted. Raises
     UserError when the checkpoint was made under other settings (the numbers of updates may be raised).
     """
-    checkpoints = Checkpoints(config.out / "checkpoints", config)
+    settings = config.model_dump(mode="json", exclude={"out", "checkpoint_every"})
+    checkpoints = StageCheckpoints(
+        config.out / "checkpoints", settings, every=config.checkpoint_every, grows="denoiser.updates"
+    )
     saved = checkpoints.newest() if resume else checkpoints.clear()
     with contextlib.nullcontext(progress) if progress else console_progress() as report:
         pictures_NCHW, captions = stages.pictures(config)
@@ -47,7 +50,7 @@ def _train(
     stage: stages.Stage,
     loss: Callable[[int], torch.Tensor],
     earlier: dict[str, torch.Tensor],
-    checkpoints: Checkpoints,
+    checkpoints: StageCheckpoints,
     report: Report,
 ) -> None:
     """All updates that a stage still lacks; ``earlier`` is the state of the stages before it."""

@@ -1,30 +1,34 @@
-"""Checkpoints of a pretraining run."""
+"""Checkpoints of a training in stages (pretraining, fitting a reward): one whole one, written atomically."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlalign.pretrain.settings import Pretrain
 from rlalign.registry import UserError
 
 
-class Checkpoints:
-    """Checkpoints of one run folder: a safetensors file and a JSON file each, complete or not there."""
+class StageCheckpoints:
+    """Checkpoints of one run folder: a safetensors file and a JSON file each, complete or not there.
 
-    def __init__(self, folder: Path, config: Pretrain) -> None:
-        self.folder, self.every = folder, config.checkpoint_every
-        self.settings = json.loads(config.model_dump_json(exclude={"out", "checkpoint_every"}))
+    Stages are trained in the order of their names. ``settings`` (JSON-able) may not change between a checkpoint and the run
+    that goes on from it, but for the number at the dotted path ``grows``, which may grow.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, every: int, grows: str) -> None:
+        self.folder, self.every, self.grows = folder, every, grows
+        self.settings = json.loads(json.dumps(settings))
 
     def save(self, stage: str, done: int, state: dict[str, torch.Tensor]) -> None:
         """Writes beside, renames, then deletes what is older: a crash at any moment leaves one whole checkpoint."""
         from safetensors.torch import save_file
 
-        # "autoencoder" sorts before "denoiser", and the number is padded: the newest is the last by name
+        # stages sort in their order, and the number is padded: the newest is the last by name
         final = self.folder / f"{stage}-{done:08d}"
         beside = self.folder / f"{final.name}.tmp"
         shutil.rmtree(beside, ignore_errors=True)
@@ -61,7 +65,7 @@ class Checkpoints:
         ours, theirs = _flat(self.settings), _flat(saved)
         for key in sorted(ours.keys() | theirs.keys()):
             mine, its = ours.get(key), theirs.get(key)
-            if mine == its or (key == "denoiser.updates" and (mine or 0) > (its or 0)):
+            if mine == its or (key == self.grows and (mine or 0) > (its or 0)):
                 continue
             raise UserError(
                 f"{key} must stay {its!r} to resume from {self.folder}, got {mine!r}; choose another out, or start anew"
