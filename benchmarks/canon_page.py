@@ -59,8 +59,9 @@ def fitted_of(evaluation: dict[str, Any]) -> float:
 def table(groups: dict[str, list[dict[str, Any]]]) -> str:
     """One row per contestant."""
     head = (
-        "| algorithm | model | shapes before | after | gain | fitted reward gain | diversity | KL to base, nats | reward queries | "
-        "denoiser calls: sampling + training | s / round |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| algorithm | model | shapes before | after | gain | fitted reward gain | diversity | "
+        "KL to base, nats | reward queries | denoiser calls: sampling + training | "
+        "s / round |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     rows = []
     for runs in groups.values():
@@ -156,7 +157,8 @@ def over_optimisation(folders: Sequence[Path], images: Path) -> str:
         f"DDPO alone: {ddpo[-1][1]:+.3f} kB gained in {ddpo[-1][0]} rounds, and the held-out score falls from "
         f"{ddpo[0][2]:.3f} to {ddpo[-1][2]:.3f}. DPOK gains {gain:+.3f} kB and keeps {kept:.3f}; at that gain DDPO has "
         f"{without:.3f} left (between its evaluations), so DPOK keeps {kept / max(without, 1e-9):.1f} times as much. The "
-        f"pictures show the same prompts and noise: the base model, DDPO after {nearest[0]} rounds ({nearest[1]:+.3f} kB), DPOK after {last_round} rounds ({gain:+.3f} kB)."
+        f"pictures show the same prompts and noise: the base model, DDPO after {nearest[0]} rounds ({nearest[1]:+.3f} kB), "
+        f"DPOK after {last_round} rounds ({gain:+.3f} kB)."
     )
 
 

@@ -27,7 +27,10 @@ class StableDiffusion3(PolicyRecipe):
 
     path: str = Field(description="pipeline folder, or hub id")
     t5_tokens: int = Field(
-        default=256, ge=0, le=512, description="tokens of the T5 encoder; zeros in their place where the pipeline has none"
+        default=256,
+        ge=0,
+        le=512,
+        description="tokens of the T5 encoder; zeros in their place where the pipeline has none",
     )
 
     def load(self, device: str) -> StableDiffusion3Policy:
@@ -36,7 +39,9 @@ class StableDiffusion3(PolicyRecipe):
         return flow_policy(pipeline, device, self)
 
 
-def flow_policy(pipeline: Any, device: str, recipe: PolicyRecipe, t5_tokens: int | None = None) -> StableDiffusion3Policy:
+def flow_policy(
+    pipeline: Any, device: str, recipe: PolicyRecipe, t5_tokens: int | None = None
+) -> StableDiffusion3Policy:
     """The live policy of a pipeline under a recipe's LoRA settings."""
     policy = StableDiffusion3Policy(pipeline, device, lora_rank=recipe.lora_rank, lora_alpha=recipe.lora_alpha)
     policy.t5_tokens = recipe.t5_tokens if isinstance(recipe, StableDiffusion3) else t5_tokens or 0
@@ -70,7 +75,12 @@ class StableDiffusion3Policy(StableDiffusionPolicy):
         kept = self._pairs.get(prompt)
         if kept is None:
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.t5_tokens
+                prompt,
+                None,
+                None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.t5_tokens,
             )
             kept = (embeds[0], pooled[0])
             if len(self._pairs) >= REMEMBERED_PROMPTS:
@@ -119,7 +129,5 @@ class StableDiffusion3Policy(StableDiffusionPolicy):
         size = self.network.config.sample_size * factor
         height, width = plan.height or size, plan.width or size
         if height % (factor * patch) or width % (factor * patch):
-            raise UserError(
-                f"plan.height and plan.width must be multiples of {factor * patch}, got {height} x {width}"
-            )
+            raise UserError(f"plan.height and plan.width must be multiples of {factor * patch}, got {height} x {width}")
         return (self.network.config.in_channels, height // factor, width // factor)

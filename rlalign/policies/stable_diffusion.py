@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,6 +54,11 @@ def load_pipeline(path: str, kind: str = "StableDiffusionPipeline", **settings: 
             f"policy.path must be a diffusers pipeline folder or a hub id, got {path!r} without model_index.json"
         )
     try:
+        if (
+            folder.is_dir()
+        ):  # parts that a folder says it lacks, such as Stable Diffusion 3's T5, must be named to diffusers
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            settings = {**{n: None for n, kind in index.items() if kind == [None, None]}, **settings}
         pipeline = getattr(diffusers, kind).from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, local_files_only=folder.is_dir(), **settings
         )

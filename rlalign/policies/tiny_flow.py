@@ -14,7 +14,9 @@ ASSET = Path(__file__).parent.parent / "assets" / "tiny_flow"
 
 
 class TinyFlow(PolicyRecipe):
-    """The shipped 32x32 flow-matching transformer of coloured shapes, in Stable Diffusion 3's format; made by ``rlalign pretrain``.
+    """The shipped 32x32 flow-matching transformer of coloured shapes, in Stable Diffusion 3's format.
+
+    Made by ``rlalign pretrain configs/pretrain_tiny_flow.yaml``.
 
     Source: Lipman 2022, arXiv:2210.02747 (training); Esser 2024, arXiv:2403.03206 (architecture).
     """

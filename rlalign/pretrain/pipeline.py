@@ -12,9 +12,10 @@ import torch
 
 from rlalign.data.shapes import CAPTION_WORDS, SIZE
 from rlalign.pretrain.settings import Pretrain
+from rlalign.registry import UserError
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-_LATENT_CHANNELS = 4
+LATENT_CHANNELS = 4
 _TOKENS = 16  # the longest caption has 8 words and two marks
 
 
@@ -31,7 +32,7 @@ class Components:
 
 def components(config: Pretrain) -> Components:
     """The parts with fresh weights, which depend on the seed alone."""
-    tokenizer = _tokenizer()
+    tokenizer = caption_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         vae, text, unet = _vae(config), _text_encoder(config, tokenizer), _unet(config)
@@ -48,7 +49,7 @@ def _vae(config: Pretrain) -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2,  # pyright: ignore[reportArgumentType]
         block_out_channels=config.autoencoder.channels,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
-        latent_channels=_LATENT_CHANNELS,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=SIZE,
         mid_block_add_attention=False,
@@ -58,23 +59,39 @@ def _vae(config: Pretrain) -> Any:
 
 
 def _text_encoder(config: Pretrain, tokenizer: Any) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(text_config(config, tokenizer))
+
+
+def text_config(config: Pretrain, tokenizer: Any) -> Any:
+    """The settings of a text encoder as wide and deep as the run says."""
+    from transformers import CLIPTextConfig
 
     width = config.denoiser.text_width
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            projection_dim=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=config.denoiser.text_layers,
-            num_attention_heads=4,
-            max_position_embeddings=_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=config.denoiser.text_layers,
+        num_attention_heads=4,
+        max_position_embeddings=_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def load_vae(source: str) -> Any:
+    """The autoencoder of a pipeline folder, or of the shipped tiny model. Raises UserError where there is none."""
+    from diffusers import AutoencoderKL
+
+    folder = Path(__file__).parent.parent / "assets" / "tiny" if source == "tiny" else Path(source)
+    if not (folder / "vae" / "config.json").is_file():
+        raise UserError(f"autoencoder.source must be tiny or a pipeline folder with vae/config.json, got {source!r}")
+    vae: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, local_files_only=True)
+    return vae.eval().requires_grad_(False)
 
 
 def _unet(config: Pretrain) -> Any:
@@ -82,8 +99,8 @@ def _unet(config: Pretrain) -> Any:
 
     return UNet2DConditionModel(
         sample_size=SIZE // 2,
-        in_channels=_LATENT_CHANNELS,
-        out_channels=_LATENT_CHANNELS,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         layers_per_block=1,
         block_out_channels=config.denoiser.channels,
         # no attention at 16x16: it would triple the cost of a pass
@@ -111,7 +128,7 @@ def _scheduler() -> Any:
     )
 
 
-def _tokenizer() -> Any:
+def caption_tokenizer() -> Any:
     """A CLIP tokenizer to which every word of a caption is one token; other words fall into letters."""
     from transformers import CLIPTokenizer
 
@@ -151,10 +168,15 @@ def write_pipeline(parts: Components, folder: Path) -> Path:
 
     absent: Any = None  # diffusers takes None here, its annotations do not
     # a used tokenizer remembers the padding of its last call and would save it
-    fresh = vars(parts) | {"tokenizer": _tokenizer()}
+    fresh = vars(parts) | {"tokenizer": caption_tokenizer()}
     pipeline = StableDiffusionPipeline(
         **fresh, safety_checker=absent, feature_extractor=absent, requires_safety_checker=False
     )
+    return save_pipeline(pipeline, folder)
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> Path:
+    """Saves a diffusers pipeline, replacing an earlier one in one rename."""
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.save_pretrained(beside, safe_serialization=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.pretrain import stages
-from rlalign.pretrain.pipeline import components, tokenise, write_pipeline
+from rlalign.pretrain.flow import flow_components, flow_loss, write_flow_pipeline
+from rlalign.pretrain.pipeline import components, load_vae, tokenise, write_pipeline
 from rlalign.pretrain.settings import Pretrain
 from rlalign.progress import Report, console_progress
 from rlalign.stage_checkpoints import StageCheckpoints
@@ -30,20 +33,41 @@ def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None =
     with contextlib.nullcontext(progress) if progress else console_progress() as report:
         pictures_NCHW, captions = stages.pictures(config)
         parts = components(config)
+        vae, latents_NCHW, earlier = _latents(config, parts.vae, pictures_NCHW, saved, checkpoints, report)
+        parts, tokenizer = replace(parts, vae=vae), parts.tokenizer
+        words = tokenise(tokenizer, captions), tokenise(tokenizer, [""])
+        flow = flow_components(config) if config.denoiser.family == "transformer" else None
+        if flow is not None:
+            network = flow.module()
+            loss = flow_loss(network, latents_NCHW, *words, config)
+        else:
+            network = torch.nn.ModuleDict({"unet": parts.unet, "text_encoder": parts.text_encoder})
+            path = VariancePreserving(parts.scheduler.alphas_cumprod)
+            loss = stages.denoiser_loss(network, latents_NCHW, *words, path, config)
+        stage = stages.Stage("denoiser", network, config.denoiser, saved)
+        _train(stage, loss, earlier, checkpoints, report)
+        stage.keep_average()
+    folder = config.out / "policy"
+    return write_flow_pipeline(flow, vae, folder) if flow is not None else write_pipeline(parts, folder)
 
-        first = stages.Stage("autoencoder", parts.vae, config.autoencoder, saved)
-        _train(first, stages.autoencoder_loss(parts.vae, pictures_NCHW, config), {}, checkpoints, report)
-        first.keep_average()
-        latents_NCHW = stages.standardise(parts.vae, pictures_NCHW)
 
-        both = torch.nn.ModuleDict({"unet": parts.unet, "text_encoder": parts.text_encoder})
-        second = stages.Stage("denoiser", both, config.denoiser, saved)
-        tokens_NL, empty_1L = tokenise(parts.tokenizer, captions), tokenise(parts.tokenizer, [""])
-        path = VariancePreserving(parts.scheduler.alphas_cumprod)
-        loss = stages.denoiser_loss(both, latents_NCHW, tokens_NL, empty_1L, path, config)
-        _train(second, loss, first.state(), checkpoints, report)
-        second.keep_average()
-    return write_pipeline(parts, config.out / "policy")
+def _latents(
+    config: Pretrain,
+    fresh: Any,
+    pictures_NCHW: torch.Tensor,
+    saved: dict[str, torch.Tensor],
+    checkpoints: StageCheckpoints,
+    report: Report,
+) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
+    """The autoencoder (taken from a pipeline, or trained), the latents of all pictures, and its stage's state."""
+    if config.autoencoder.source:
+        vae = load_vae(config.autoencoder.source)
+        return vae, stages.encode_all(vae, pictures_NCHW), {}
+    first = stages.Stage("autoencoder", fresh, config.autoencoder, saved)
+    _train(first, stages.autoencoder_loss(fresh, pictures_NCHW, config), {}, checkpoints, report)
+    first.keep_average()
+    latents_NCHW = stages.standardise(fresh, pictures_NCHW)
+    return fresh, latents_NCHW, first.state()
 
 
 def _train(

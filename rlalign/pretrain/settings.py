@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +29,9 @@ class Autoencoder(Optimisation):
     batch: int = Field(default=32, ge=1, description="pictures per update")
     lr: float = Field(default=2.0e-3, gt=0.0, description="learning rate")
     ema_decay: float = Field(default=0.99, ge=0.0, lt=1.0, description="decay of the averaged weights, which are kept")
+    source: str = Field(
+        default="", description="pipeline folder whose autoencoder is taken as it is, or tiny; empty trains one"
+    )
     kl: float = Field(default=1.0e-4, ge=0.0, description="weight of the KL to N(0, 1), nats per latent element")
     channels: tuple[int, int] = Field(default=(16, 32), description="widths of its levels, multiples of 8")
 
@@ -39,8 +43,18 @@ class Denoiser(Optimisation):
     batch: int = Field(default=64, ge=1, description="latents per update")
     lr: float = Field(default=1.0e-3, gt=0.0, description="learning rate")
     ema_decay: float = Field(default=0.995, ge=0.0, lt=1.0, description="decay of the averaged weights, which are kept")
+    family: Literal["unet", "transformer"] = Field(
+        default="unet", description="epsilon-predicting UNet (Stable Diffusion), or flow-matching transformer (SD3)"
+    )
     caption_dropout: float = Field(default=0.1, ge=0.0, le=1.0, description="share of empty captions, for guidance")
-    channels: tuple[int, int, int] = Field(default=(32, 64, 64), description="widths of its levels, multiples of 16")
+    channels: tuple[int, int, int] = Field(
+        default=(32, 64, 64), description="unet: widths of its levels, multiples of 16"
+    )
+    width: int = Field(default=96, ge=16, multiple_of=16, description="transformer: its width")
+    layers: int = Field(default=6, ge=1, description="transformer: its blocks")
+    levels: Literal["uniform", "logit_normal"] = Field(
+        default="logit_normal", description="transformer: how noise levels are drawn (Esser 2024, section 3.1)"
+    )
     text_width: int = Field(default=64, ge=4, multiple_of=4, description="width of the text encoder")
     text_layers: int = Field(default=2, ge=1, description="layers of the text encoder")
 

@@ -82,7 +82,10 @@ def standardise(vae: Any, pictures_NCHW: torch.Tensor) -> torch.Tensor:
     The affine map is folded exactly into the 1x1 convolutions on both sides of the latents, z -> (z - mean) / std into
     ``quant_conv`` and its inverse into ``post_quant_conv``: a pipeline has a single ``scaling_factor``, and it may stay 1.
     """
-    mean_C, std_C = _encode(vae, pictures_NCHW).mean(dim=(0, 2, 3)), _encode(vae, pictures_NCHW).std(dim=(0, 2, 3))
+    mean_C, std_C = (
+        encode_all(vae, pictures_NCHW).mean(dim=(0, 2, 3)),
+        encode_all(vae, pictures_NCHW).std(dim=(0, 2, 3)),
+    )
     channels = len(mean_C)
     into, out_of = vae.quant_conv, vae.post_quant_conv
     out_of.bias += out_of.weight[:, :, 0, 0] @ mean_C
@@ -90,10 +93,12 @@ def standardise(vae: Any, pictures_NCHW: torch.Tensor) -> torch.Tensor:
     into.bias[:channels] = (into.bias[:channels] - mean_C) / std_C
     into.weight[:channels] /= std_C[:, None, None, None]
     into.bias[channels:] -= 2.0 * std_C.log()  # the posterior's log-variance moves along
-    return _encode(vae, pictures_NCHW)
+    return encode_all(vae, pictures_NCHW)
 
 
-def _encode(vae: Any, pictures_NCHW: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def encode_all(vae: Any, pictures_NCHW: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) latents of uint8 pictures: the mean of the encoder's posterior."""
     return torch.cat([vae.encode(_to_network(part)).latent_dist.mean for part in pictures_NCHW.split(256)])
 
 
