@@ -117,11 +117,10 @@ def build_towers(architecture: str, *, tokenizer: str = "", pretrained: str = ""
                 f"model.architecture: no {architecture!r}; {nearest(architecture, open_clip.list_models())}"
             )
         config, how = found, {}
-    if architecture == TINY and not tokenizer:
-        tokenizer = str(_ASSETS / "tiny" / "tokenizer")
-    words = _tokenizer(
-        config, tokenizer or config.get("text_cfg", {}).get("hf_tokenizer_name") or "", "model.tokenizer"
-    )
+    own = config.get("text_cfg", {}).get("hf_tokenizer_name") or ""
+    if own == ".":  # beside the file; the tiny architecture shares the tiny model's
+        own = str(_ASSETS / "tiny" / "tokenizer" if architecture == TINY else file.parent)
+    words = _tokenizer(config, tokenizer or own, "model.tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         towers = _towers(architecture, config, how, words, f"model.architecture {architecture!r}")

@@ -89,7 +89,9 @@ def test_weights_to_start_from_are_safetensors_of_the_same_model(folder: Path, t
         build_towers("tiny", pretrained=str(tmp_path / "weights.pt"))
     shutil.copy(folder / WEIGHTS, tmp_path / "of_another.safetensors")
     config = json.loads((folder / CONFIG).read_text())
-    config["model_cfg"]["text_cfg"] |= {"width": 32, "hf_tokenizer_name": str(folder)}
+    config["model_cfg"]["text_cfg"] |= {"width": 32}
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)  # "." in the config means beside it
     (tmp_path / "other.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"model\.pretrained: .* is damaged or of another model"):
         build_towers(str(tmp_path / "other.json"), pretrained=str(tmp_path / "of_another.safetensors"))

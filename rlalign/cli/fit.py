@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-STOPPED = 130
+from rlalign.cli.train import STOPPED, refuse_what_is_there
 
 
 def fit_reward(
@@ -20,16 +20,16 @@ def fit_reward(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder.", show_default=False)] = None,
 ) -> None:
     """Fit a Bradley-Terry reward on preference pairs. The same command goes on with a run that was stopped."""
-    from rlalign.checkpoint import disk_errors
     from rlalign.config import load_settings
     from rlalign.fit_reward import FitReward
     from rlalign.fit_reward import fit_reward as fit
 
     more = [f"out={json.dumps(str(out))}"] if out is not None else []
     settings = load_settings(FitReward, config, [*(overrides or []), *more])
+    if not any((settings.out / made).exists() for made in ("checkpoints", "pairs.parquet", "pairs.json")):
+        refuse_what_is_there(settings.out, "name another with --out DIR")
     try:
-        with disk_errors(settings.out):
-            folder = fit(settings)
+        folder = fit(settings)
     except KeyboardInterrupt as error:
         print("stopped; the same command goes on", file=sys.stderr)
         raise typer.Exit(STOPPED) from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +207,7 @@ class PairReader:
     def all(self) -> Iterator[Pair]:
         """Every usable pair once, in the order of the files (undecodable ones counted and left out)."""
         for group in self._groups:
-            for row in _read(group, group.usable.tolist()):
+            for row in _read(group, group.usable):
                 pair = self._decoded(row)
                 if pair is not None:
                     yield pair
@@ -230,7 +230,7 @@ class PairReader:
             nth = bisect_right(ends.tolist(), at)
             group = self._groups[int(order[nth])]
             offset = at - (int(ends[nth]) - len(group.usable))
-            chosen = group.usable[offset : offset + stop - at].tolist()
+            chosen = group.usable[offset : offset + stop - at]
             rows += _read(group, chosen)
             at += len(chosen)
         shuffled = generator("pairs", self.seed, "window", epoch, number).permutation(len(rows))
@@ -267,17 +267,18 @@ def to_pair(row: Mapping[str, Any], size: int) -> Pair:
     )
 
 
-def _read(group: _Group, numbers: Iterable[int]) -> list[dict[str, Any]]:
+def _read(group: _Group, numbers: np.ndarray) -> list[dict[str, Any]]:
     """Rows of a group by their ascending numbers, each with its name under "row"."""
-    wanted, rows, seen = list(numbers), [], 0
-    chosen = set(wanted)
+    import pyarrow as pa
+
+    rows, seen = [], 0
     for batch in open_pairs(group.file, (*REQUIRED, "model_0"), groups=[group.index]):
-        inside = [n for n in range(seen, seen + batch.num_rows) if n in chosen]
+        inside = numbers[(numbers >= seen) & (numbers < seen + batch.num_rows)]
+        taken = batch.take(pa.array(inside - seen, type=pa.int64())).to_pylist()
         rows += [
-            {**row, "row": f"{group.file}:{group.first + n}"}
-            for n, row in zip(inside, batch.take([n - seen for n in inside]).to_pylist(), strict=True)
+            {**row, "row": f"{group.file}:{group.first + n}"} for n, row in zip(inside.tolist(), taken, strict=True)
         ]
         seen += batch.num_rows
-        if wanted and seen > wanted[-1]:
+        if len(rows) == len(numbers):
             break
     return rows

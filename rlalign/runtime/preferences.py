@@ -10,7 +10,7 @@ another; a resumed run streams past what it has seen (reading and decoding, at t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ class RayPairReader:
         self._files = pair_files(settings.path)
         rows = sum(sum(group_rows(file)) for file in self._files)
         self.bad = BadRows(settings.path, rows, settings.bad_share)
-        self._stream: Iterator[Pair] = iter(())
+        self._stream: Generator[Pair, None, None] | None = None
         self._next = -1
         """The round that the stream stands before; -1 for none."""
 
     def round(self, number: int) -> list[Pair]:
         """The pairs of round ``number`` >= 0. Rounds in their order are streamed; another one starts from the first."""
-        if self._next < 0 or number < self._next:
+        if self._stream is None or number < self._next:
+            self.close()
             self._stream, self._next = self._pairs(), 0
         while self._next < number:
             self._take()
@@ -56,11 +57,18 @@ class RayPairReader:
         for start in range(0, len(pairs), step):
             yield pairs[start : start + step]
 
+    def close(self) -> None:
+        """Ends what Ray Data still reads; the next round starts anew. To be called before Ray is shut down."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream, self._next = None, -1
+
     def _take(self) -> list[Pair]:
+        assert self._stream is not None
         self._next += 1
         return [next(self._stream) for _ in range(self.settings.pairs_per_round)]
 
-    def _pairs(self) -> Iterator[Pair]:
+    def _pairs(self) -> Generator[Pair, None, None]:
         """Epoch after epoch, without end."""
         epoch = 0
         while True:

@@ -87,6 +87,15 @@ def test_captions_can_be_chosen_and_are_counted(folder: Path) -> None:
         PairReader(settings(folder), 0, keep=lambda caption: False)
 
 
+def test_a_caption_that_is_rare_among_many_rows_is_found(tmp_path: Path) -> None:
+    captions = ["rare" if n in (150, 299) else "common" for n in range(300)]
+    rows = [row(n % 100, caption=caption) for n, caption in enumerate(captions)]
+    write_pairs(tmp_path / "p.parquet", rows, rows_per_group=300)
+    reader = PairReader(settings(tmp_path), 0, keep=lambda caption: caption == "rare")
+    assert [pair.row for pair in reader.all()] == [f"{tmp_path}/p.parquet:150", f"{tmp_path}/p.parquet:299"]
+    assert sorted({pair.row for pair in reader.round(0)}) == [pair.row for pair in reader.all()]
+
+
 def test_ties_are_dropped_or_kept_as_halves(tmp_path: Path) -> None:
     write_pairs(tmp_path / "p.parquet", [row(n, (1.0, 0.0, 0.5)[n % 3]) for n in range(9)])
     assert {p.label_0 for p in PairReader(settings(tmp_path), 0).all()} == {0.0, 1.0}

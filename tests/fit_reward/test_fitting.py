@@ -187,6 +187,16 @@ def test_the_command_says_how_good_it_is_and_where(
     assert "fit 2/2 loss" in err
 
 
+def test_a_folder_with_other_things_is_left_alone(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fit.yaml").write_text(f"preferences: {{path: {pairs}}}\n")
+    for out, message in ((tmp_path, "is not empty; name another"), (tmp_path / "fit.yaml", "is a file and must be")):
+        code, _, err = call(capsys, "fit-reward", tmp_path / "fit.yaml", "--out", out)
+        assert code == 2 and message in err
+    assert [p.name for p in tmp_path.iterdir()] == ["fit.yaml"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
