@@ -10,6 +10,7 @@ another; a resumed run streams past what it has seen (reading and decoding, at t
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class RayPairReader:
         if self._stream is not None:
             self._stream.close()
             self._stream, self._next = None, -1
+            gc.collect()  # Ray Data leaves iterators in reference cycles, and they complain when they outlive Ray
 
     def _take(self) -> list[Pair]:
         assert self._stream is not None
@@ -101,27 +103,28 @@ class RayPairReader:
         numbers = dict.fromkeys(names, 0)
         context = ray.data.DataContext.get_current()
         before, context.execution_options.preserve_order = context.execution_options.preserve_order, True
+        transform: Any = _decode  # Ray Data's annotations know neither keyword arguments nor that its iterators close
+        options = {"size": self.settings.size, "ties": self.settings.ties}
+        table = ray.data.read_parquet(list(names), include_paths=True)
+        table = table.map_batches(transform, batch_size=_BATCH, fn_kwargs=options)
+        stream: Any = iter(table.iter_batches(batch_size=_BATCH, batch_format="numpy"))
         try:
-            rows = ray.data.read_parquet(list(names), include_paths=True)
-            transform: Any = _decode  # Ray Data's annotation knows no keyword arguments
-            decoded = rows.map_batches(
-                transform, batch_size=_BATCH, fn_kwargs={"size": self.settings.size, "ties": self.settings.ties}
-            )
-            for row in decoded.iter_rows():
+            for row in (dict(zip(b, values, strict=True)) for b in stream for values in zip(*b.values(), strict=True)):
                 name = f"{names[row['path']]}:{numbers[row['path']]}"
                 numbers[row["path"]] += 1
                 if row["fault"]:
                     self.bad.add(name, row["fault"])
                 elif row["used"] and (self._keep is None or self._keep(row["caption"])):
                     yield Pair(
-                        caption=row["caption"],
+                        caption=str(row["caption"]),
                         picture_0=_picture(row["picture_0"], row["shape_0"]),
                         picture_1=_picture(row["picture_1"], row["shape_1"]),
-                        label_0=row["label_0"],
+                        label_0=float(row["label_0"]),
                         row=name,
-                        source=row["source"],
+                        source=str(row["source"]),
                     )
         finally:
+            stream.close()  # at once: an error's traceback would keep the tasks going
             context.execution_options.preserve_order = before
 
 

@@ -50,7 +50,10 @@ def test_rounds_are_keyed_and_bad_rows_are_named(ray_cluster: None, tmp_path: Pa
     used = {int(p.row.rsplit(":", 1)[1]) for r in range(3) for p in lenient.round(r)}
     assert used <= set(range(20)) - set(bad)
     assert {int(name.rsplit(":", 1)[1]) for name in lenient.bad.found} == {3, 9, 11}
+    strict = RayPairReader(settings.model_copy(update={"bad_share": 0.05}), seed=0)
     with pytest.raises(
         UserError, match=r"at least 2 bad of 20 rows .*c\.parquet:3: caption is missing; .*:9: label is"
     ):
-        RayPairReader(settings.model_copy(update={"bad_share": 0.05}), seed=0).round(2)
+        strict.round(2)
+    for reader in (walked, again, lenient, strict):
+        reader.close()
