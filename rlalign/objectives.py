@@ -13,8 +13,11 @@ import torch.nn.functional as F
 
 
 def ratio(log_prob: torch.Tensor, behaviour_log_prob: torch.Tensor) -> torch.Tensor:
-    """exp(log_prob - behaviour_log_prob): the importance ratio per element; exactly 1 where the two are equal."""
-    return torch.exp(log_prob - behaviour_log_prob)
+    """exp(log_prob - behaviour_log_prob): the importance ratio per element; exactly 1 where the two are equal.
+
+    Held within e^-20 and e^20, far outside any clip range: an overflow would make NaN of a clipped sample's zero gradient.
+    """
+    return torch.exp((log_prob - behaviour_log_prob).clamp(-20.0, 20.0))
 
 
 def clipped_surrogate(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,11 +58,11 @@ class D3PO(Algorithm):
         with torch.no_grad(), policy.as_reference():
             theirs, _ = replay_log_prob(policy, batch.unit, latents, batch.steps, condition)
         mine, _ = replay_log_prob(policy, batch.unit, latents, batch.steps, condition)
-        ratio = objectives.ratio(mine, theirs)
-        log_ratio = ratio.clamp(1.0 - self.clip_range, 1.0 + self.clip_range).log()
+        # clipped as a logarithm: the ratio of a step far from the reference overflows, and its gradient with it
+        log_ratio = (mine - theirs).clamp(math.log1p(-self.clip_range), math.log1p(self.clip_range))
         won, lost = log_ratio.split(len(winners))
         logit = objectives.preference_logit(won, lost, self.beta)
-        metrics = objectives.ratio_metrics(ratio, self.clip_range)
+        metrics = objectives.ratio_metrics(objectives.ratio(mine, theirs), self.clip_range)
         # these ratios are to the reference, not to the behaviour policy: they have names of their own
         return Loss(
             value=objectives.preference_loss(logit).mean(),

@@ -64,7 +64,7 @@ class GRPO(Algorithm):
         mine = replay(policy, batch.unit, batch.latents_BK1, steps, condition).gaussian
         drawn = taken(batch.latents_BK1, steps)
         log_ratio = mine.log_prob(drawn) - batch.log_prob_BS.transpose(0, 1).flatten()
-        ratio, scale = log_ratio.exp(), torch.ones(())
+        ratio, scale = objectives.ratio(log_ratio, torch.zeros_like(log_ratio)), torch.ones(())
         levels = policy.path.levels(batch.unit.plan.steps)
         gap = (levels[:-1] - levels[1:]).abs()[steps].repeat_interleave(rows).to(log_ratio)
         if self.guard:

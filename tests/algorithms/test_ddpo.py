@@ -53,7 +53,13 @@ class ChainPolicy(Policy):
         empty = torch.zeros(len(prompts), 1, 1)
         return Condition(embeds_BLD=empty, uncond_BLD=empty)
 
-    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self,
+        x: torch.Tensor,
+        timestep_B: torch.Tensor,
+        embeds_BLD: torch.Tensor,
+        pooled_BD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         k_B = 5 - timestep_B  # levels 5, 4, 3, 2, 1
         a_B = torch.tensor(A_K)[k_B].reshape(-1, 1, 1, 1)
         wanted = a_B * x + self.network.bias_K[k_B].reshape(-1, 1, 1, 1)

@@ -1,0 +1,149 @@
+"""Weighted denoising: RWR's weights and DiffusionNFT's pull, against closed forms and finite differences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rlalign import objectives
+from rlalign.algorithms.ddpo import DDPO
+from rlalign.algorithms.diffusion_nft import DiffusionNFT
+from rlalign.algorithms.reinforce import Reinforce
+from rlalign.algorithms.rwr import RWR
+from rlalign.batches import ImagePass
+from rlalign.memory import Memory
+from rlalign.records import Plan
+from tests.algorithms.helpers import FlowToy, in_float64, numeric_gradient, scored_of
+from tests.algorithms.test_dpok import moved
+from tests.toy import ToyPolicy, gradient
+
+ODE = Plan(steps=4, eta=0.0)
+
+
+def wide(one: ImagePass) -> ImagePass:
+    return replace(one, clean_BCHW=one.clean_BCHW.double(), weight_B=one.weight_B.double())
+
+
+def test_o13_weighted_regression_moves_a_gaussian_by_the_tilt() -> None:
+    """p = N(.5, 1.2^2), r = .6 x, temperature .8: the weighted mean is .5 + 1.2^2 * .6 / .8 = 1.58, the std stays.
+
+    200 000 draws, seed 0, margin .02.
+    """
+    x = torch.from_numpy(np.random.default_rng(0).normal(0.5, 1.2, 200_000))
+    weight = objectives.reward_weights(0.6 * x, 0.8)
+    assert weight.mean().item() == pytest.approx(1.0, abs=1e-9)
+    mean = (weight * x).mean()
+    assert mean.item() == pytest.approx(1.58, abs=0.02)
+    assert ((weight * (x - mean) ** 2).mean()).sqrt().item() == pytest.approx(1.2, abs=0.02)
+
+
+def test_rwr_weights_by_prompt_and_by_quantile() -> None:
+    (scored,) = scored_of(ToyPolicy(), ODE, count=1)
+    rewards = np.array([0, 1, 2, 3, 4, 5, 6, np.nan], dtype=np.float32)
+    one = replace(scored, total_B=rewards)
+    whole = RWR(temperature=2.0).make_batch([one], Memory()).weight[0]
+    assert whole[-1].item() == 0.0
+    assert torch.allclose(whole[:7], 7 * torch.softmax(torch.arange(7.0) / 2.0, 0), atol=1e-6)
+    sparse = RWR(sparse=0.5).make_batch([one], Memory()).weight[0]
+    assert sparse.tolist() == pytest.approx([0, 0, 0, 7 / 4, 7 / 4, 7 / 4, 7 / 4, 0])
+    groups = RWR(over="prompt", temperature=2.0).make_batch([one], Memory()).weight[0]
+    assert [round(groups[[i, i + 4]].sum().item(), 5) for i in range(3)] == [2.0] * 3, (
+        "each prompt's weights have mean 1"
+    )
+
+
+@pytest.mark.parametrize("make", [ToyPolicy, FlowToy])
+def test_rwr_is_the_denoising_loss_weighted(make: type[ToyPolicy]) -> None:
+    policy = make(dtype=torch.float64)
+    algorithm = RWR(temperature=1.0, draws=3)
+    batch = algorithm.make_batch(scored_of(policy, ODE), Memory())
+    passes = list(batch.passes(1, (1, 0)))
+    assert len(passes) == 2 * 3
+    assert len({p.key for p in passes}) == 6
+    one = wide(passes[1])
+    found = gradient(algorithm.loss(one, policy).value, policy)
+    differences = numeric_gradient(lambda: algorithm.loss(one, policy).value, policy)
+    assert differences.abs().max() > 1e-4
+    assert torch.allclose(found, differences, rtol=1e-5, atol=1e-8)
+    even = replace(one, weight_B=torch.ones_like(one.weight_B))
+    loss = algorithm.loss(even, policy)
+    assert loss.value.item() == pytest.approx(loss.means["denoising_error"].item(), rel=1e-12)
+
+
+def test_o12_the_gradient_at_the_old_policy() -> None:
+    """Unnormalised: 2 (2 r - 1) (old - clean) / D; r = 1/2 pulls nowhere; it does not depend on beta there."""
+    old = torch.tensor([[0.3, -0.7]], dtype=torch.float64)
+    clean = torch.tensor([[1.0, 0.2]], dtype=torch.float64)
+    for share in (0.0, 0.3, 0.5, 1.0):
+        for beta in (0.1, 1.0):
+            new = old.clone().requires_grad_(True)
+            value = objectives.forward_reinforcement(
+                new, old, clean, torch.tensor([share], dtype=torch.float64), beta=beta, self_normalised=False
+            )
+            (found,) = torch.autograd.grad(value.sum(), new)
+            assert torch.allclose(found, 2 * (2 * share - 1) * (old - clean) / 2, rtol=1e-12, atol=1e-12)
+
+
+def test_o12_the_minimiser() -> None:
+    """v = old + (2 r - 1) (clean - old) / beta: the gradient vanishes there."""
+    old = torch.tensor([[0.3, -0.7]], dtype=torch.float64)
+    clean = torch.tensor([[1.0, 0.2]], dtype=torch.float64)
+    for share, beta in ((0.8, 0.5), (0.2, 1.0), (0.5, 0.3)):
+        best = (old + (2 * share - 1) * (clean - old) / beta).requires_grad_(True)
+        value = objectives.forward_reinforcement(
+            best, old, clean, torch.tensor([share], dtype=torch.float64), beta=beta, self_normalised=False
+        )
+        (found,) = torch.autograd.grad(value.sum(), best)
+        assert found.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("make", [ToyPolicy, FlowToy])
+def test_nft_by_finite_differences(make: type[ToyPolicy]) -> None:
+    """With the self-normalisation off (its scale is detached) and the reference's term on."""
+    policy = make(dtype=torch.float64)
+    policy.snapshots = {"behaviour": policy.weights()}
+    algorithm = DiffusionNFT(self_normalised=False, kl_weight=0.3, beta=0.7)
+    batch = algorithm.make_batch(scored_of(policy, ODE), Memory())
+    assert all(w.min() >= 0.0 and w.max() <= 1.0 for w in batch.weight)
+    one = wide(next(iter(batch.passes(1, (1, 0)))))
+    moved(policy, 0.02)
+    found = gradient(algorithm.loss(one, policy).value, policy)
+    differences = numeric_gradient(lambda: algorithm.loss(one, policy).value, policy)
+    assert differences.abs().max() > 1e-4
+    assert torch.allclose(found, differences, rtol=1e-5, atol=1e-8)
+
+
+def test_nft_draws_take_different_levels_of_the_plan() -> None:
+    class Watched(ToyPolicy):
+        seen: list[float]
+
+        def denoise(self, x, level, condition, guidance):  # type: ignore[no-untyped-def]
+            self.seen.append(float(level.flatten()[0]))
+            return super().denoise(x, level, condition, guidance)
+
+    policy = Watched()
+    policy.snapshots = {"behaviour": policy.weights()}
+    algorithm = DiffusionNFT(draws=4, kl_weight=0.0)
+    scored = scored_of(ToyPolicy(), ODE, count=1)
+    policy.seen = []
+    for one in algorithm.make_batch(scored, Memory()).passes(1, (1, 0)):
+        algorithm.loss(one, policy)
+    assert sorted(set(policy.seen)) == sorted(policy.path.levels(4)[:-1].tolist())
+
+
+def test_o23_reinforce_is_d_times_k_times_ddpos_score_function() -> None:
+    """Equal advantages, float64: the joint log-prob, summed over steps, against the mean over elements and steps (1e-9)."""
+    policy = ToyPolicy(dtype=torch.float64)
+    scored = scored_of(policy, Plan(steps=4, eta=1.0))
+    literal = Reinforce().make_batch(scored, Memory())
+    totals = {}
+    for algorithm in (Reinforce(), DDPO(form="score_function")):
+        value = torch.zeros((), dtype=torch.float64)
+        for one in literal.passes(2):
+            value = value + algorithm.loss(in_float64(one), policy).value * one.weight
+        totals[algorithm.name] = gradient(value, policy)
+    assert totals["reinforce"].abs().max() > 1e-3
+    assert torch.allclose(totals["reinforce"], 2 * 4 * totals["ddpo"], rtol=1e-9, atol=1e-12)

@@ -1,0 +1,77 @@
+"""GRPO: advantages within the group, Flow-GRPO's coded KL, GRPO-Guard's centred ratio."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rlalign import objectives
+from rlalign.algorithms.grpo import GRPO
+from rlalign.memory import Memory
+from rlalign.records import Plan
+from tests.algorithms.helpers import FlowToy, in_float64, numeric_gradient, scored_of
+from tests.algorithms.test_dpok import moved
+from tests.toy import gradient
+
+PLAN = Plan(steps=5, rule="flow_sde", eta=0.7)
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_the_gradient_is_that_of_finite_differences(guard: bool) -> None:
+    policy = FlowToy(dtype=torch.float64)
+    algorithm = GRPO(clip_range=0.2, kl_weight=0.3, guard=guard)
+    one = in_float64(next(iter(algorithm.make_batch(scored_of(policy, PLAN), Memory()).passes(3))))
+    moved(policy, 1e-3)  # away from the kink of the clip at ratio 1 and of the KL at 0
+    found = gradient(algorithm.loss(one, policy).value, policy)
+    differences = numeric_gradient(lambda: algorithm.loss(one, policy).value, policy)
+    assert differences.abs().max() > 1e-4
+    assert torch.allclose(found, differences, rtol=1e-4, atol=1e-7)
+
+
+def test_the_coded_kl_is_the_exact_one_times_the_level_distance() -> None:
+    """O8: Flow-GRPO's value is KL / D * |gap| (per element it is KL * |gap|)."""
+    policy = moved(FlowToy(dtype=torch.float64))
+    scored = scored_of(policy, PLAN)
+    for one in GRPO().make_batch(scored, Memory()).passes(1):
+        one = in_float64(one)
+        one = type(one)(**{**vars(one), "advantage_B": torch.zeros_like(one.advantage_B)})
+        exact = GRPO(kl_weight=1.0).loss(one, policy).value.item()
+        coded = GRPO(kl_weight=1.0, kl_form="coded").loss(one, policy).value.item()
+        levels = policy.path.levels(PLAN.steps)
+        gap = float(levels[one.steps[0]] - levels[one.steps[0] + 1])
+        assert coded == pytest.approx(exact * gap, rel=1e-9)
+
+
+def test_o3_guard_centres_the_log_ratio() -> None:
+    """Under the behaviour policy log r has mean -d^2 / (2 s^2) and std d / (s sqrt(D)); centred and scaled: 0 and d / sqrt(D).
+
+    100 000 draws of D = 16 elements, seed 0; margins of 4 standard errors.
+    """
+    count, elements, std, shift = 100_000, 16, 0.3, 0.05
+    rng = np.random.default_rng(0)
+    z = torch.from_numpy(rng.standard_normal((count, elements)))
+    log_ratio = (-((std * z - shift) ** 2) / (2 * std**2) + z**2 / 2).mean(1)
+    margin = 4 * shift / (std * np.sqrt(elements * count))
+    assert log_ratio.mean().item() == pytest.approx(-(shift**2) / (2 * std**2), abs=margin)
+    ratio = objectives.guarded_ratio(log_ratio, torch.full((count,), shift**2), torch.full((count,), std))
+    assert ratio.log().mean().item() == pytest.approx(0.0, abs=margin)
+    assert ratio.log().std().item() == pytest.approx(shift / np.sqrt(elements), rel=0.02)
+
+
+def test_two_groups_show_what_the_std_is_of() -> None:
+    """Groups {0, 1} and {10, 30}: group std gives +-1 each, the round's std +-.04 and +-.83."""
+    from rlalign.advantages import within_groups
+
+    reward_B = np.array([0.0, 1.0, 10.0, 30.0], dtype=np.float32)
+    groups = [0, 0, 1, 1]
+    assert within_groups(reward_B, groups, std="group", eps=0.0) == pytest.approx([-1, 1, -1, 1])
+    assert within_groups(reward_B, groups, std="global", eps=0.0) == pytest.approx(
+        [-0.041, 0.041, -0.828, 0.828], abs=2e-3
+    )
+
+
+def test_the_last_steps_are_left_out() -> None:
+    policy = FlowToy()
+    steps = {p.steps[0] for p in GRPO(skip_last=2).make_batch(scored_of(policy, PLAN), Memory()).passes(1)}
+    assert steps == {0, 1, 2}
