@@ -168,7 +168,9 @@ class StableDiffusionPolicy(Policy):
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network))
+        layers = get_peft_model_state_dict(self.network)
+        if self.part == "unet":  # a transformer's file keeps peft's names
+            layers = convert_state_dict_to_diffusers(layers)
         # without the adapter's own settings diffusers would take alpha to be the rank
         settings = self.network.peft_config[lora.ADAPTER].to_dict()
         named = {f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": settings}
