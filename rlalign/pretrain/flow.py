@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlalign.data.shapes import SIZE
@@ -62,6 +63,13 @@ def flow_components(config: Pretrain) -> FlowComponents:
         )
 
 
+def levels(kind: str, count: int, rng: np.random.Generator) -> torch.Tensor:
+    """(count,) float64 noise levels in (0, 1): uniform, or logistic of a standard normal (Esser 2024, section 3.1)."""
+    if kind == "logit_normal":
+        return torch.sigmoid(torch.from_numpy(rng.standard_normal(count)))
+    return RectifiedFlow().random_levels(rng.random(count))
+
+
 def flow_loss(
     parts: torch.nn.ModuleDict,
     latents_NCHW: torch.Tensor,
@@ -80,10 +88,7 @@ def flow_loss(
         settings, key = config.denoiser, ("pretrain", config.seed, "denoiser", update)
         rng = generator(*key, "rows")
         rows_B = torch.from_numpy(rng.integers(len(latents_NCHW), size=settings.batch))
-        if settings.levels == "logit_normal":
-            level_B = torch.sigmoid(torch.from_numpy(rng.standard_normal(settings.batch)))
-        else:
-            level_B = path.random_levels(rng.random(settings.batch))
+        level_B = levels(settings.levels, settings.batch, rng)
         dropped_B1 = torch.from_numpy(rng.random(settings.batch) < settings.caption_dropout)[:, None]
         tokens_BL = torch.where(dropped_B1, empty_1L, tokens_NL[rows_B])
         read = [parts[name](tokens_BL, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
@@ -103,7 +108,7 @@ def write_flow_pipeline(parts: FlowComponents, vae: Any, folder: Path) -> Path:
     """A Stable Diffusion 3 pipeline folder without T5, float32 safetensors."""
     from diffusers import StableDiffusion3Pipeline
 
-    vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and None cannot be added
+    vae.register_to_config(shift_factor=vae.config.shift_factor or 0.0)  # the pipeline adds it, and cannot add None
     absent: Any = None  # diffusers takes None here, its annotations do not
     pipeline = StableDiffusion3Pipeline(
         **vars(parts),
