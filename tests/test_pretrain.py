@@ -32,7 +32,13 @@ SMALL = {
 FLOW = {
     "autoencoder": {"source": "tiny"},
     "denoiser": {
-        "family": "transformer", "updates": 5, "batch": 4, "width": 16, "layers": 2, "text_width": 16, "warmup": 2
+        "family": "transformer",
+        "updates": 5,
+        "batch": 4,
+        "width": 16,
+        "layers": 2,
+        "text_width": 16,
+        "warmup": 2,
     },
 }
 
@@ -115,7 +121,10 @@ def test_plain_diffusers_loads_the_flow_folder_and_draws(whole_flow):
 
 
 def test_the_flow_loss_is_what_the_pipelines_own_parts_give():
-    """Update 3, half the captions dropped: noise - clean against the transformer on encode_prompt's tensors (1e-6)."""
+    """Update 3, half the captions dropped: noise - clean against the transformer on encode_prompt's tensors (1e-5).
+
+    Each sample by diffusers' own attention, with 256 rows of zeros or with none.
+    """
     from diffusers import StableDiffusion3Pipeline
 
     config = Pretrain.model_validate(
@@ -125,13 +134,15 @@ def test_the_flow_loss_is_what_the_pipelines_own_parts_give():
     _, captions = pictures(config)
     latents_NCHW = torch.randn(len(captions), 4, 16, 16)
     words = tokenise(tokenizer, captions), tokenise(tokenizer, [""])
-    network = parts.module().eval()
+    network, standard = parts.module().eval(), parts.transformer.attn_processors
     found = flow_loss(network, latents_NCHW, *words, config)(3)
+    parts.transformer.set_attn_processor(standard)
 
     rng = generator("pretrain", config.seed, "denoiser", 3, "rows")
     rows_B, level_B = rng.integers(len(captions), size=8), torch.from_numpy(rng.random(8))
     told = ["" if u < 0.5 else captions[row] for row, u in zip(rows_B, rng.random(8), strict=True)]
-    assert 0 < told.count("") < 8
+    has_rows_B = rng.random(8) < 0.5
+    assert 0 < told.count("") < 8 and 0 < has_rows_B.sum() < 8
     pipeline = StableDiffusion3Pipeline(
         **vars(parts),
         vae=components(config).vae,
@@ -142,17 +153,22 @@ def test_the_flow_loss_is_what_the_pipelines_own_parts_give():
     )
     clean, s = latents_NCHW[rows_B], level_B.float()[:, None, None, None]
     noise = normal(("pretrain", config.seed, "denoiser", 3, "noise"), clean.shape)
-    with torch.no_grad():
-        embeds, _, pooled, _ = pipeline.encode_prompt(told, None, None, max_sequence_length=0)
-        velocity = parts.transformer((1 - s) * clean + s * noise, embeds, pooled, 1000.0 * level_B.float()).sample
-    torch.testing.assert_close(found, (velocity - (noise - clean)).square().mean(), rtol=1e-5, atol=1e-6)
+    errors = []
+    for n in range(8):
+        length = 256 if has_rows_B[n] else 0
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipeline.encode_prompt(told[n], None, None, max_sequence_length=length)
+            x = ((1 - s) * clean + s * noise)[n : n + 1]
+            velocity = parts.transformer(x, embeds, pooled, 1000.0 * level_B[n : n + 1].float()).sample
+        errors.append((velocity[0] - (noise - clean)[n]).square().mean())
+    torch.testing.assert_close(found, torch.stack(errors).mean(), rtol=1e-5, atol=1e-5)
 
 
 def test_levels_are_uniform_or_logit_normal():
     """4000 draws, seed 0: mean and standard deviation within 5 standard errors of the named distribution's."""
     rng = np.random.default_rng(0)
     uniform = levels("uniform", 4000, rng)
-    assert 0.0 < uniform.min() and uniform.max() < 1.0
+    assert uniform.min() > 0.0 and uniform.max() < 1.0
     assert abs(uniform.mean() - 0.5) < 0.025 and abs(uniform.std() - 12**-0.5) < 0.015
     logits = torch.logit(levels("logit_normal", 4000, rng))
     assert abs(logits.mean()) < 0.08 and abs(logits.std() - 1.0) < 0.06

@@ -16,8 +16,11 @@ from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.pretrain.pipeline import LATENT_CHANNELS, caption_tokenizer, save_pipeline, text_config
 from rlalign.pretrain.settings import Pretrain
 from rlalign.pretrain.stages import denoising_loss
+from rlalign.pretrain.zero_rows import MaskedJointAttention, with_zero_row
 
 _PATCH, _HEAD = 2, 16
+_ZERO_ROWS = 0.5
+"""Share of samples that are told rows of zeros in T5's place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +82,12 @@ def flow_loss(
 ) -> Callable[[int], torch.Tensor]:
     """Update -> flow-matching loss on the update's own batch, noise, levels and dropped captions.
 
-    Captions enter as ``encode_prompt`` of the pipeline gives them with ``max_sequence_length=0``: the penultimate layers of
-    both encoders side by side, no T5 tokens, and both projections.
+    Captions enter as ``encode_prompt`` of the pipeline gives them: the penultimate layers of both encoders side by side, and
+    both projections; half of the samples with the 256 rows of zeros of a call without T5, half with none
+    (``max_sequence_length=0``, what rlalign uses: a quarter of the tokens).
     """
-    path = RectifiedFlow()
+    path, transformer = RectifiedFlow(), parts["transformer"]
+    transformer.set_attn_processor(MaskedJointAttention())  # no part of the weights, and not saved
 
     def loss(update: int) -> torch.Tensor:
         settings, key = config.denoiser, ("pretrain", config.seed, "denoiser", update)
@@ -95,9 +100,12 @@ def flow_loss(
         embeds_BLD = torch.cat([r.hidden_states[-2] for r in read], dim=-1)
         pooled_BD = torch.cat([r.text_embeds for r in read], dim=-1)
         clean_BCHW = latents_NCHW[rows_B]
+        has_rows_B = torch.from_numpy(rng.random(settings.batch) < _ZERO_ROWS)
+        embeds_BLD, mask = with_zero_row(embeds_BLD, clean_BCHW[0, 0].numel() // _PATCH**2, has_rows_B)
 
         def predict(x_BCHW: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
-            return parts["transformer"](x_BCHW, embeds_BLD, pooled_BD, timestep_B.float(), return_dict=False)[0]
+            told = {"joint_attention_kwargs": {"attention_mask": mask}, "return_dict": False}
+            return transformer(x_BCHW, embeds_BLD, pooled_BD, timestep_B.float(), **told)[0]
 
         return denoising_loss(predict, clean_BCHW, normal((*key, "noise"), clean_BCHW.shape), level_B, path, "flow")
 
