@@ -86,7 +86,8 @@ def flow_loss(
     both projections; half of the samples with the 256 rows of zeros of a call without T5, half with none
     (``max_sequence_length=0``, what rlalign uses: a quarter of the tokens).
     """
-    path, transformer = RectifiedFlow(), parts["transformer"]
+    path = RectifiedFlow()
+    transformer: Any = parts["transformer"]
     transformer.set_attn_processor(MaskedJointAttention())  # no part of the weights, and not saved
 
     def loss(update: int) -> torch.Tensor:

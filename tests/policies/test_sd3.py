@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rlalign import lora
 from rlalign.advantages import PromptStatistics
 from rlalign.algorithms.ddpo import DDPO
-from rlalign.cli.models import find_model
+from rlalign.cli.models import export, find_model
 from rlalign.diffusion.rollout import replay_log_prob, rollout
 from rlalign.policies.sd3 import StableDiffusion3, StableDiffusion3Policy
 from rlalign.records import Plan, Unit, UnitKey
@@ -217,6 +217,17 @@ def test_saved_folder_is_plain_diffusers(policy: StableDiffusion3Policy, tmp_pat
     again = find_model(str(tmp_path)).load("cpu")
     assert isinstance(again, StableDiffusion3Policy)
     assert torch.equal(predicted(again), predicted(policy))
+
+
+def test_export_says_how_plain_diffusers_loads_the_folder(folder: Path, tmp_path: Path, capsys) -> None:
+    """Parts that the pipeline lacks must be named to diffusers; the printed call is one that works."""
+    import diffusers
+
+    export(str(folder), tmp_path / "out")
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.endswith("/out', text_encoder_3=None, tokenizer_3=None) loads it")
+    call = printed.split(": ", 1)[1].removesuffix(" loads it")
+    assert isinstance(eval(call, vars(diffusers).copy()), diffusers.StableDiffusion3Pipeline)
 
 
 def test_plain_diffusers_loads_the_adapter_and_the_merged_pipeline(folder: Path, tmp_path: Path) -> None:
