@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from rlalign.data.shapes import CAPTION_WORDS
+from rlalign.diffusion.noise import generator, normal
 from rlalign.diffusion.paths import RectifiedFlow, VariancePreserving
 from rlalign.pretrain import Pretrain, console_progress, denoising_loss, pretrain
-from rlalign.pretrain.pipeline import components
+from rlalign.pretrain.flow import flow_components, flow_loss, levels
+from rlalign.pretrain.pipeline import caption_tokenizer, components, tokenise
 from rlalign.pretrain.stages import pictures, standardise
 from rlalign.registry import UserError
 
@@ -25,6 +27,19 @@ SMALL = {
     "autoencoder": {"updates": 4, "batch": 4, "channels": (8, 8)},
     "denoiser": {"updates": 5, "batch": 4, "channels": (16, 16, 16), "text_width": 16, "text_layers": 1, "warmup": 2},
     "checkpoint_every": 3,
+}
+
+FLOW = {
+    "autoencoder": {"source": "tiny"},
+    "denoiser": {
+        "family": "transformer",
+        "updates": 5,
+        "batch": 4,
+        "width": 16,
+        "layers": 2,
+        "text_width": 16,
+        "warmup": 2,
+    },
 }
 
 
@@ -73,6 +88,104 @@ def test_a_longer_run_passes_through_the_shorter_ones_weights(whole, tmp_path):
     denoiser = dict(SMALL["denoiser"])
     run(tmp_path, denoiser={**denoiser, "updates": 3})
     assert_same(weights(run(tmp_path)), weights(whole))
+
+
+@pytest.fixture(scope="module")
+def whole_flow(tmp_path_factory) -> Path:
+    """The policy folder of an uninterrupted run of the transformer."""
+    return run(tmp_path_factory.mktemp("flow"), **FLOW)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_a_resumed_transformer_ends_in_the_same_weights_bit_for_bit(whole_flow, tmp_path, stop):
+    with pytest.raises(Stopped):
+        run(tmp_path, stop=("denoiser", stop), **FLOW)
+    assert_same(weights(run(tmp_path, **FLOW)), weights(whole_flow))
+
+
+def test_a_taken_autoencoder_stays_what_it_was(whole_flow):
+    shipped = load_file(ASSET / "vae" / "diffusion_pytorch_model.safetensors")
+    assert_same(load_file(whole_flow / "vae" / "diffusion_pytorch_model.safetensors"), shipped)
+
+
+def test_plain_diffusers_loads_the_flow_folder_and_draws(whole_flow):
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(whole_flow, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 2, "max_sequence_length": 0, "output_type": "np"}
+    assert pipeline(["a red circle", "two blue squares"], **settings).images.shape == (2, 32, 32, 3)
+    assert {p.dtype for p in pipeline.transformer.parameters()} == {torch.float32}
+    changed = [load_file(f) for f in sorted(whole_flow.glob("text_encoder*/model.safetensors"))]
+    assert len(changed) == 2 and any(not torch.equal(changed[0][n], changed[1][n]) for n in changed[0])
+
+
+def test_the_flow_loss_is_what_the_pipelines_own_parts_give():
+    """Update 3, half the captions dropped: noise - clean against the transformer on encode_prompt's tensors (1e-5).
+
+    Each sample by diffusers' own attention, with 256 rows of zeros or with none.
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    config = Pretrain.model_validate(
+        {**SMALL, **FLOW, "denoiser": {**FLOW["denoiser"], "batch": 8, "caption_dropout": 0.5, "levels": "uniform"}}
+    )
+    parts, tokenizer = flow_components(config), caption_tokenizer()
+    _, captions = pictures(config)
+    latents_NCHW = torch.randn(len(captions), 4, 16, 16)
+    words = tokenise(tokenizer, captions), tokenise(tokenizer, [""])
+    network, standard = parts.module().eval(), parts.transformer.attn_processors
+    found = flow_loss(network, latents_NCHW, *words, config)(3)
+    parts.transformer.set_attn_processor(standard)
+
+    rng = generator("pretrain", config.seed, "denoiser", 3, "rows")
+    rows_B, level_B = rng.integers(len(captions), size=8), torch.from_numpy(rng.random(8))
+    told = ["" if u < 0.5 else captions[row] for row, u in zip(rows_B, rng.random(8), strict=True)]
+    has_rows_B = rng.random(8) < 0.5
+    assert 0 < told.count("") < 8 and 0 < has_rows_B.sum() < 8
+    pipeline = StableDiffusion3Pipeline(
+        **vars(parts),
+        vae=components(config).vae,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    clean, s = latents_NCHW[rows_B], level_B.float()[:, None, None, None]
+    noise = normal(("pretrain", config.seed, "denoiser", 3, "noise"), clean.shape)
+    errors = []
+    for n in range(8):
+        length = 256 if has_rows_B[n] else 0
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipeline.encode_prompt(told[n], None, None, max_sequence_length=length)
+            x = ((1 - s) * clean + s * noise)[n : n + 1]
+            velocity = parts.transformer(x, embeds, pooled, 1000.0 * level_B[n : n + 1].float()).sample
+        errors.append((velocity[0] - (noise - clean)[n]).square().mean())
+    torch.testing.assert_close(found, torch.stack(errors).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_levels_are_uniform_or_logit_normal():
+    """4000 draws, seed 0: mean and standard deviation within 5 standard errors of the named distribution's."""
+    rng = np.random.default_rng(0)
+    uniform = levels("uniform", 4000, rng)
+    assert uniform.min() > 0.0 and uniform.max() < 1.0
+    assert abs(uniform.mean() - 0.5) < 0.025 and abs(uniform.std() - 12**-0.5) < 0.015
+    logits = torch.logit(levels("logit_normal", 4000, rng))
+    assert abs(logits.mean()) < 0.08 and abs(logits.std() - 1.0) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"autoencoder": {"source": "nowhere"}}, "autoencoder.source must be tiny or a pipeline folder"),
+        ({"autoencoder": {"source": "tiny", "updates": 3}}, "updates has no meaning where source takes a trained one"),
+        ({"denoiser": {"width": 32}}, "width is no setting of family unet"),
+        ({"denoiser": {"family": "transformer", "channels": (16, 16, 16)}}, "channels is no setting of family transf"),
+    ],
+)
+def test_settings_of_another_family_are_refused(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **{**FLOW, **wrong})
 
 
 def test_another_seed_gives_other_weights(whole, tmp_path):

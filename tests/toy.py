@@ -168,6 +168,48 @@ def gradient(value: torch.Tensor, policy: Policy) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in parts])
 
 
+def _vae(**more: Any) -> Any:
+    """An autoencoder of random weights: 16 x 16 pixels, 8 x 8 latents of four channels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        **more,
+    )
+
+
+def _text_config(**more: Any) -> Any:
+    """A CLIP text encoder's settings: two layers of width 16."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        **more,
+    )
+
+
+def _tokenizer() -> Any:
+    """A CLIP tokenizer to which every letter is a token."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
+
+
 def save_pipeline(
     folder: Path, *, prediction: str = "epsilon", scheduler: str = "DDIMScheduler", seed: int = 0
 ) -> Path:
@@ -187,29 +229,8 @@ def save_pipeline(
             attention_head_dim=4,
             norm_num_groups=4,
         )
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            latent_channels=4,
-            sample_size=16,
-        )
-        text_config = transformers.CLIPTextConfig(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-        text_encoder = transformers.CLIPTextModel(text_config)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    tokenizer = transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
+        vae = _vae()
+        text_encoder = transformers.CLIPTextModel(_text_config())
     schedule: dict[str, Any] = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -223,10 +244,54 @@ def save_pipeline(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer(),
         scheduler=getattr(diffusers, scheduler)(**schedule, **more),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def save_flow_pipeline(folder: Path, *, shift: float = 3.0, t5: bool = False, seed: int = 0, **scheduler: Any) -> Path:
+    """Writes a Stable Diffusion 3 pipeline of random weights (some 30 000): 16 x 16 pixels, 8 x 8 latents, 16 patches."""
+    import diffusers
+    import transformers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=40,
+            caption_projection_dim=16,
+            pooled_projection_dim=24,
+            pos_embed_max_size=6,
+            qk_norm="rms_norm",
+        )
+        vae = _vae(scaling_factor=1.5, shift_factor=0.06)
+        first, second = (transformers.CLIPTextModelWithProjection(_text_config(projection_dim=12)) for _ in range(2))
+        third = (
+            transformers.T5EncoderModel(
+                transformers.T5Config(vocab_size=32, d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+            )
+            if t5
+            else None
+        )
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=vae,
+        text_encoder=first,
+        tokenizer=_tokenizer(),
+        text_encoder_2=second,
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=third,
+        tokenizer_3=transformers.T5Tokenizer(vocab=[(p, -1.0) for p in pieces], extra_ids=0) if t5 else None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **scheduler),
     ).save_pretrained(folder, safe_serialization=True)
     return folder

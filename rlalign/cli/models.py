@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -64,12 +65,18 @@ def find_model(text: str) -> Model:
         return Model(title=text, recipe=load_run(folder / "config.yaml").policy, run_folder=folder)
     for place in (folder, folder / "policy"):
         if (place / "model_index.json").is_file():
-            recipe = build("policies", {"name": "stable_diffusion", "path": str(place.resolve())}, "MODEL")
+            recipe = build("policies", {"name": _family(place), "path": str(place.resolve())}, "MODEL")
             return Model(title=text, recipe=recipe)
     raise UserError(
         f"a model must be a run folder with a checkpoint, a pipeline folder with model_index.json, or one of "
         f"{', '.join(names('policies'))}; got {text!r}"
     )
+
+
+def _family(folder: Path) -> str:
+    """Which policy reads a pipeline folder, by the class in its index; what is wrong with a damaged one, loading says."""
+    index = (folder / "model_index.json").read_text(encoding="utf-8")
+    return "sd3" if "StableDiffusion3Pipeline" in index else "stable_diffusion"
 
 
 def evaluate(
@@ -200,15 +207,6 @@ def _free(folder: Path) -> Path:
     return found
 
 
-@runtime_checkable
-class _Mergeable(Protocol):
-    """A policy that can merge its adapters into plain weights."""
-
-    def merged(self) -> Policy:
-        """The policy without adapters: what saves as a whole pipeline."""
-        ...
-
-
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help=MODEL_HELP, show_default=False)],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)],
@@ -223,14 +221,16 @@ def export(
     refuse_what_is_there(folder, "name another folder")
     policy = find_model(run).load("cpu")
     if merged:
-        if not isinstance(policy, _Mergeable):
-            raise UserError(
-                f"--merged needs a policy that can merge its LoRA, and that of {run!r} cannot; leave it out"
-            )
         policy = policy.merged()
     with disk_errors(folder):
         policy.save(folder)
-    whole = (folder / "model_index.json").is_file()
-    print(
-        f"{folder}: {'DiffusionPipeline.from_pretrained' if whole else 'pipeline.load_lora_weights'}({str(folder)!r}) loads it"
-    )
+    print(f"{folder}: {_loader(folder)} loads it")
+
+
+def _loader(folder: Path) -> str:
+    """The call of diffusers that loads an exported folder; parts that a pipeline lacks must be named to it."""
+    if not (folder / "model_index.json").is_file():
+        return f"pipeline.load_lora_weights({str(folder)!r})"
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    lacks = [f", {name}=None" for name, kind in index.items() if kind == [None, None] and name.endswith("_3")]
+    return f"DiffusionPipeline.from_pretrained({str(folder)!r}{''.join(lacks)})"

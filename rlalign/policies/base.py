@@ -17,7 +17,7 @@ from pydantic import Field
 from rlalign.diffusion.paths import NoisePath, coefficients
 from rlalign.diffusion.predictions import PredictionType, target, to_clean_and_noise
 from rlalign.records import Plan
-from rlalign.registry import Recipe
+from rlalign.registry import Recipe, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,14 @@ class Policy(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes what plain diffusers loads: a pipeline folder, or a LoRA file."""
+
+    def merged(self) -> Policy:
+        """A policy without adapters, which saves as a whole pipeline; families that can merge a LoRA do so in a copy."""
+        from rlalign import lora
+
+        if lora.is_attached(self.network):
+            raise UserError(f"a merged export needs a policy that can merge its LoRA, got {type(self).__name__}")
+        return self
 
     def denoise(
         self, x: torch.Tensor, level: torch.Tensor, condition: Condition, guidance: float

@@ -10,11 +10,24 @@ from pydantic import Field
 
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.policies.base import Condition, PolicyRecipe
-from rlalign.policies.stable_diffusion import REMEMBERED_PROMPTS, StableDiffusionPolicy, load_pipeline
+from rlalign.policies.stable_diffusion import StableDiffusionPolicy, load_pipeline
 from rlalign.records import Plan
 from rlalign.registry import UserError
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+T5_TOKENS = 256
+"""What a pipeline's call takes when it is not told."""
+REMEMBERED_BYTES = 2**28
+"""Of prompts' embeddings that are kept: 5.5 MB each in Stable Diffusion 3, so that a long prompt list fills no memory."""
+OTHER_GRIDS = (
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+)
+"""Settings of a FlowMatchEuler scheduler that move its levels elsewhere than the shift alone does."""
 
 
 class StableDiffusion3(PolicyRecipe):
@@ -26,26 +39,19 @@ class StableDiffusion3(PolicyRecipe):
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
 
     path: str = Field(description="pipeline folder, or hub id")
-    t5_tokens: int = Field(
-        default=256,
+    t5_tokens: int | None = Field(
+        default=None,
         ge=0,
         le=512,
-        description="tokens of the T5 encoder; zeros in their place where the pipeline has none",
+        description="tokens of T5 (zeros where the pipeline has none); left out: 256, or 0 where the pipeline has none",
     )
 
     def load(self, device: str) -> StableDiffusion3Policy:
         """Loads safetensors weights alone; a missing or damaged checkpoint is a UserError."""
         pipeline = load_pipeline(self.path, "StableDiffusion3Pipeline")
-        return flow_policy(pipeline, device, self)
-
-
-def flow_policy(
-    pipeline: Any, device: str, recipe: PolicyRecipe, t5_tokens: int | None = None
-) -> StableDiffusion3Policy:
-    """The live policy of a pipeline under a recipe's LoRA settings."""
-    policy = StableDiffusion3Policy(pipeline, device, lora_rank=recipe.lora_rank, lora_alpha=recipe.lora_alpha)
-    policy.t5_tokens = recipe.t5_tokens if isinstance(recipe, StableDiffusion3) else t5_tokens or 0
-    return policy
+        return StableDiffusion3Policy(
+            pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha, t5_tokens=self.t5_tokens
+        )
 
 
 class StableDiffusion3Policy(StableDiffusionPolicy):
@@ -53,14 +59,27 @@ class StableDiffusion3Policy(StableDiffusionPolicy):
 
     part: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
-    t5_tokens: int = 256
+
+    def __init__(
+        self,
+        pipeline: Any,
+        device: str,
+        *,
+        lora_rank: int = 0,
+        lora_alpha: float = 0.0,
+        t5_tokens: int | None = None,
+    ) -> None:
+        default = 0 if pipeline.text_encoder_3 is None else T5_TOKENS
+        self.t5_tokens = default if t5_tokens is None else t5_tokens
+        super().__init__(pipeline, device, lora_rank=lora_rank, lora_alpha=lora_alpha)
 
     def _take_words_and_path(self) -> None:
         scheduler = self.pipeline.scheduler.config
-        if scheduler.get("use_dynamic_shifting"):
+        odd = next((name for name in OTHER_GRIDS if scheduler.get(name)), None)
+        if odd or "shift" not in scheduler:
             raise UserError(
-                "policy.path: the pipeline's scheduler shifts its grid by resolution (use_dynamic_shifting), which is not "
-                "supported; set use_dynamic_shifting to false and shift to a number in its scheduler_config.json"
+                f"policy.path: the scheduler must be FlowMatchEulerDiscreteScheduler with a fixed shift, got "
+                f"{scheduler.get('_class_name')}{f' with {odd}' if odd else ''}; set that in its scheduler_config.json"
             )
         for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2, self.pipeline.text_encoder_3):
             if encoder is not None:
@@ -83,7 +102,7 @@ class StableDiffusion3Policy(StableDiffusionPolicy):
                 max_sequence_length=self.t5_tokens,
             )
             kept = (embeds[0], pooled[0])
-            if len(self._pairs) >= REMEMBERED_PROMPTS:
+            if len(self._pairs) * kept[0].nbytes >= REMEMBERED_BYTES:
                 self._pairs.clear()
             self._pairs[prompt] = kept
         return kept
@@ -131,3 +150,8 @@ class StableDiffusion3Policy(StableDiffusionPolicy):
         if height % (factor * patch) or width % (factor * patch):
             raise UserError(f"plan.height and plan.width must be multiples of {factor * patch}, got {height} x {width}")
         return (self.network.config.in_channels, height // factor, width // factor)
+
+    def _lora_layers(self) -> dict[str, torch.Tensor]:
+        from peft.utils import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.network)  # of a transformer the loader knows peft's own names only

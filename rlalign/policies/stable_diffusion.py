@@ -54,10 +54,9 @@ def load_pipeline(path: str, kind: str = "StableDiffusionPipeline", **settings: 
             f"policy.path must be a diffusers pipeline folder or a hub id, got {path!r} without model_index.json"
         )
     try:
-        if (
-            folder.is_dir()
-        ):  # parts that a folder says it lacks, such as Stable Diffusion 3's T5, must be named to diffusers
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        if folder.is_dir():
+            # parts that a folder says it lacks, such as Stable Diffusion 3's T5, must be named to diffusers
+            index = dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
             settings = {**{n: None for n, kind in index.items() if kind == [None, None]}, **settings}
         pipeline = getattr(diffusers, kind).from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, local_files_only=folder.is_dir(), **settings
@@ -67,12 +66,15 @@ def load_pipeline(path: str, kind: str = "StableDiffusionPipeline", **settings: 
         raise UserError(
             f"policy.path: cannot load {path!r}: {reason}; is the folder complete and undamaged?"
         ) from error
-    tokenizer, text = pipeline.tokenizer, pipeline.text_encoder.config
-    if len(tokenizer) <= 2 or tokenizer.model_max_length > text.max_position_embeddings:
-        # transformers makes an empty tokenizer where its files are missing: every prompt would read the same
-        raise UserError(
-            f"policy.path: cannot load {path!r}: its tokenizer is incomplete; is the folder complete and undamaged?"
-        )
+    for number in ("", "_2"):
+        tokenizer, text = (pipeline.components.get(f"{part}{number}") for part in ("tokenizer", "text_encoder"))
+        if tokenizer is None or text is None:
+            continue
+        if len(tokenizer) <= 2 or tokenizer.model_max_length > text.config.max_position_embeddings:
+            # transformers makes an empty tokenizer where its files are missing: every prompt would read the same
+            raise UserError(
+                f"policy.path: cannot load {path!r}: its tokenizer{number} is incomplete; is the folder complete and undamaged?"
+            )
     return pipeline
 
 
@@ -165,16 +167,18 @@ class StableDiffusionPolicy(Policy):
         if not lora.is_attached(self.network):
             self.pipeline.save_pretrained(folder, safe_serialization=True)
             return
-        from diffusers.utils import convert_state_dict_to_diffusers
-        from peft.utils import get_peft_model_state_dict
-
-        layers = get_peft_model_state_dict(self.network)
-        if self.part == "unet":  # a transformer's file keeps peft's names
-            layers = convert_state_dict_to_diffusers(layers)
+        layers = self._lora_layers()
         # without the adapter's own settings diffusers would take alpha to be the rank
         settings = self.network.peft_config[lora.ADAPTER].to_dict()
         named = {f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": settings}
         self.pipeline.save_lora_weights(folder, safe_serialization=True, **named)
+
+    def _lora_layers(self) -> dict[str, torch.Tensor]:
+        """The adapters' weights under the names that the pipeline's loader knows."""
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        return convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network))
 
     def merged(self) -> StableDiffusionPolicy:
         """A copy whose adapters are merged into plain diffusers modules: what saves as a pipeline folder."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from rlalign.policies.base import PolicyRecipe
-from rlalign.policies.sd3 import StableDiffusion3Policy, flow_policy
+from rlalign.policies.sd3 import StableDiffusion3Policy
 from rlalign.policies.stable_diffusion import load_pipeline
 
 ASSET = Path(__file__).parent.parent / "assets" / "tiny_flow"
@@ -25,4 +25,5 @@ class TinyFlow(PolicyRecipe):
 
     def load(self, device: str) -> StableDiffusion3Policy:
         """The shipped weights, float32; captions are read by the two CLIP encoders alone."""
-        return flow_policy(load_pipeline(self.path or str(ASSET), "StableDiffusion3Pipeline"), device, self)
+        pipeline = load_pipeline(self.path or str(ASSET), "StableDiffusion3Pipeline")
+        return StableDiffusion3Policy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)

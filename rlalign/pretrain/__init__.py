@@ -1,11 +1,15 @@
-"""Plain denoising training: the tiny pipeline from drawn pictures, autoencoder first, then denoiser and text encoder.
+"""Plain denoising training: the tiny pipelines from drawn pictures, autoencoder first, then denoiser and text encoder.
 
     pictures -> autoencoder (L1 + L2 + KL) -> latents, standardised per channel -> denoiser + text encoder -> pipeline folder
+
+The denoiser is a UNet that predicts noise (Stable Diffusion's format, ``pipeline.py`` and ``stages.py``) or a flow-matching
+transformer (Stable Diffusion 3's, ``flow.py``); the autoencoder may be taken from a pipeline that is there already.
 
 Everything random is keyed by (seed, purpose, update), nothing depends on a generator's state: a run that was stopped
 anywhere resumes from its checkpoint and ends in the same weights, bit for bit, as one that was not (same machine, same
 threads). The learning rate does not depend on how many updates are to come, so a longer run passes through the shorter
-one's weights. May import data, diffusion and registry. Another kind of denoiser is another loss in ``stages.py``.
+one's weights. May import data, diffusion and registry. Another kind of denoiser is another
+file like ``flow.py``: its parts, its loss, its pipeline folder.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlalign.data.shapes import SIZE
@@ -15,8 +16,11 @@ from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.pretrain.pipeline import LATENT_CHANNELS, caption_tokenizer, save_pipeline, text_config
 from rlalign.pretrain.settings import Pretrain
 from rlalign.pretrain.stages import denoising_loss
+from rlalign.pretrain.zero_rows import MaskedJointAttention, with_zero_row
 
 _PATCH, _HEAD = 2, 16
+_ZERO_ROWS = 0.5
+"""Share of samples that are told rows of zeros in T5's place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,13 @@ def flow_components(config: Pretrain) -> FlowComponents:
         )
 
 
+def levels(kind: str, count: int, rng: np.random.Generator) -> torch.Tensor:
+    """(count,) float64 noise levels in (0, 1): uniform, or logistic of a standard normal (Esser 2024, section 3.1)."""
+    if kind == "logit_normal":
+        return torch.sigmoid(torch.from_numpy(rng.standard_normal(count)))
+    return RectifiedFlow().random_levels(rng.random(count))
+
+
 def flow_loss(
     parts: torch.nn.ModuleDict,
     latents_NCHW: torch.Tensor,
@@ -71,28 +82,31 @@ def flow_loss(
 ) -> Callable[[int], torch.Tensor]:
     """Update -> flow-matching loss on the update's own batch, noise, levels and dropped captions.
 
-    Captions enter as ``encode_prompt`` of the pipeline gives them with ``max_sequence_length=0``: the penultimate layers of
-    both encoders side by side, no T5 tokens, and both projections.
+    Captions enter as ``encode_prompt`` of the pipeline gives them: the penultimate layers of both encoders side by side, and
+    both projections; half of the samples with the 256 rows of zeros of a call without T5, half with none
+    (``max_sequence_length=0``, what rlalign uses: a quarter of the tokens).
     """
     path = RectifiedFlow()
+    transformer: Any = parts["transformer"]
+    transformer.set_attn_processor(MaskedJointAttention())  # no part of the weights, and not saved
 
     def loss(update: int) -> torch.Tensor:
         settings, key = config.denoiser, ("pretrain", config.seed, "denoiser", update)
         rng = generator(*key, "rows")
         rows_B = torch.from_numpy(rng.integers(len(latents_NCHW), size=settings.batch))
-        if settings.levels == "logit_normal":
-            level_B = torch.sigmoid(torch.from_numpy(rng.standard_normal(settings.batch)))
-        else:
-            level_B = path.random_levels(rng.random(settings.batch))
+        level_B = levels(settings.levels, settings.batch, rng)
         dropped_B1 = torch.from_numpy(rng.random(settings.batch) < settings.caption_dropout)[:, None]
         tokens_BL = torch.where(dropped_B1, empty_1L, tokens_NL[rows_B])
         read = [parts[name](tokens_BL, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
         embeds_BLD = torch.cat([r.hidden_states[-2] for r in read], dim=-1)
         pooled_BD = torch.cat([r.text_embeds for r in read], dim=-1)
         clean_BCHW = latents_NCHW[rows_B]
+        has_rows_B = torch.from_numpy(rng.random(settings.batch) < _ZERO_ROWS)
+        embeds_BLD, mask = with_zero_row(embeds_BLD, clean_BCHW[0, 0].numel() // _PATCH**2, has_rows_B)
 
         def predict(x_BCHW: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
-            return parts["transformer"](x_BCHW, embeds_BLD, pooled_BD, timestep_B.float(), return_dict=False)[0]
+            told = {"joint_attention_kwargs": {"attention_mask": mask}, "return_dict": False}
+            return transformer(x_BCHW, embeds_BLD, pooled_BD, timestep_B.float(), **told)[0]
 
         return denoising_loss(predict, clean_BCHW, normal((*key, "noise"), clean_BCHW.shape), level_B, path, "flow")
 
@@ -103,7 +117,7 @@ def write_flow_pipeline(parts: FlowComponents, vae: Any, folder: Path) -> Path:
     """A Stable Diffusion 3 pipeline folder without T5, float32 safetensors."""
     from diffusers import StableDiffusion3Pipeline
 
-    vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and None cannot be added
+    vae.register_to_config(shift_factor=vae.config.shift_factor or 0.0)  # the pipeline adds it, and cannot add None
     absent: Any = None  # diffusers takes None here, its annotations do not
     pipeline = StableDiffusion3Pipeline(
         **vars(parts),

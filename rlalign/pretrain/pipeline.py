@@ -91,6 +91,12 @@ def load_vae(source: str) -> Any:
     if not (folder / "vae" / "config.json").is_file():
         raise UserError(f"autoencoder.source must be tiny or a pipeline folder with vae/config.json, got {source!r}")
     vae: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, local_files_only=True)
+    shape = (vae.config.latent_channels, len(vae.config.block_out_channels))
+    if shape != (LATENT_CHANNELS, 2):
+        raise UserError(
+            f"autoencoder.source must have {LATENT_CHANNELS} latent channels and 2 levels, got {shape[0]} and {shape[1]} in "
+            f"{source!r}; name another"
+        )
     return vae.eval().requires_grad_(False)
 
 

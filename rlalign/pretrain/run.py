@@ -62,7 +62,8 @@ def _latents(
     """The autoencoder (taken from a pipeline, or trained), the latents of all pictures, and its stage's state."""
     if config.autoencoder.source:
         vae = load_vae(config.autoencoder.source)
-        return vae, stages.encode_all(vae, pictures_NCHW), {}
+        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+        return vae, (stages.encode_all(vae, pictures_NCHW) - shift) * scale, {}
     first = stages.Stage("autoencoder", fresh, config.autoencoder, saved)
     _train(first, stages.autoencoder_loss(fresh, pictures_NCHW, config), {}, checkpoints, report)
     first.keep_average()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Settings(BaseModel):
@@ -35,9 +35,16 @@ class Autoencoder(Optimisation):
     kl: float = Field(default=1.0e-4, ge=0.0, description="weight of the KL to N(0, 1), nats per latent element")
     channels: tuple[int, int] = Field(default=(16, 32), description="widths of its levels, multiples of 8")
 
+    @model_validator(mode="after")
+    def _taken_or_trained(self) -> Autoencoder:
+        others = sorted(self.model_fields_set - {"source"})
+        if self.source and others:
+            raise ValueError(f"{others[0]} has no meaning where source takes a trained one; leave one of them out")
+        return self
+
 
 class Denoiser(Optimisation):
-    """Stage 2: the denoiser, and the text encoder that is trained with it."""
+    """Stage 2: the denoiser, and the text encoder (transformer: two) that is trained with it."""
 
     updates: int = Field(default=2000, ge=1, description="optimiser updates")
     batch: int = Field(default=64, ge=1, description="latents per update")
@@ -55,8 +62,15 @@ class Denoiser(Optimisation):
     levels: Literal["uniform", "logit_normal"] = Field(
         default="logit_normal", description="transformer: how noise levels are drawn (Esser 2024, section 3.1)"
     )
-    text_width: int = Field(default=64, ge=4, multiple_of=4, description="width of the text encoder")
-    text_layers: int = Field(default=2, ge=1, description="layers of the text encoder")
+    text_width: int = Field(default=64, ge=4, multiple_of=4, description="width of each text encoder")
+    text_layers: int = Field(default=2, ge=1, description="layers of each text encoder")
+
+    @model_validator(mode="after")
+    def _of_its_family(self) -> Denoiser:
+        foreign = {"unet": {"width", "layers", "levels"}, "transformer": {"channels"}}[self.family]
+        for name in sorted(foreign & self.model_fields_set):
+            raise ValueError(f"{name} is no setting of family {self.family}; leave it out")
+        return self
 
 
 class Pretrain(_Settings):

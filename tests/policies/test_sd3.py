@@ -1,0 +1,302 @@
+"""The Stable Diffusion 3 policy against diffusers' own pipeline, on a pipeline of random weights (seed 0)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlalign import lora
+from rlalign.advantages import PromptStatistics
+from rlalign.algorithms.ddpo import DDPO
+from rlalign.cli.models import export, find_model
+from rlalign.diffusion.rollout import replay_log_prob, rollout
+from rlalign.policies.sd3 import StableDiffusion3, StableDiffusion3Policy
+from rlalign.records import Plan, Unit, UnitKey
+from rlalign.registry import UserError
+from tests.toy import collect, make_units, save_flow_pipeline
+
+PROMPTS = ("a red circle", "blue", "a green square")
+X = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([999.0, 500.0, 3.0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_flow_pipeline(tmp_path_factory.mktemp("pipeline") / "small")
+
+
+@pytest.fixture
+def policy(folder: Path) -> StableDiffusion3Policy:
+    return StableDiffusion3(path=str(folder)).load("cpu")
+
+
+def unit_of(plan: Plan) -> Unit:
+    return Unit(
+        key=UnitKey("train", 1, 0), prompts=PROMPTS, prompt_ids=(0, 1, 2), sample_ids=(0, 0, 0), seed=0, plan=plan
+    )
+
+
+def diffusers_pipeline(folder: Path) -> Any:
+    """Plain diffusers, which wants the parts that a folder lacks (T5) named."""
+    from diffusers import DiffusionPipeline
+
+    index = json.loads((folder / "model_index.json").read_text())
+    pipeline = DiffusionPipeline.from_pretrained(folder, **{n: None for n, kind in index.items() if kind == [None] * 2})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def predicted(policy: StableDiffusion3Policy) -> torch.Tensor:
+    condition = policy.encode(PROMPTS)
+    with torch.no_grad():
+        return policy.predict(X, T, condition.embeds_BLD, condition.pooled_BD)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(("shift", "t5_tokens"), [(1.0, 0), (3.0, 0), (3.0, 256)])
+def test_rollout_equals_diffusers(tmp_path: Path, guidance: float, shift: float, t5_tokens: int) -> None:
+    """Euler's ODE, ten steps from the same noise: final latents within 1e-4, pictures within one grey level."""
+    folder = save_flow_pipeline(tmp_path / "pipeline", shift=shift)
+    policy = StableDiffusion3(path=str(folder), t5_tokens=t5_tokens).load("cpu")
+    trajectory, media = rollout(policy, unit_of(Plan(steps=10, rule="flow_ode", eta=0.0, guidance=guidance)), 0)
+    assert not trajectory.stochastic_K.any()
+    pipeline, start = diffusers_pipeline(folder), torch.from_numpy(trajectory.latents_BK1[:, 0])
+    settings = {"num_inference_steps": 10, "guidance_scale": guidance, "max_sequence_length": t5_tokens}
+    latents = pipeline(list(PROMPTS), latents=start.clone(), output_type="latent", **settings).images
+    assert np.abs(trajectory.latents_BK1[:, -1] - latents.numpy()).max() < 1e-4
+    pictures = pipeline(list(PROMPTS), latents=start.clone(), output_type="np", **settings).images
+    assert media.shape == (3, 1, 3, 16, 16)
+    grey = pictures.transpose(0, 3, 1, 2) * 255.0
+    assert np.abs(media[:, 0].astype(np.float64) - grey).max() < 0.5 + 1e-2
+
+
+@pytest.mark.parametrize(("t5", "t5_tokens", "tokens"), [(False, None, 16), (False, 9, 25), (True, None, 272)])
+def test_encode_is_the_pipelines(tmp_path: Path, t5: bool, t5_tokens: int | None, tokens: int) -> None:
+    """Embeddings and pooled vectors of prompts and of the empty one, with T5 and without, within 1e-5."""
+    folder = save_flow_pipeline(tmp_path / "pipeline", t5=t5)
+    policy = StableDiffusion3(path=str(folder), t5_tokens=t5_tokens).load("cpu")
+    condition = policy.encode(PROMPTS)
+    with torch.no_grad():
+        wanted = diffusers_pipeline(folder).encode_prompt(
+            list(PROMPTS), None, None, max_sequence_length=policy.t5_tokens
+        )
+    found = (condition.embeds_BLD, condition.uncond_BLD, condition.pooled_BD, condition.uncond_pooled_BD)
+    assert condition.embeds_BLD.shape == (3, tokens, 40)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert (condition.embeds_BLD[:, 16:] != 0).any() == t5
+    twice = condition.rows(2)
+    assert twice.pooled_BD is not None and condition.pooled_BD is not None
+    assert torch.equal(twice.pooled_BD, torch.cat([condition.pooled_BD] * 2))
+
+
+def test_a_prompts_rows_do_not_depend_on_its_neighbours(folder: Path) -> None:
+    """Bit for bit, in policies that have seen other prompts in other orders."""
+    together = StableDiffusion3(path=str(folder)).load("cpu").encode(PROMPTS)
+    other = StableDiffusion3(path=str(folder)).load("cpu")
+    assert together.pooled_BD is not None
+    for row, prompt in reversed(list(enumerate(PROMPTS))):
+        alone = other.encode([prompt])
+        assert alone.pooled_BD is not None
+        assert torch.equal(alone.embeds_BLD[0], together.embeds_BLD[row])
+        assert torch.equal(alone.pooled_BD[0], together.pooled_BD[row])
+    assert not torch.equal(together.pooled_BD[0], together.pooled_BD[1])
+
+
+def test_remembered_prompts_are_bounded(policy: StableDiffusion3Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompt lists do not fill the memory, and forgetting changes no bit."""
+    first = policy.encode(PROMPTS)
+    monkeypatch.setattr("rlalign.policies.sd3.REMEMBERED_BYTES", 2 * first.embeds_BLD[0].nbytes)
+    policy.encode(["something else", "and more"])
+    assert torch.equal(policy.encode(PROMPTS).embeds_BLD, first.embeds_BLD)
+    assert len(policy._pairs) <= 2
+
+
+def test_guidance_mixes_the_empty_caption_in(policy: StableDiffusion3Policy) -> None:
+    """At three levels, one a sample: (clean, noise) from the guided velocity of two passes of diffusers' transformer (1e-5)."""
+    levels, w = T.double() / 1000.0, 3.0
+    condition = policy.encode(PROMPTS)
+    with torch.no_grad():
+        clean, noise = policy.denoise(X, levels, condition, w)
+        halves = [
+            policy.network(X, embeds, pooled, T).sample
+            for embeds, pooled in (
+                (condition.uncond_BLD, condition.uncond_pooled_BD),
+                (condition.embeds_BLD, condition.pooled_BD),
+            )
+        ]
+    velocity = halves[0] + w * (halves[1] - halves[0])
+    s = levels.float()[:, None, None, None]
+    torch.testing.assert_close(clean, X - s * velocity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(noise, X + (1 - s) * velocity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(noise - clean, velocity, rtol=0, atol=1e-5)
+    assert (halves[1] - halves[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_replay_gives_the_rollouts_log_probs_bit_for_bit(policy: StableDiffusion3Policy, guidance: float) -> None:
+    """Flow-SDE on Stable Diffusion 3's grid, also its sharp last step (std 0.0063 with shift 3): finite, and equal."""
+    unit = unit_of(Plan(steps=10, rule="flow_sde", eta=0.7, guidance=guidance))
+    trajectory, _ = rollout(policy, unit, 0)
+    assert trajectory.stochastic_K.all()
+    assert np.isfinite(trajectory.log_prob_BK).all()
+    latents, condition = torch.from_numpy(trajectory.latents_BK1), policy.encode(PROMPTS)
+    stds = []
+    for k in range(10):
+        with torch.no_grad():
+            log_prob_BS, found = replay_log_prob(policy, unit, latents, [k], condition)
+        assert np.array_equal(log_prob_BS[:, 0].numpy(), trajectory.log_prob_BK[:, k])
+        stds.append(float(found.gaussian.std))
+    assert stds[-1] == pytest.approx(0.0063, abs=1e-4)
+    assert stds[-2] > 10 * stds[-1]
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_ratio_is_exactly_one_before_the_first_update(folder: Path, lora_rank: int) -> None:
+    """float32, ten Flow-SDE steps, one step a pass: max |ratio - 1| is 0, not small."""
+    policy = StableDiffusion3(path=str(folder), lora_rank=lora_rank).load("cpu")
+    algorithm = DDPO(advantage="global")
+    units = make_units(2, per_unit=3, plan=Plan(steps=10, rule="flow_sde", eta=0.7, guidance=3.0))
+    batch = algorithm.make_batch(collect(policy, units), PromptStatistics())
+    for one in batch.passes(1):
+        assert algorithm.loss(one, policy).maxima["ratio/max_deviation"].item() == 0.0
+
+
+def test_pictures_come_back_from_latents(policy: StableDiffusion3Policy) -> None:
+    """decode is the VAE's decoder, encode_media the mean of its encoder, with the checkpoint's scale and shift."""
+    scale, shift = policy.vae.config.scaling_factor, policy.vae.config.shift_factor
+    assert (scale, shift) == (1.5, 0.06)
+    with torch.no_grad():
+        media = policy.decode(X)
+        wanted = policy.vae.decode(X / scale + shift).sample
+        assert torch.equal(media[:, 0], (wanted / 2 + 0.5).clamp(0, 1))
+        mean = policy.vae.encode(media[:, 0] * 2 - 1).latent_dist.mean
+        assert torch.equal(policy.encode_media(media), (mean - shift) * scale)
+
+
+def test_latent_shape_follows_the_plan(policy: StableDiffusion3Policy) -> None:
+    assert policy.latent_shape(Plan()) == (4, 8, 8)
+    assert policy.latent_shape(Plan(height=24, width=20)) == (4, 12, 10)
+    with pytest.raises(UserError, match="plan.height and plan.width must be multiples of 4, got 18 x 16"):
+        policy.latent_shape(Plan(height=18))
+
+
+def test_only_the_transformer_is_trained(policy: StableDiffusion3Policy) -> None:
+    assert set(policy.trainable()) == {n for n, _ in policy.network.named_parameters()}
+    pipeline = policy.pipeline
+    frozen = [policy.vae, pipeline.text_encoder, pipeline.text_encoder_2]
+    assert not any(p.requires_grad for m in frozen for p in m.parameters())
+    assert not any(m.training for m in [*frozen, policy.network])
+
+
+def test_saved_folder_is_plain_diffusers(policy: StableDiffusion3Policy, tmp_path: Path) -> None:
+    """All weights trained: a pipeline folder that diffusers loads with the same prediction, bit for bit, and no pickle.
+
+    ``rlalign evaluate`` and ``export`` read the folder as this family.
+    """
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    assert policy.merged() is policy
+    policy.save(tmp_path)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt", ".jinja"}
+    condition = policy.encode(PROMPTS)
+    with torch.no_grad():
+        found = diffusers_pipeline(tmp_path).transformer(X, condition.embeds_BLD, condition.pooled_BD, T).sample
+    assert torch.equal(found, predicted(policy))
+    again = find_model(str(tmp_path)).load("cpu")
+    assert isinstance(again, StableDiffusion3Policy)
+    assert torch.equal(predicted(again), predicted(policy))
+
+
+def test_export_says_how_plain_diffusers_loads_the_folder(folder: Path, tmp_path: Path, capsys) -> None:
+    """Parts that the pipeline lacks must be named to diffusers; the printed call is one that works."""
+    import diffusers
+
+    export(str(folder), tmp_path / "out")
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.endswith("/out', text_encoder_3=None, tokenizer_3=None) loads it")
+    call = printed.split(": ", 1)[1].removesuffix(" loads it")
+    assert isinstance(eval(call, vars(diffusers).copy()), diffusers.StableDiffusion3Pipeline)
+
+
+def test_plain_diffusers_loads_the_adapter_and_the_merged_pipeline(folder: Path, tmp_path: Path) -> None:
+    """Rank 4, alpha 10: every target is adapted; diffusers' pictures with the file, and of the merged folder, within 1e-4."""
+    policy = StableDiffusion3(path=str(folder), lora_rank=4, lora_alpha=10.0).load("cpu")
+    plain = predicted(policy)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted = {n.split(".lora_")[0] for n in policy.trainable()}
+    assert all(any(n.endswith(f"attn.{target}") for n in adapted) for target in policy.lora_targets)
+    changed = predicted(policy)
+    assert (changed - plain).abs().max() > 1e-3
+    with policy.as_reference():
+        assert torch.equal(predicted(policy), plain)
+
+    policy.save(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    assert all(n.startswith("transformer.") for n in load_file(file))
+    pipeline = diffusers_pipeline(folder)
+    pipeline.load_lora_weights(file.parent)
+    condition = policy.encode(PROMPTS)
+    with torch.no_grad():
+        found = pipeline.transformer(X, condition.embeds_BLD, condition.pooled_BD, T).sample
+    torch.testing.assert_close(found, changed, rtol=0, atol=1e-4)
+
+    merged = policy.merged()
+    assert not lora.is_attached(merged.network) and lora.is_attached(policy.network)
+    merged.save(tmp_path / "whole")
+    with torch.no_grad():
+        whole = diffusers_pipeline(tmp_path / "whole")
+        found = whole.transformer(X, condition.embeds_BLD, condition.pooled_BD, T).sample
+    torch.testing.assert_close(found, changed, rtol=0, atol=1e-4)
+    assert torch.equal(predicted(policy), changed)  # the adapters' owner is as it was
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_dynamic_shifting": True},
+        {"shift_terminal": 0.02},
+        {"use_karras_sigmas": True},
+    ],
+    ids=str,
+)
+def test_a_grid_of_another_kind_is_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
+    folder = save_flow_pipeline(tmp_path / "pipeline", **setting)
+    with pytest.raises(UserError, match=rf"policy\.path: .* fixed shift, got .* with {next(iter(setting))}"):
+        StableDiffusion3(path=str(folder)).load("cpu")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no weights": lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors").unlink(),
+    "no index": lambda f: (f / "model_index.json").unlink(),
+    "an index that is a list": lambda f: (f / "model_index.json").write_text("[]"),
+    "no text encoder": lambda f: shutil.rmtree(f / "text_encoder"),
+    "no second text encoder": lambda f: shutil.rmtree(f / "text_encoder_2"),
+    "no second vocabulary": lambda f: (f / "tokenizer_2" / "tokenizer.json").unlink(),
+    "another width": lambda f: (f / "transformer" / "config.json").write_text(
+        json.dumps({**json.loads((f / "transformer" / "config.json").read_text()), "num_layers": 3})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_a_users_error(folder: Path, tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    damage(copy)
+    with pytest.raises(UserError, match=r"policy\.path.*copy"):
+        StableDiffusion3(path=str(copy)).load("cpu")
