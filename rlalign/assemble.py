@@ -77,15 +77,15 @@ def preference_pairs(reader: PairReader, round: int) -> list[Pairs]:
     return parts
 
 
-def check_plan(run: Run, policy: Policy) -> None:
-    """Refuses a plan that leaves a policy-gradient algorithm without a single stochastic step, or a rule of another path."""
+def check_plan(run: Run, policy: Policy, *, learns: bool = True) -> None:
+    """Refuses a rule of another path, and a plan in which a policy gradient would find no stochastic step to learn from."""
     if run.plan.rule.startswith("flow_") and not isinstance(policy.path, RectifiedFlow):
         raise UserError(
             f"plan.rule {run.plan.rule!r} needs a flow model, and {run.policy.name!r} is not one; use ddim or ddpm"
         )
     levels = policy.path.levels(run.plan.steps)
     stochastic = is_stochastic(policy.path, levels, rule=run.plan.rule, eta=run.plan.eta)
-    if run.algorithm.eats == "steps" and not bool(stochastic.any()):
+    if learns and run.algorithm.eats == "steps" and not bool(stochastic.any()):
         raise UserError(
             f"plan.eta must be > 0 for {run.algorithm.name}, got {run.plan.eta}: no step would have a density"
         )

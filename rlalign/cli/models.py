@@ -168,7 +168,7 @@ def sample(model: Model, run: Run) -> tuple[list[Scored], float | None]:
 
     run = run.model_copy(update={"policy": model.recipe})
     policy = model.load(run.runtime.device)
-    check_plan(run, policy)
+    check_plan(run, policy, learns=False)
     prompts = run.prompts.held_out(run.evaluate.prompts)
     units = evaluation_units(prompts, run.plan, run.evaluate.seed, run.samples_per_unit)
     collect = LocalCollect(run)

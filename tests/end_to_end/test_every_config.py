@@ -31,14 +31,38 @@ QUICK = {"quickstart", "tiny_dpok", "tiny_diffusion_nft", "tiny_flow_grpo", "tin
 """One of each kind of batch, on either model: the default tests; the rest is marked slow."""
 
 
-def small(name: str) -> Run:
-    return load_run(CONFIGS / f"{name}.yaml", SMALL)
+def small(name: str, pairs: Path = Path("pairs.parquet")) -> Run:
+    """The config, cut down; where it learns from a set of preferences, from ``pairs``."""
+    run = load_run(CONFIGS / f"{name}.yaml", SMALL)
+    if run.preferences is None:
+        return run
+    return load_run(CONFIGS / f"{name}.yaml", [*SMALL, f"preferences.path={pairs}", "preferences.pairs_per_round=16"])
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some forty drawn pairs: each caption's picture against another's."""
+    from rlalign.arrow import write_pairs
+    from rlalign.data.rankings import encode
+    from rlalign.data.shapes import draw, random_scene
+    from rlalign.diffusion.noise import generator
+
+    rows = []
+    for number in range(40):
+        rng = generator("drawn pairs", number)
+        scene, other = random_scene(rng, "train"), random_scene(rng, "train")
+        first, second = (encode(draw(s, rng).transpose(2, 0, 1)) for s in (scene, other))
+        rows.append({"caption": scene.caption, "jpg_0": first, "jpg_1": second, "label_0": 1.0, "label_1": 0.0})
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    write_pairs(path, rows)
+    return path
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TINY])
-def test_it_trains_on_ray_as_it_does_locally(name: str, tmp_path: Path) -> None:
-    train_local(small(name), tmp_path / "local", resume=False, on_record=lambda _: None)
-    train_on_ray(small(name), tmp_path / "ray", resume=False, on_record=lambda _: None)
+def test_it_trains_on_ray_as_it_does_locally(name: str, pairs: Path, tmp_path: Path) -> None:
+    run = small(name, pairs)
+    train_local(run, tmp_path / "local", resume=False, on_record=lambda _: None)
+    train_on_ray(run, tmp_path / "ray", resume=False, on_record=lambda _: None)
     assert_same_run(tmp_path / "ray", tmp_path / "local")
     lines = metrics(tmp_path / "local")
     assert [line["round"] for line in lines] == [1, 2]
