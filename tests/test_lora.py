@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from rlalign import lora
 from rlalign.policies.stable_diffusion import LORA_TARGETS, StableDiffusion, StableDiffusionPolicy
+from rlalign.registry import UserError
 from tests.toy import ToyPolicy, save_pipeline
 
 PROMPTS = ["a red circle", "blue"]
@@ -190,6 +191,13 @@ def test_plain_diffusers_loads_the_merged_pipeline(folder: Path, tmp_path: Path)
     assert lora.is_attached(policy.pipeline.unet)
     plain = load(folder)
     assert plain.merged() is plain
+
+
+def test_a_policy_that_cannot_merge_its_adapter_says_so() -> None:
+    plain = ToyPolicy()
+    assert plain.merged() is plain
+    with pytest.raises(UserError, match="a merged export needs a policy that can merge its LoRA, got ToyPolicy"):
+        ToyPolicy(lora_rank=2).merged()
 
 
 def test_replicas_share_adapters(folder: Path) -> None:
