@@ -25,10 +25,10 @@ def quiet(_: object) -> None:
 
 @pytest.mark.parametrize("algorithm", KEEPERS.values(), ids=list(KEEPERS))
 def test_a_stopped_run_ends_as_an_undisturbed_one(algorithm: str, tmp_path: Path) -> None:
-    settings = (f"algorithm={algorithm}", "checkpoint.every=1", "evaluate.every=0")
+    settings = ("rounds=2", f"algorithm={algorithm}", "checkpoint.every=1", "evaluate.every=0")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_local(small_run(*settings), whole, resume=False, on_record=quiet)
-    train_local(small_run(*settings, "rounds=2"), parts, resume=False, on_record=quiet)
+    train_local(small_run(*settings, "rounds=1"), parts, resume=False, on_record=quiet)
     train_local(small_run(*settings), parts, resume=True, on_record=quiet)
     mine, theirs = final_tensors(parts), final_tensors(whole)
     assert {n.split("/")[0] for n in mine} > {"policy", "optimiser", "version"}, "something is kept beside the policy"
@@ -58,14 +58,15 @@ def test_offline_preferences_from_a_runs_own_pairs(tmp_path: Path) -> None:
     settings = (
         "algorithm={name: diffusion_dpo, beta: 500.0, draws: 2}",
         f"preferences={{path: {files[0].parent}, pairs_per_round: 6, pairs_per_pass: 3, shuffle: 4}}",
+        "rounds=2",
         "checkpoint.every=1",
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_local(small_run(*settings), whole, resume=False, on_record=quiet)
     lines = metrics(whole)
-    assert [(m["samples"], m["reward_queries"]) for m in lines] == [(0, 0)] * 4
+    assert [(m["samples"], m["reward_queries"]) for m in lines] == [(0, 0)] * 2
     assert all(0.0 <= m["preference/accuracy"] <= 1.0 for m in lines)
-    train_local(small_run(*settings, "rounds=2"), parts, resume=False, on_record=quiet)
+    train_local(small_run(*settings, "rounds=1"), parts, resume=False, on_record=quiet)
     train_local(small_run(*settings), parts, resume=True, on_record=quiet)
     assert_same_run(parts, whole)
 
