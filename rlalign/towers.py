@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,9 @@ class Preprocess:
 class Towers(torch.nn.Module):
     """An open_clip model with its tokenizer and its preprocessing. ``config`` is open_clip's model_cfg."""
 
+    _reading: ClassVar[threading.Lock] = threading.Lock()
+    """A tokenizer's padding is a state that each call sets: one thread reads at a time."""
+
     def __init__(self, architecture: str, config: Mapping[str, Any], tokenizer: Any, preprocess: Preprocess) -> None:
         super().__init__()
         self.architecture, self.config, self.tokenizer, self.preprocess = architecture, config, tokenizer, preprocess
@@ -86,7 +90,8 @@ class Towers(torch.nn.Module):
     def texts(self, captions: Sequence[str]) -> torch.Tensor:
         """(B, D) unit vectors; each caption's is computed once."""
         each = list(dict.fromkeys(captions))
-        tokens = self.tokenizer(each).to(self.clip.logit_scale.device)
+        with self._reading:
+            tokens = self.tokenizer(each).to(self.clip.logit_scale.device)
         rows = torch.tensor([each.index(c) for c in captions]) if len(each) < len(captions) else slice(None)
         return self.clip.encode_text(tokens, normalize=True)[rows]
 

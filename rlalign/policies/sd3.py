@@ -108,8 +108,9 @@ class StableDiffusion3Policy(StableDiffusionPolicy):
         return kept
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        embeds, pooled = zip(*(self._embed_both(p) for p in prompts), strict=True)
-        empty, empty_pooled = self._embed_both("")
+        with self._reading:
+            embeds, pooled = zip(*(self._embed_both(p) for p in prompts), strict=True)
+            empty, empty_pooled = self._embed_both("")
         return Condition(
             embeds_BLD=torch.stack(embeds),
             uncond_BLD=torch.stack([empty] * len(prompts)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,6 +87,8 @@ class StableDiffusionPolicy(Policy):
     part: ClassVar[str] = "unet"
     """What the pipeline calls its denoiser."""
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
+    _reading: ClassVar[threading.Lock] = threading.Lock()
+    """Replicas share a tokenizer, whose padding is a state that each call sets: one thread reads at a time."""
 
     def __init__(self, pipeline: Any, device: str, *, lora_rank: int = 0, lora_alpha: float = 0.0) -> None:
         self.pipeline = pipeline
@@ -133,10 +136,9 @@ class StableDiffusionPolicy(Policy):
         return kept
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        return Condition(
-            embeds_BLD=torch.stack([self._embed(p) for p in prompts]),
-            uncond_BLD=torch.stack([self._embed("")] * len(prompts)),
-        )
+        with self._reading:
+            embeds, empty = [self._embed(p) for p in prompts], self._embed("")
+        return Condition(embeds_BLD=torch.stack(embeds), uncond_BLD=torch.stack([empty] * len(prompts)))
 
     def predict(
         self,

@@ -305,3 +305,17 @@ def test_a_damaged_checkpoint_is_a_users_error(folder: Path, tmp_path: Path, dam
     damage(copy)
     with pytest.raises(UserError, match=r"policy\.path.*copy"):
         StableDiffusion3(path=str(copy)).load("cpu")
+
+
+def test_replicas_read_side_by_side(folder: Path) -> None:
+    """Eight threads, forty prompts of different lengths: what one thread reads, bit for bit."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    prompts = ["a " * (n % 9 + 1) + "red" * (n % 5 + 1) for n in range(40)]
+    alone = StableDiffusion3(path=str(folder)).load("cpu").encode(prompts)
+    first = StableDiffusion3(path=str(folder)).load("cpu")
+    lanes = [first, *(first.replica() for _ in range(7))]
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda n: lanes[n % 8].encode([prompts[n]]), range(40)))
+    for row, one in enumerate(read):
+        assert torch.equal(one.embeds_BLD[0], alone.embeds_BLD[row])
