@@ -28,23 +28,55 @@ def moved(policy: ToyPolicy, by: float = 0.05) -> ToyPolicy:
     return policy
 
 
-def test_o7_the_path_kl_bounds_the_marginal() -> None:
-    """A chain x' = a x + b + s z against a constant shift of b, both sides in closed form.
+A, S = (0.9, 0.8, 0.95, 0.7, 0.85), (0.5, 0.4, 0.3, 0.2, 0.1)
+GAINS = [math.prod(A[k + 1 :]) for k in range(5)]
+VARIANCE = math.prod(A) ** 2 + sum((g * s) ** 2 for g, s in zip(GAINS, S, strict=True))
+"""Of x_0 in the chain x' = a x + b + s z that starts at x_T ~ N(0, 1)."""
 
-    KL(path) = sum of delta_k^2 / (2 s_k^2); the marginals differ by sum of g_k delta_k under variance Var(x_0).
-    """
-    a, delta = (0.9, 0.8, 0.95, 0.7, 0.85), (0.1, -0.05, 0.2, 0.02, 0.03)
-    s = (0.5, 0.4, 0.3, 0.25, 0.2)
-    gains = [math.prod(a[k + 1 :]) for k in range(5)]
-    variance = math.prod(a) ** 2 + sum((g * sigma) ** 2 for g, sigma in zip(gains, s, strict=True))
-    means = [torch.zeros(1, 1), *(torch.full((1, 1), d) for d in delta)]
+
+def test_o7_a_constant_shift() -> None:
+    """KL(path) = .30003 is no less than KL(marginal) = .04942."""
+    delta = (0.1, -0.05, 0.2, 0.02, 0.03)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
     path = sum(
-        objectives.gaussian_kl(mean, means[0], torch.tensor(sigma)).item()
-        for mean, sigma in zip(means[1:], s, strict=True)
+        objectives.gaussian_kl(zero + d, zero, torch.tensor(s, dtype=torch.float64)).item()
+        for d, s in zip(delta, S, strict=True)
     )
-    marginal = sum(g * d for g, d in zip(gains, delta, strict=True)) ** 2 / (2 * variance)
-    assert path == pytest.approx(sum(d**2 / (2 * sigma**2) for d, sigma in zip(delta, s, strict=True)), rel=1e-6)
-    assert path > marginal > 0
+    marginal = sum(g * d for g, d in zip(GAINS, delta, strict=True)) ** 2 / (2 * VARIANCE)
+    assert path == pytest.approx(0.30003, abs=5e-6)
+    assert marginal == pytest.approx(0.04942, abs=5e-6)
+
+
+def test_o7_a_shift_of_the_slope() -> None:
+    """a + .1: .75949 against .29021. The path KL is E of the per-step KL under the shifted chain, by Gauss-Hermite nodes."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
+    weights = torch.from_numpy(weights / weights.sum())
+    variance, path = 1.0, 0.0
+    for a, s in zip(A, S, strict=True):
+        x = torch.from_numpy(nodes)[:, None] * math.sqrt(variance)
+        kl = objectives.gaussian_kl((a + 0.1) * x, a * x, torch.tensor(s, dtype=torch.float64))
+        path += float((weights * kl).sum())
+        variance = (a + 0.1) ** 2 * variance + s**2
+    marginal = 0.5 * (variance / VARIANCE - 1 - math.log(variance / VARIANCE))
+    assert path == pytest.approx(0.75949, abs=5e-6)
+    assert marginal == pytest.approx(0.29021, abs=5e-6)
+
+
+def test_o6_the_optimum_of_the_path_kl_is_not_the_tilt() -> None:
+    """r = x_0, beta = .5: the optimal biases are g s^2 / beta, a shift of .34601; the tilted marginal's is .67727."""
+    beta = 0.5
+    bias = torch.tensor(
+        [g * s**2 / beta for g, s in zip(GAINS, S, strict=True)], dtype=torch.float64, requires_grad=True
+    )
+    gains, stds = torch.tensor(GAINS, dtype=torch.float64), torch.tensor(S, dtype=torch.float64)
+    kl = objectives.gaussian_kl(bias[:, None], torch.zeros(5, 1, dtype=torch.float64), stds[:, None]).sum()
+    ((gains * bias).sum() - beta * kl).backward()
+    assert bias.grad is not None
+    assert bias.grad.abs().max() < 1e-12
+    shift = float((gains * bias).sum().detach())
+    assert shift == pytest.approx(0.34601, abs=5e-6)
+    assert VARIANCE / beta == pytest.approx(0.67727, abs=5e-6)
+    assert VARIANCE / beta - shift == pytest.approx(math.prod(A) ** 2 / beta), "the part of x_T, which nobody can tilt"
 
 
 def test_the_kl_in_the_loss_is_the_gaussian_one_and_has_a_gradient() -> None:

@@ -40,6 +40,16 @@ def test_o13_weighted_regression_moves_a_gaussian_by_the_tilt() -> None:
     assert ((weight * (x - mean) ** 2).mean()).sqrt().item() == pytest.approx(1.2, abs=0.02)
 
 
+def test_o5_the_weights_tilt() -> None:
+    """p exp(r / beta) of N(0, 1) with r = -(x - 1.5)^2, beta .5: mean 1.2, variance .2 (200 001 points of a grid)."""
+    x = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
+    density = torch.exp(-(x**2) / 2)
+    weight = objectives.reward_weights(-((x - 1.5) ** 2), 0.5) * density
+    mean = float((weight * x).sum() / weight.sum())
+    assert mean == pytest.approx(1.2, abs=1e-9)
+    assert float((weight * (x - mean) ** 2).sum() / weight.sum()) == pytest.approx(0.2, abs=1e-9)
+
+
 def test_rwr_weights_by_prompt_and_by_quantile() -> None:
     (scored,) = scored_of(ToyPolicy(), ODE, count=1)
     rewards = np.array([0, 1, 2, 3, 4, 5, 6, np.nan], dtype=np.float32)
