@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-StepRuleName = Literal["ddim", "ddpm", "flow_ode", "flow_sde"]
+StepRuleName = Literal["ddim", "ddpm", "flow_ode", "flow_sde", "flow_dance", "flow_cps"]
 
 
 class Plan(BaseModel):
@@ -22,7 +22,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(default=10, ge=1, le=1000, description="denoising steps K")
-    rule: StepRuleName = Field(default="ddim", description="step rule: ddim, ddpm, flow_ode or flow_sde")
+    rule: StepRuleName = Field(default="ddim", description="step rule; those that begin with flow_ are for flow models")
     eta: float = Field(
         default=1.0, ge=0.0, allow_inf_nan=False, description="noise: 0 is the ODE, 1 the DDPM posterior (ddim)"
     )

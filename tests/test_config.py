@@ -145,7 +145,10 @@ def test_an_override_inside_an_empty_list():
         ("plan.steps=0", "plan.steps must be >= 1, got 0"),
         ("plan.step=3", "plan.step: unknown setting; did you mean 'steps'?"),
         ("plan=3", "plan must be a mapping of settings, got 3"),
-        ("plan.rule=euler", "plan.rule must be 'ddim', 'ddpm', 'flow_ode' or 'flow_sde', got 'euler'"),
+        (
+            "plan.rule=euler",
+            "plan.rule must be 'ddim', 'ddpm', 'flow_ode', 'flow_sde', 'flow_dance' or 'flow_cps', got 'euler'",
+        ),
         ("plan.eta=.nan", "plan.eta must be a finite number, got nan"),
         ("learner.betas=[0.9, 0.9, 1]", "learner.betas must hold at most 2, got [0.9, 0.9, 1]"),
         ("learnr.lr=1", "learnr: unknown setting; did you mean 'learner'?"),

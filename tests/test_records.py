@@ -47,7 +47,10 @@ def test_records_are_frozen_and_keyword_only(record):
         ({"guidance": float("inf")}, "plan.guidance must be a finite number, got inf"),
         ({"height": -8}, "plan.height must be >= 0, got -8"),
         ({"frames": 0}, "plan.frames must be >= 1, got 0"),
-        ({"rule": "dimm"}, "plan.rule must be 'ddim', 'ddpm', 'flow_ode' or 'flow_sde', got 'dimm'"),
+        (
+            {"rule": "dimm"},
+            "plan.rule must be 'ddim', 'ddpm', 'flow_ode', 'flow_sde', 'flow_dance' or 'flow_cps', got 'dimm'",
+        ),
         ({"step": 3}, "plan.step: unknown setting; did you mean 'steps'?"),
     ],
 )

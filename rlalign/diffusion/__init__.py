@@ -2,7 +2,7 @@
 
 paths.py        x = alpha * clean + sigma * noise: variance-preserving and rectified flow, and their grids of levels
 predictions.py  what a network outputs, brought to the one currency (clean, noise), once, at the door
-steps.py        one denoising step as a Gaussian: sample, log-prob, KL; ddim, ddpm, flow_ode, flow_sde
+steps.py        one denoising step as a Gaussian: sample, log-prob, KL; ddim, ddpm, flow_ode, flow_sde, flow_dance, flow_cps
 noise.py        noise that depends on its key alone: (seed, stream, round, prompt, sample, step)
 rollout.py      trajectories of a unit, and their log-probs again under other weights
 

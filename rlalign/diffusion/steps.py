@@ -135,7 +135,51 @@ def flow_sde(
     return Gaussian(mean=mean, std=_like((g2 * -gap).clamp(min=0.0).sqrt(), x))
 
 
-RULES: dict[str, StepRule] = {"ddim": ddim, "ddpm": ddpm, "flow_ode": flow_ode, "flow_sde": flow_sde}
+def flow_dance(
+    x: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    path: NoisePath,
+    level: torch.Tensor,
+    level_next: torch.Tensor,
+    eta: float,
+) -> Gaussian:
+    """DanceGRPO's SDE (Xue 2025, arXiv:2505.07818): a constant g = eta with the score's correction, -sigma^-1 times the noise.
+
+    On fine grids the correction blows up near the data, where sigma goes to 0.
+    """
+    gap = level_next - level
+    mean = x + _like(gap, x) * (noise - clean) + _like(0.5 * eta**2 * gap / level, x) * noise
+    return Gaussian(mean=mean, std=_like(eta * (-gap).clamp(min=0.0).sqrt(), x))
+
+
+def flow_cps(
+    x: torch.Tensor,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    path: NoisePath,
+    level: torch.Tensor,
+    level_next: torch.Tensor,
+    eta: float,
+) -> Gaussian:
+    """Coefficients-preserving sampling (Wang 2025, arXiv:2509.05952): the noise is always the level's own, eta in [0, 1].
+
+    std = s' sin(eta pi / 2), the rest of the level is the predicted noise: sharp in few steps, but it does not tend to the
+    data's variance as the grid gets finer. The log-prob here is the Gaussian's own; the paper's leaves out 1 / (2 std^2).
+    """
+    std = level_next * math.sin(eta * math.pi / 2.0)
+    kept = (level_next**2 - std**2).clamp(min=0.0).sqrt()
+    return Gaussian(mean=_like(1.0 - level_next, x) * clean + _like(kept, x) * noise, std=_like(std, x))
+
+
+RULES: dict[str, StepRule] = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "flow_ode": flow_ode,
+    "flow_sde": flow_sde,
+    "flow_dance": flow_dance,
+    "flow_cps": flow_cps,
+}
 
 
 def step(
@@ -171,6 +215,8 @@ __all__ = [
     "coefficients",
     "ddim",
     "ddpm",
+    "flow_cps",
+    "flow_dance",
     "flow_ode",
     "flow_sde",
     "is_stochastic",

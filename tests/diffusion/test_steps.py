@@ -175,7 +175,7 @@ def propagate(path, levels, *, rule, eta, mean=0.7, std=0.5, start=None):
 
 @pytest.mark.parametrize(("eta", "mean", "std"), [(0.0, 0.67424, 0.47857), (1.0, 0.69868, 0.45358)])
 def test_mean_and_std_through_stable_diffusions_chain(eta, mean, std):
-    """50 leading steps of Stable Diffusion's schedule: values made independently, five digits."""
+    """O1: 50 leading steps of Stable Diffusion's schedule: values made independently, five digits."""
     path = VariancePreserving.scaled_linear()
     found = propagate(path, path.levels(50), rule="ddim", eta=eta)
     assert found == pytest.approx((mean, std), abs=6e-6)
@@ -196,22 +196,25 @@ def test_a_chain_returns_the_data_as_its_grid_gets_finer(eta):
 
 
 @pytest.mark.parametrize(
-    ("rule", "std", "table"),
+    ("rule", "eta", "std", "table"),
     [
-        ("flow_ode", 0.5, (0.3697, 0.4647, 0.4964, 0.4996)),
-        ("flow_sde", 0.5, (0.4244, 0.4793, 0.4986, 0.5001)),
-        ("flow_ode", 0.0, (0.0, 0.0, 0.0, 0.0)),
-        ("flow_sde", 0.0, (0.228, 0.057, 0.006, 0.0006)),
+        ("flow_ode", 0.0, 0.5, (0.3697, 0.4647, 0.4964, 0.4996)),
+        ("flow_sde", 0.7, 0.5, (0.4244, 0.4793, 0.4986, 0.5001)),
+        ("flow_dance", 0.3, 0.5, (0.3852, 0.4686, 0.4968, 0.4997)),
+        ("flow_cps", 0.8, 0.5, (0.3146, 0.3711, 0.3977, 0.4031)),
+        ("flow_ode", 0.0, 0.0, (0.0, 0.0, 0.0, 0.0)),
+        ("flow_sde", 0.7, 0.0, (0.228, 0.057, 0.006, 0.0006)),
+        ("flow_cps", 0.8, 0.0, (0.0, 0.0, 0.0, 0.0)),
     ],
 )
-def test_final_std_of_the_flow_chains(rule, std, table):
-    """Shift 3, 10, 40, 400, 4000 steps, eta 0.7: values made independently, to their printed digits. The SDE leaves noise
-    in data that is one point; both give back data with a spread as the grid gets finer."""
+def test_o2_final_std_of_the_flow_chains(rule, eta, std, table):
+    """O2: shift 3, 10, 40, 400, 4000 steps: values made independently, to their printed digits. Flow-GRPO's SDE leaves noise
+    in data that is one point; but for CPS all give back data with a spread as the grid gets finer."""
     path = RectifiedFlow(shift=3.0)
     digits = 5.1e-5 if std else 5.1e-4
     for n, expected in zip((10, 40, 400, 4000), table, strict=True):
         levels = path.shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64))
-        found = propagate(path, levels, rule=rule, eta=0.7, std=std)
+        found = propagate(path, levels, rule=rule, eta=eta, std=std)
         assert found == pytest.approx((0.7, expected), abs=digits)
 
 
