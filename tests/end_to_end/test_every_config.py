@@ -27,8 +27,8 @@ SMALL = (
     "runtime.rollout_workers=2",
 )
 TINY = [*sorted(path.stem for path in CONFIGS.glob("tiny_*.yaml")), "quickstart"]
-QUICK = {"tiny_diffusion_dpo", "tiny_flow_grpo", "tiny_flow_nft", "tiny_draft"}
-"""One of each kind of batch, on either model. The rest is marked slow; the quickstart has tests of its own."""
+QUICK = {"tiny_flow_grpo", "tiny_draft"}
+"""The default tests: steps on the flow model, and a learner that samples itself. The rest is marked slow."""
 
 
 def small(name: str, pairs: Path = Path("pairs.parquet")) -> Run:

@@ -12,7 +12,7 @@ from rlalign.data.preferences import PairReader, PreferenceSettings
 from rlalign.data.rankings import encode
 from rlalign.registry import UserError
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def row(number: int, **changes: object) -> dict[str, object]:
