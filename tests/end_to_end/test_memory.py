@@ -60,6 +60,7 @@ def test_offline_preferences_from_a_runs_own_pairs(tmp_path: Path) -> None:
         f"preferences={{path: {files[0].parent}, pairs_per_round: 6, pairs_per_pass: 3, shuffle: 4}}",
         "rounds=2",
         "checkpoint.every=1",
+        "evaluate.every=1",
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_local(small_run(*settings), whole, resume=False, on_record=quiet)
