@@ -37,8 +37,20 @@ CONTESTANTS: tuple[Contestant, ...] = tuple(
     )
 )
 
-_CURVE = ("evaluate.every=2", "evaluate.prompts=64", "evaluate.grid=16")
+# From an aligned policy: in the shipped base washed-out pictures, small files all of them, are in-distribution.
+_CURVE = (
+    "policy.path=runs/canon/diffusion_dpo-0/policy",
+    "evaluate.every=3",
+    "evaluate.prompts=64",
+    "evaluate.grid=16",
+)
 OVER_OPTIMISATION: tuple[Contestant, ...] = (
-    Contestant(name="compress_ddpo", title="DDPO", config="tiny_compressibility", settings=_CURVE, rounds=24),
-    Contestant(name="compress_dpok", title="DPOK", config="tiny_dpok", settings=_CURVE, rounds=30),
+    Contestant(name="compress_ddpo", title="DDPO", config="tiny_compressibility", settings=_CURVE, rounds=36),
+    Contestant(
+        name="compress_dpok",
+        title="DPOK",
+        config="tiny_dpok",
+        settings=(*_CURVE, "algorithm.kl_weight=0.03"),
+        rounds=36,
+    ),
 )

@@ -143,7 +143,7 @@ def compare(
 
 @torch.no_grad()
 def kl_to_reference(policy: Policy, scored: Sequence[Scored]) -> float:
-    """Mean over samples and stochastic steps of KL(policy || reference) per step, nats per latent element.
+    """Mean over samples and stochastic steps of KL(policy || pretrained model) per step, nats per latent element.
 
     On the policy's own trajectories; times the steps and the elements of a latent it is the bound of DPOK's lemma 4.2 (Fan
     2023, arXiv:2305.16381). 0 when no step is stochastic.
@@ -155,7 +155,7 @@ def kl_to_reference(policy: Policy, scored: Sequence[Scored]) -> float:
         condition = policy.encode(one.unit.prompts)
         for k in np.flatnonzero(one.trajectory.stochastic_K).tolist():
             mine = replay(policy, one.unit, latents, [k], condition).gaussian
-            with policy.as_reference():
+            with policy.as_reference(pretrained=True):
                 theirs = replay(policy, one.unit, latents, [k], condition).gaussian
             values.append(mine.kl(theirs))
     return float(torch.cat(values).double().mean()) if values else 0.0

@@ -95,7 +95,6 @@ def learn(name: str, seed: int) -> tuple[float, float, float]:
                 scored = looked_at(policy, units)
             learner.update(algorithm.make_batch(scored, memory), round=round)
     last = looked_at(policy, fixed)
-    policy.snapshots = {}  # the distance is to where the run began
     return float(before), float(np.mean([s.total_B.mean() for s in last])), kl_to_reference(policy, last)
 
 

@@ -183,14 +183,14 @@ class Policy(ABC):
             parameter.copy_(weights[name])
 
     @contextlib.contextmanager
-    def as_reference(self) -> Iterator[None]:
+    def as_reference(self, *, pretrained: bool = False) -> Iterator[None]:
         """Inside, the policy is the pretrained one: the adapter off (LoRA), or a kept copy of the weights swapped in.
 
-        Where a learner refreshes the reference, it is the weights of the last refresh.
+        Where a learner refreshes the reference, it is the weights of the last refresh, unless ``pretrained`` is asked for.
         """
         from rlalign import lora
 
-        if "reference" in self.snapshots:
+        if "reference" in self.snapshots and not pretrained:
             inside = self.holding(self.snapshots["reference"])
         elif lora.is_attached(self.network):
             inside = lora.disabled(self.network)
