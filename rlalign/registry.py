@@ -10,8 +10,9 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,6 +106,22 @@ def load_class(shelf: str, name: str) -> type[Recipe]:
     public = [c for c in own if not c.__name__.startswith("_")]
     assert len(public) == 1, f"{module.__name__} must define exactly one public {base.__name__}, has {public}"
     return public[0]
+
+
+def find(call: str, place: str) -> Callable[..., Any]:
+    """The callable that ``package.module:function`` means. Raises UserError naming ``place``."""
+    module_name, _, attribute = call.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{place}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?") from error
+    try:
+        found = attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise UserError(f"{place}: {module_name!r} has no {attribute!r}; write package.module:function") from error
+    if not callable(found):
+        raise UserError(f"{place} must name something that can be called, got {call!r}, a {type(found).__name__}")
+    return found
 
 
 def build(shelf: str, settings: Mapping[str, Any] | Recipe, path: str = "") -> Recipe:

@@ -59,7 +59,7 @@ def train(
     except (KeyboardInterrupt, SystemExit):  # Ray Train turns Ctrl-C into the second, or just ends
         final = None
     except RuntimeError as error:
-        if local or not _is_run_failure(error):
+        if local or not is_run_failure(error):
             raise
         console.end()
         print(f"error: {error}", file=sys.stderr)
@@ -75,7 +75,7 @@ def train(
     print(f"policy: {folder / 'policy'}\nreport: {folder / 'report.html'}")
 
 
-def _is_run_failure(error: RuntimeError) -> bool:
+def is_run_failure(error: RuntimeError) -> bool:
     """Whether a run on Ray gave up: its message says which worker and why, and where we were when it did says nothing."""
     from rlalign.runtime.collect import RunFailed  # imports Ray, which must not happen before its environment is set
 
@@ -171,4 +171,4 @@ def pretrain(
     except KeyboardInterrupt as error:
         print("stopped; the same command goes on", file=sys.stderr)
         raise typer.Exit(STOPPED) from error
-    print(f"policy: {folder}")
+    print(f"{folder.name}: {folder}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.pretrain import stages
+from rlalign.pretrain.classifier import train_classifier
 from rlalign.pretrain.flow import flow_components, flow_loss, write_flow_pipeline
 from rlalign.pretrain.pipeline import components, load_vae, tokenise, write_pipeline
 from rlalign.pretrain.settings import Pretrain
@@ -20,14 +22,17 @@ from rlalign.stage_checkpoints import StageCheckpoints
 
 
 def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None = None) -> Path:
-    """Trains both stages and writes the pipeline; returns its folder, ``out/policy``.
+    """Trains both stages and writes the pipeline; returns its folder, ``out/policy`` (``out/classifier`` for a classifier).
 
     With ``resume`` it goes on from the newest checkpoint of ``out``; without, earlier checkpoints are deleted. Raises
     UserError when the checkpoint was made under other settings (the numbers of updates may be raised).
     """
     settings = config.model_dump(mode="json", exclude={"out", "checkpoint_every"})
     checkpoints = StageCheckpoints(
-        config.out / "checkpoints", settings, every=config.checkpoint_every, grows="denoiser.updates"
+        config.out / "checkpoints",
+        settings,
+        every=config.checkpoint_every,
+        grows="denoiser.updates" if config.classifier is None else "classifier.updates",
     )
     saved = checkpoints.newest() if resume else checkpoints.clear()
     with contextlib.nullcontext(progress) if progress else console_progress() as report:
@@ -35,6 +40,10 @@ def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None =
         parts = components(config)
         vae, latents_NCHW, earlier = _latents(config, parts.vae, pictures_NCHW, saved, checkpoints, report)
         parts, tokenizer = replace(parts, vae=vae), parts.tokenizer
+        if config.classifier is not None:
+            return train_classifier(
+                config, latents_NCHW, captions, saved, partial(_train, checkpoints=checkpoints, report=report)
+            )
         words = tokenise(tokenizer, captions), tokenise(tokenizer, [""])
         flow = flow_components(config) if config.denoiser.family == "transformer" else None
         if flow is not None:

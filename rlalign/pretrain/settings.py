@@ -73,6 +73,16 @@ class Denoiser(Optimisation):
         return self
 
 
+class Classifier(Optimisation):
+    """In place of stage 2: a noise-aware classifier of caption facts, for classifier guidance."""
+
+    updates: int = Field(default=2000, ge=1, description="optimiser updates")
+    batch: int = Field(default=64, ge=1, description="latents per update")
+    lr: float = Field(default=2.0e-3, gt=0.0, description="learning rate")
+    ema_decay: float = Field(default=0.995, ge=0.0, lt=1.0, description="decay of the averaged weights, which are kept")
+    width: int = Field(default=48, ge=8, multiple_of=8, description="channels of its layers")
+
+
 class Pretrain(_Settings):
     """Settings of a pretraining run.
 
@@ -87,4 +97,17 @@ class Pretrain(_Settings):
     )
     autoencoder: Autoencoder = Autoencoder()
     denoiser: Denoiser = Denoiser()
+    classifier: Classifier | None = Field(
+        default=None, description="trains this, on the latents of autoencoder.source, in place of a denoiser"
+    )
     checkpoint_every: int = Field(default=250, ge=1, description="updates between two checkpoints")
+
+    @model_validator(mode="after")
+    def _classifier_alone(self) -> Pretrain:
+        if self.classifier is not None and "denoiser" in self.model_fields_set:
+            raise ValueError("denoiser has no meaning where a classifier is trained; leave one of them out")
+        if self.classifier is not None and not self.autoencoder.source:
+            raise ValueError(
+                "autoencoder.source must name a trained one where a classifier is trained, got ''; try tiny"
+            )
+        return self

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
 
-from rlalign.registry import UserError
+from rlalign.registry import UserError, find
 from rlalign.rewards.base import Reward, Scorer
 
 
@@ -60,19 +58,3 @@ class Function(Reward):
 
 def _detached(value: Any) -> Any:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-
-
-def find(call: str, place: str) -> Callable[..., Any]:
-    """The callable that ``package.module:function`` means. Raises UserError naming ``place``."""
-    module_name, _, attribute = call.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{place}: cannot import {module_name!r} ({error}); is its folder on PYTHONPATH?") from error
-    try:
-        found = attrgetter(attribute)(module)
-    except AttributeError as error:
-        raise UserError(f"{place}: {module_name!r} has no {attribute!r}; write package.module:function") from error
-    if not callable(found):
-        raise UserError(f"{place} must name something that can be called, got {call!r}, a {type(found).__name__}")
-    return found
