@@ -19,16 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # so the registry is the floor.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("registry",),
-    ("records", "objectives", "advantages", "lora", "pictures", "progress", "stage_checkpoints"),
+    ("records", "objectives", "advantages", "particles", "lora", "pictures", "progress", "stage_checkpoints"),
     ("batches",),
     ("diffusion", "arrow", "memory", "towers"),
     ("critic",),
     ("policies", "rewards", "data"),
+    ("work", "noisy_classifier"),
     ("algorithms", "samplers"),
     ("learner", "checkpoint", "evaluate", "guard", "report", "environment", "pretrain", "fit_reward", "metrics"),
     ("config",),
-    ("collect", "assemble"),
-    ("loop",),
+    ("collect", "assemble", "models"),
+    ("loop", "sample"),
     ("runtime",),
     ("cli",),
     ("__main__", "__init__"),
@@ -47,7 +48,17 @@ SHELVES = {
 NARROW = {
     "algorithms": {"registry", "records", "batches", "memory", "critic", "objectives", "advantages", "diffusion"}
     | {"policies.base", "rewards.base"},
-    "samplers": {"registry", "records", "objectives", "advantages", "diffusion", "policies.base", "rewards.base"},
+    "samplers": {
+        "registry",
+        "records",
+        "objectives",
+        "advantages",
+        "particles",
+        "diffusion",
+        "work",
+        "noisy_classifier",
+    }
+    | {"policies.base", "rewards.base"},
     "records": set[str](),
 }
 """Rooms with a shorter list than "everything below": what objectives need is maths and the two bases."""

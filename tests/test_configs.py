@@ -11,11 +11,14 @@ import yaml
 from rlalign.config import dump, load_run, load_settings, parse_run, schema
 from rlalign.fit_reward import FitReward
 from rlalign.pretrain import Pretrain
+from rlalign.sample import Sample, load_sample
+from rlalign.sample.settings import parse_sample
 
 FILES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
-OTHERS = {"pretrain_": ("pretrain", Pretrain), "fit_": ("fit-reward", FitReward)}
+OTHERS = {"pretrain_": ("pretrain", Pretrain), "fit_": ("fit-reward", FitReward), "sample_": ("sample", Sample)}
 """How a file's name begins -> the command that takes it, and its settings; any other file is a run."""
 RUNS = [path for path in FILES if not path.name.startswith(tuple(OTHERS))]
+SAMPLES = [path for path in FILES if path.name.startswith("sample_")]
 
 
 def test_there_are_some():
@@ -44,7 +47,14 @@ def test_a_run_file_passes_the_schema(path):
     validator.validate(yaml.safe_load(dump(load_run(path))))
 
 
-@pytest.mark.parametrize("path", sorted(set(FILES) - set(RUNS)), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda p: p.stem)
+def test_a_sample_file_loads_and_is_named_after_itself(path):
+    made = load_sample(path)
+    assert made.name == path.stem
+    assert parse_sample(yaml.safe_load(yaml.safe_dump(made.model_dump(mode="json")))) == made
+
+
+@pytest.mark.parametrize("path", sorted(set(FILES) - set(RUNS) - set(SAMPLES)), ids=lambda p: p.stem)
 def test_a_file_of_another_command_loads_and_writes_to_a_folder_of_its_name(path):
     settings = next(cls for prefix, (_, cls) in OTHERS.items() if path.name.startswith(prefix))
     assert load_settings(settings, path).out == Path("runs") / path.stem

@@ -111,7 +111,12 @@ def _index(place: Any, part: str, assignment: str) -> int:
 
 def load_settings(cls: type[Settings], path: Path | str, overrides: Sequence[str] = ()) -> Settings:
     """Any settings model from a YAML file with overrides applied, such as ``rlalign.pretrain.Pretrain``."""
-    return _parse(cls, _read(path, overrides))
+    return parse(cls, _read(path, overrides))
+
+
+def load_mapping(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping of a YAML file with overrides applied."""
+    return _read(path, overrides)
 
 
 def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -128,16 +133,20 @@ def _read(path: Path | str, overrides: Sequence[str]) -> dict[str, Any]:
 
 def parse_run(data: Mapping[str, Any]) -> Run:
     """The Run of a mapping. Plug-ins are built first, so that their errors say where in the file they are."""
-    made = dict(data)
-    for field, shelf in PLUGINS.items():
-        if field in made:
-            made[field] = build(shelf, made[field], field)
-    if "rewards" in made:
-        made["rewards"] = _rewards(made["rewards"], "rewards")
+    made = parse_plugins(data, PLUGINS, ("rewards",))
     evaluate = made.get("evaluate")
     if isinstance(evaluate, Mapping) and "rewards" in evaluate:
         made["evaluate"] = {**evaluate, "rewards": _rewards(evaluate["rewards"], "evaluate.rewards")}
-    return _parse(Run, made)
+    return parse(Run, made)
+
+
+def parse_plugins(data: Mapping[str, Any], plugins: Mapping[str, str], rewards: Sequence[str]) -> dict[str, Any]:
+    """The mapping with its plug-ins built: fields of ``plugins`` from their shelves, and lists of rewards."""
+    made = dict(data)
+    for field, shelf in plugins.items():
+        if field in made:
+            made[field] = build(shelf, made[field], field)
+    return made | {field: _rewards(made[field], field) for field in rewards if field in made}
 
 
 def _rewards(value: Any, path: str) -> list[Any]:
@@ -146,7 +155,7 @@ def _rewards(value: Any, path: str) -> list[Any]:
     return [build("rewards", one, f"{path}.{i}") for i, one in enumerate(value)]
 
 
-def _parse(cls: type[Settings], data: Mapping[Any, Any]) -> Settings:
+def parse(cls: type[Settings], data: Mapping[Any, Any]) -> Settings:
     odd = next((k for k in data if not isinstance(k, str)), None)
     if odd is not None:
         raise UserError(f"settings must have names, got {odd!r}")

@@ -77,6 +77,12 @@ class Policy(ABC):
     """Name -> earlier trainable weights that a learner keeps ("behaviour", "reference"), for ``as_snapshot``."""
     calls: int = 0
     """Samples that the denoiser was asked about so far; a guided pass asks twice."""
+    backward_calls: int = 0
+    """Of these, the ones asked with a latent whose gradient is wanted."""
+    copies: dict[torch.dtype, Policy] | None = None
+    """Copies that compute in another precision, made where one is asked for."""
+    interpolation: float = 1.0
+    """w in pretrained + w * (own - pretrained), of what ``denoise`` says; 1 is the policy itself."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -121,11 +127,25 @@ class Policy(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(clean, noise) that the policy sees in ``x``; level is a scalar or (B,).
 
-        Guidance w is uncond + w * (cond - uncond) on the raw prediction (Ho & Salimans 2022, arXiv:2207.12598), one pass of
-        2B rows; the gradient flows through both halves. w = 1 is one pass of B rows.
+        With ``interpolation`` other than 1 the pretrained model is asked too (reinforcement learning guidance,
+        arXiv:2508.21016). Guidance w is uncond + w * (cond - uncond) on the raw prediction (Ho & Salimans 2022,
+        arXiv:2207.12598), one pass of 2B rows; the gradient flows through both halves. w = 1 is one pass of B rows.
         """
+        own = self._denoise(x, level, condition, guidance)
+        if self.interpolation == 1.0:
+            return own
+        with self.as_reference(pretrained=True):
+            base = self._denoise(x, level, condition, guidance)
+        clean, noise = (b + self.interpolation * (o - b) for o, b in zip(own, base, strict=True))
+        return clean, noise
+
+    def _denoise(
+        self, x: torch.Tensor, level: torch.Tensor, condition: Condition, guidance: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = x.shape[0]
-        self.calls += rows if guidance == 1.0 else 2 * rows
+        asked = rows if guidance == 1.0 else 2 * rows
+        self.calls += asked
+        self.backward_calls += asked if x.requires_grad else 0
         timestep_B = self.path.timestep(level).to(x.device).expand(rows)
         if guidance == 1.0:
             prediction = self.predict(x, timestep_B, condition.embeds_BLD, condition.pooled_BD)
@@ -163,6 +183,7 @@ class Policy(ABC):
     def replica(self) -> Policy:
         """A second policy on the same weights (updates in place reach both) with gradients of its own: one per thread."""
         twin = copy.copy(self)
+        twin.copies = None
         twin.network, twin.critic = copy.deepcopy(self.network), copy.deepcopy(self.critic)
         for own, others in ((self.network, twin.network), (self.critic, twin.critic)):
             if own is not None and others is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlalign.config import Run
+from rlalign.sample import Sample
 
 
 def train_on_ray(
@@ -26,3 +27,12 @@ def train_on_ray(
     from rlalign.runtime.train import train
 
     train(run, folder, resume=resume, on_record=on_record, address=address)
+
+
+def sample_on_ray(
+    sample: Sample, folder: Path, on_record: Callable[[dict[str, Any]], None], *, address: str | None = None
+) -> dict[str, Any]:
+    """A sampling on Ray actors. Raises UserError on a user's mistake, RunFailed with a worker's error."""
+    from rlalign.runtime.sample import sample_on_ray as work
+
+    return work(sample, folder, on_record, address=address)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlalign.config import Run
 from rlalign.registry import UserError
+from rlalign.sample import Sample
 
 
 def prepare_environment(address: str | None) -> None:
@@ -39,29 +40,29 @@ def _has_token() -> bool:
     )
 
 
-def needed_cpus(run: Run) -> float:
+def needed_cpus(run: Run | Sample) -> float:
     """CPUs that all actors and learners of a run reserve together."""
     runtime = run.runtime
     rewards = len(run.rewards_for("evaluate")) * runtime.reward_workers
     return (
         runtime.rollout_workers * runtime.rollout_cpus
         + rewards * runtime.reward_cpus
-        + runtime.learner_workers * runtime.learner_cpus
+        + (runtime.learner_workers * runtime.learner_cpus if isinstance(run, Run) else 0.0)
     )
 
 
-def needed_gpus(run: Run) -> float:
+def needed_gpus(run: Run | Sample) -> float:
     """GPUs that all actors and learners of a run reserve together."""
     runtime = run.runtime
     rewards = len(run.rewards_for("evaluate")) * runtime.reward_workers
     return (
         runtime.rollout_workers * runtime.rollout_gpus
         + rewards * runtime.reward_gpus
-        + runtime.learner_workers * runtime.learner_gpus
+        + (runtime.learner_workers * runtime.learner_gpus if isinstance(run, Run) else 0.0)
     )
 
 
-def connect(run: Run, address: str | None) -> str:
+def connect(run: Run | Sample, address: str | None) -> str:
     """Starts or joins Ray and returns the dashboard's URL ("" when there is none).
 
     A local Ray gets as many logical CPUs as the run reserves: they are places, not cores. On a cluster, resources that are
@@ -111,7 +112,7 @@ def refuse_what_does_not_answer(address: str) -> None:
         ) from error
 
 
-def refuse_what_cannot_fit(run: Run, address: str) -> None:
+def refuse_what_cannot_fit(run: Run | Sample, address: str) -> None:
     """Raises UserError when the cluster lacks, or others hold, what the run reserves."""
     import ray
 

@@ -27,7 +27,7 @@ from ray.actor import ActorHandle
 from rlalign.config import Run
 from rlalign.records import Unit
 from rlalign.registry import UserError
-from rlalign.runtime.pool import Pool, PoolLost
+from rlalign.runtime.pool import Pool, PoolLost, UnitFailed, awaited, tried
 
 
 @dataclass(kw_only=True)
@@ -160,16 +160,20 @@ class Coordinator:
     # --- one unit -----------------------------------------------------------------------------------------------------
 
     async def _unit(self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef) -> UnitResult:
-        (trajectory, media), rollout_seconds = await self._tried(
-            f"unit {unit.key}", self._rollouts, lambda actor: self._produced(actor, unit, tag, weights)
+        (trajectory, media), rollout_seconds = await tried(
+            f"unit {unit.key}",
+            self._rollouts,
+            lambda actor: self._produced(actor, unit, tag, weights),
+            self._run.runtime,
         )
         titles = self._titles[unit.key.stream]
         scored = await asyncio.gather(
             *(
-                self._tried(
+                tried(
                     f"reward {title} of unit {unit.key}",
                     self._rewards[title],
                     lambda actor: self._awaited(actor.score.remote(media, unit.prompts)),
+                    self._run.runtime,
                 )
                 for title in titles
             )
@@ -190,36 +194,7 @@ class Coordinator:
         return (trajectory, media), answer["seconds"]
 
     async def _awaited(self, ref: ray.ObjectRef) -> Any:
-        return await asyncio.wait_for(_future(ref), timeout=self._run.runtime.unit_timeout_seconds)
-
-    async def _tried(self, what: str, pool: Pool, call: Any) -> Any:
-        """The call on one actor after another until it succeeds, ``max_attempts`` times at most."""
-        attempts, last = self._run.runtime.max_attempts, ""
-        for _ in range(attempts):
-            actor_id, actor = await pool.acquire()
-            try:
-                answer = await call(actor)
-            except ray.exceptions.RayActorError as error:
-                pool.lost(actor_id, error)
-                last = f"its process died at work: {error}"
-            except (
-                ray.exceptions.RayTaskError
-            ) as error:  # before TimeoutError: a task's error is also of its cause's class
-                pool.release(actor_id)
-                if isinstance(error.cause, UserError):
-                    raise error.cause from None
-                last = str(error)
-            except TimeoutError:
-                ray.kill(actor, no_restart=False)  # hangs: a fresh process takes its place
-                pool.lost(actor_id, TimeoutError(what))
-                last = f"no answer in {self._run.runtime.unit_timeout_seconds:g} s"
-            except BaseException:
-                pool.release(actor_id)
-                raise
-            else:
-                pool.release(actor_id)
-                return answer
-        raise UnitFailed(f"{what} failed on {attempts} attempts (runtime.max_attempts); the last one said:\n{last}")
+        return await awaited(ref, self._run.runtime)
 
     def _count(self, message: Any) -> None:
         self._handled_bytes += len(pickle.dumps(message))
@@ -235,14 +210,6 @@ class Coordinator:
                     self._gauges[name] = Gauge(name, description=f"rlalign metric {key}", tag_keys=("run",))
                     self._gauges[name].set_default_tags({"run": self._run.name})
                 self._gauges[name].set(value)
-
-
-class UnitFailed(RuntimeError):
-    """A unit failed on every attempt."""
-
-
-async def _future(ref: ray.ObjectRef) -> Any:
-    return await ref
 
 
 def failure_of(error: BaseException) -> Failure:

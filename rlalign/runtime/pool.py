@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -17,7 +17,14 @@ import ray.exceptions
 from ray.actor import ActorHandle
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
+from rlalign.config.settings import RuntimeSettings
+from rlalign.registry import UserError
+
 PROBE_SECONDS = 0.1
+
+
+class UnitFailed(RuntimeError):
+    """A unit failed on every attempt."""
 
 
 class PoolLost(RuntimeError):
@@ -106,3 +113,41 @@ class Pool:
 
 async def _future(ref: ray.ObjectRef) -> Any:
     return await ref
+
+
+async def awaited(ref: ray.ObjectRef, runtime: RuntimeSettings) -> Any:
+    """The object; TimeoutError when it takes longer than a unit may."""
+    return await asyncio.wait_for(_future(ref), timeout=runtime.unit_timeout_seconds)
+
+
+async def tried(what: str, pool: Pool, call: Callable[[ActorHandle], Awaitable[Any]], runtime: RuntimeSettings) -> Any:
+    """The call on one actor after another until it succeeds, ``max_attempts`` times at most; then UnitFailed.
+
+    A user's mistake is raised as it is, at once. An actor that hangs is killed and comes back fresh.
+    """
+    last = ""
+    for _ in range(runtime.max_attempts):
+        actor_id, actor = await pool.acquire()
+        try:
+            answer = await call(actor)
+        except ray.exceptions.RayActorError as error:
+            pool.lost(actor_id, error)
+            last = f"its process died at work: {error}"
+        except ray.exceptions.RayTaskError as error:  # before TimeoutError: a task's error is also of its cause's class
+            pool.release(actor_id)
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            last = str(error)
+        except TimeoutError:
+            ray.kill(actor, no_restart=False)  # hangs: a fresh process takes its place
+            pool.lost(actor_id, TimeoutError(what))
+            last = f"no answer in {runtime.unit_timeout_seconds:g} s"
+        except BaseException:
+            pool.release(actor_id)
+            raise
+        else:
+            pool.release(actor_id)
+            return answer
+    raise UnitFailed(
+        f"{what} failed on {runtime.max_attempts} attempts (runtime.max_attempts); the last one said:\n{last}"
+    )
