@@ -99,7 +99,9 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     load_classifier(str(tmp_path / "ours"), "cpu")
     (tmp_path / "ours" / "classifier.safetensors").write_bytes(b"not weights")
     load_classifier.cache_clear()
-    with pytest.raises(UserError, match=r"sampler\.classifier must be a folder that rlalign pretrain wrote, got .*ours"):
+    with pytest.raises(
+        UserError, match=r"sampler\.classifier must be a folder that rlalign pretrain wrote, got .*ours"
+    ):
         load_classifier(str(tmp_path / "ours"), "cpu")
 
 

@@ -55,10 +55,13 @@ class Chart:
     """(label, colour) of each series, where there are two or more; colour 0 is the ink's."""
 
 
-def line_chart(title: str, note: str, series: Sequence[Series], *, log: bool = False) -> Chart:
-    """Lines over rounds."""
+def line_chart(
+    title: str, note: str, series: Sequence[Series], *, log: bool = False, along: str = "round"
+) -> Chart:
+    """Lines over rounds, or what else ``along`` says."""
     with _style():
         figure, axes = _axes()
+        axes.set_xlabel(along)
         for one in series:
             y = [float("nan") if v is None or (log and v <= 0) else v for v in one.y]
             alone = sum(math.isfinite(v) for v in y) == 1

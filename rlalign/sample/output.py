@@ -130,6 +130,8 @@ def page(sample: Sample, outcomes: Sequence[Outcome], result: dict[str, Any]) ->
     environment.filters.update(number=number, signed=signed)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     keys = [k for k in result["methods"][0] if k.endswith("/mean") or k.startswith("diversity")]
+    if len(sample.rewards) == 1 and sample.rewards[0].weight == 1.0:
+        keys.remove("reward/total/mean")  # of a single reward the total says nothing new
     return template.render(
         result=result,
         keys=keys,
@@ -151,8 +153,9 @@ def _cell(outcome: Outcome, i: int) -> dict[str, Any]:
 def _charts(outcomes: Sequence[Outcome]) -> list[curves.Chart]:
     """What the method saw on its way."""
     charts = []
+    along = "update" if hasattr(outcomes[0].sampler, "updates") else "step"
     for name, values in outcomes[0].found.series.items():
         if values:
             line = curves.Series(label=name, x=list(range(1, len(values) + 1)), y=list(values))
-            charts.append(curves.line_chart(name.capitalize(), "Mean over pictures, by step or update.", [line]))
+            charts.append(curves.line_chart(name.capitalize(), "Mean over pictures.", [line], along=along))
     return charts

@@ -24,7 +24,10 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    denoiser_calls: int = Field(ge=1, description="denoiser calls a picture; a guided pass counts twice")
+    denoiser_calls: int = Field(
+        ge=1,
+        description="denoiser calls a picture; a guided pass counts twice, and a gradient back through one as two more",
+    )
 
 
 def _built(shelf: str) -> BeforeValidator:

@@ -19,12 +19,10 @@ from rlalign.sample.engine import LiveRewards, LocalEngine, as_uint8, ready_poli
 from rlalign.sample.outcome import Outcome
 from rlalign.sample.output import prepare, write_outputs, write_so_far
 from rlalign.sample.settings import Sample
-from rlalign.samplers.base import Sampler
+from rlalign.samplers.base import BACKWARD, Sampler
 from rlalign.work import Cost, Engine, NoScore, Rewards, Scores, Work
 
 OnRecord = Callable[[dict[str, Any]], None]
-BACKWARD = 2
-"""Denoiser calls that going back through one counts as, where methods get the same budget."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,9 @@ from rlalign.records import Plan, Unit
 from rlalign.registry import Recipe, UserError
 from rlalign.work import Engine, NoScore, Seen, Swarm
 
+BACKWARD = 2
+"""Denoiser calls that going back through one counts as, where methods get the same budget."""
+
 MOST = 1 << 16
 """Largest number of candidates, particles or updates that a budget may buy."""
 
@@ -49,24 +52,32 @@ class Sampler(Recipe):
         raise NotImplementedError
 
     def calls(self, plan: Plan) -> int:
-        """Denoiser calls a picture, a guided pass counted twice; gradients through the denoiser not counted."""
+        """Denoiser calls a picture, a guided pass counted twice; going back through them not counted."""
         raise NotImplementedError
 
+    def backward(self, plan: Plan) -> int:
+        """Of these, the ones that a gradient goes back through."""
+        return 0
+
+    def price(self, plan: Plan) -> int:
+        """Calls a picture with each way back counted as two more: what budgets and comparisons are made in."""
+        return self.calls(plan) + BACKWARD * self.backward(plan)
+
     def within(self, budget: int, plan: Plan) -> Sampler:
-        """The method with the largest width whose calls a picture fit a budget."""
+        """The method with the largest width whose price a picture fits a budget."""
         if not self.width:
             return self
         low, high = 1, 1
-        if self._sized(1).calls(plan) > budget:
+        if self._sized(1).price(plan) > budget:
             raise UserError(
-                f"budget.denoiser_calls must be >= {self._sized(1).calls(plan)} for {self.name} with this plan, got {budget}"
+                f"budget.denoiser_calls must be >= {self._sized(1).price(plan)} for {self.name} with this plan, got {budget}"
             )
-        while high < MOST and self._sized(2 * high).calls(plan) <= budget:
+        while high < MOST and self._sized(2 * high).price(plan) <= budget:
             high *= 2
         low, high = high, min(2 * high, MOST)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._sized(middle).calls(plan) <= budget else (low, middle - 1)
+            low, high = (middle, high) if self._sized(middle).price(plan) <= budget else (low, middle - 1)
         return self._sized(low)
 
     def _sized(self, width: int) -> Sampler:

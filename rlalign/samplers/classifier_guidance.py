@@ -53,6 +53,9 @@ class ClassifierGuidance(Sampler):
     def calls(self, plan: Plan) -> int:
         return passes(plan) * plan.steps
 
+    def backward(self, plan: Plan) -> int:
+        return self.calls(plan) if self.of == "reward" else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Guided(Work):

@@ -82,6 +82,9 @@ class Dno(Sampler):
         """Down and, step by step, again on the way back; the last chain goes down only."""
         return passes(plan) * plan.steps * (2 * self.updates + 1)
 
+    def backward(self, plan: Plan) -> int:
+        return passes(plan) * plan.steps * self.updates
+
 
 def _ends(engine: Engine, unit: Unit, noises: torch.Tensor) -> torch.Tensor:
     found: list[torch.Tensor] = engine.each(unit, lambda some, cut: ChainEnd(unit=some, noises=noises[cut]))

@@ -95,6 +95,9 @@ class Doodl(Sampler):
         chains = 6 if self.by == "inversion" else 2
         return passes(plan) * plan.steps * chains * (self.updates + 1)
 
+    def backward(self, plan: Plan) -> int:
+        return passes(plan) * plan.steps * (2 if self.by == "inversion" else 1) * (self.updates + 1)
+
 
 def without_noise(plan: Plan) -> Plan:
     """The plan with steps that take no noise."""

@@ -59,6 +59,9 @@ class Reno(Sampler):
     def calls(self, plan: Plan) -> int:
         return passes(plan) * plan.steps * 2 * (self.updates + 1)
 
+    def backward(self, plan: Plan) -> int:
+        return passes(plan) * plan.steps * (self.updates + 1)
+
 
 def norm_gradient(z: torch.Tensor) -> torch.Tensor:
     """Gradient of |z|^2 / 2 - (d - 1) log |z| for each picture; 0 at |z| = sqrt(d - 1), the mode of a Gaussian's norm."""

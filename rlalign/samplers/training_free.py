@@ -98,6 +98,9 @@ class TrainingFree(Sampler):
     def calls(self, plan: Plan) -> int:
         return passes(plan) * plan.steps * self.recurrence
 
+    def backward(self, plan: Plan) -> int:
+        return self.calls(plan) if self.rho else 0
+
 
 def _noise(unit: Unit, purpose: tuple[str | int, ...], shape: torch.Size) -> torch.Tensor:
     key = unit.key

@@ -82,6 +82,9 @@ class TwistedSmc(Sampler):
     def calls(self, plan: Plan) -> int:
         return passes(plan) * plan.steps * self.particles
 
+    def backward(self, plan: Plan) -> int:
+        return self.calls(plan)
+
 
 class _Pulled(NamedTuple):
     """The next latent's Gaussian, the reward of what is seen, and its gradient."""

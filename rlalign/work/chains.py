@@ -39,10 +39,13 @@ class ChainGradient(Work):
     noises: torch.Tensor
 
     def do(self, policy: Policy, rewards: Rewards) -> Pulled:
+        before = policy.backward_calls
         with torch.enable_grad():
             noises = self.noises.to(policy.device).detach().requires_grad_()
             clean = run_chain(policy, self.unit, noises)
             total_B, gradient = reward_gradient(policy, rewards, clean, self.unit.prompts, noises)
+        # every step was asked twice, and gone back through once
+        policy.backward_calls = before + (policy.backward_calls - before) // 2
         return Pulled(total_B, gradient.cpu(), clean.detach().cpu())
 
 

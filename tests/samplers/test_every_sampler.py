@@ -151,6 +151,7 @@ def test_a_method_costs_what_it_says(name: str) -> None:
     engine, method = engine_of(toy("vp"), ExactRewards(lambda x_BD: x_BD[:, 0])), build(name)
     method.sample(engine, unit_of(3, plan))
     assert engine.cost.denoiser_calls == 3 * method.calls(plan)
+    assert engine.cost.backward_calls == 3 * method.backward(plan)
 
 
 @pytest.mark.parametrize("name", ["best_of_n", "svdd", "demon", "fk_steering", "twisted_smc", "lidar"])
@@ -212,8 +213,8 @@ def test_a_budget_buys_the_widest_method_that_fits(name: str) -> None:
     plan = PLANS["vp"]
     for budget in (200, 2000):
         chosen = build(name).within(budget, plan)
-        assert chosen.calls(plan) <= budget
+        assert chosen.price(plan) <= budget
         wider = chosen.model_copy(update={chosen.width: getattr(chosen, chosen.width) + 1})
-        assert wider.calls(plan) > budget or getattr(chosen, chosen.width) >= 1 << 16
+        assert wider.price(plan) > budget or getattr(chosen, chosen.width) >= 1 << 16
     with pytest.raises(UserError, match=r"budget\.denoiser_calls must be >= \d+ for"):
         build(name).within(1, plan)

@@ -1,0 +1,146 @@
+"""Every test-time method on both embedded models at three budgets, and on a trained policy: rewards, diversity, cost.
+
+    python benchmarks/test_time.py [pictures] [seeds] [--aligned RUN] [--jobs N]
+
+A budget is denoiser calls a picture, a gradient back through one counted as two more. Black-box methods follow the shapes
+verifier, the others the fitted reward; both are measured for all. Results are kept in runs/test_time/, one file each; what is
+there is not sampled again. Then it writes docs/test-time-results.md and docs/images/test-time.png. About an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from test_time_page import write_page
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "test_time"
+BUDGETS = (40, 80, 160)
+VERIFIER = [{"name": "shapes"}]
+FITTED = [{"name": "bradley_terry", "label": "fitted"}]
+NOISY = {"tiny": {"steps": 10, "eta": 1.0}, "tiny_flow": {"steps": 10, "rule": "flow_sde", "eta": 0.7}}
+QUIET = {"tiny": {"steps": 10, "eta": 0.0}, "tiny_flow": {"steps": 10, "rule": "flow_ode"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A sampler as configured here."""
+
+    title: str
+    sampler: dict[str, Any]
+    gradient: bool = False
+    quiet: bool = False
+    """Whether its chain takes no noise."""
+    fixed: bool = False
+    """Whether no budget decides its width: it is done once."""
+
+
+METHODS = (
+    Method(title="plain", sampler={"name": "plain"}, fixed=True),
+    Method(title="best-of-N", sampler={"name": "best_of_n"}),
+    Method(title="best-of-N, pruned", sampler={"name": "best_of_n", "prune": True}),
+    Method(title="Demon, tanh", sampler={"name": "demon"}),
+    Method(title="Demon, Boltzmann", sampler={"name": "demon", "weights": "boltzmann"}),
+    Method(title="SVDD", sampler={"name": "svdd"}),
+    Method(title="FK steering", sampler={"name": "fk_steering"}),
+    Method(title="LiDAR", sampler={"name": "lidar", "strength": 20.0}),
+    Method(title="classifier guidance", sampler={"name": "classifier_guidance"}, quiet=True, fixed=True),
+    Method(title="best-of-N on the fitted reward", sampler={"name": "best_of_n"}, gradient=True),
+    Method(title="training-free guidance", sampler={"name": "training_free", "rho": 0.1, "mu": 0.1}, gradient=True),
+    Method(title="twisted SMC", sampler={"name": "twisted_smc", "strength": 0.5}, gradient=True),
+    Method(title="DOODL", sampler={"name": "doodl", "by": "checkpointing"}, gradient=True, quiet=True),
+    Method(title="ReNO", sampler={"name": "reno"}, gradient=True, quiet=True),
+    Method(title="DNO", sampler={"name": "dno"}, gradient=True),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="?", type=int, default=32)
+    parser.add_argument("seeds", nargs="?", type=int, default=3)
+    parser.add_argument("--aligned", type=Path, default=ROOT / "runs" / "quickstart", help="a run folder on the tiny model")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    if not (given.aligned / "config.yaml").is_file():
+        sys.exit(f"{given.aligned} is not a run folder; make one with: rlalign train configs/quickstart.yaml")
+    jobs = [
+        (model, method, budget, seed)
+        for seed in range(given.seeds)
+        for model in ("tiny", "tiny_flow", "aligned")
+        for method in METHODS
+        for budget in ((0,) if method.fixed else BUDGETS)
+        if model != "aligned" or not method.gradient
+    ]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        results = list(pool.map(lambda job: sample(*job, given.pictures, given.aligned), jobs))
+    write_page(ROOT / "docs", [r for r in results if r is not None], given.pictures, given.seeds)
+
+
+def sample(
+    model: str, method: Method, budget: int, seed: int, pictures: int, aligned: Path
+) -> dict[str, Any] | None:
+    """One sampling in a process of its own, on one core; None where the budget is too small for the method."""
+    name = "-".join([model, method.title.replace(" ", "_").replace(",", ""), str(budget), str(seed)])
+    folder = RUNS / name
+    if not (folder / "sample.json").is_file():
+        plans = QUIET if method.quiet else NOISY
+        settings = {
+            "name": name,
+            "seed": seed,
+            "policy": str(aligned) if model == "aligned" else {"name": model},
+            "plan": plans["tiny" if model == "aligned" else model],
+            "prompts": {"name": "shapes"},
+            "pictures": pictures,
+            "rewards": FITTED if method.gradient else VERIFIER,
+            "held_out": VERIFIER if method.gradient else FITTED,
+            "sampler": method.sampler,
+            "compare": False,
+            "runtime": {"rollout_workers": 1},
+        }
+        if budget:
+            settings["budget"] = {"denoiser_calls": budget}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        config = folder.with_suffix(".yaml")
+        config.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+        done = subprocess.run(
+            [sys.executable, "-m", "rlalign", "sample", str(config), "--local", "--out", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        config.unlink()
+        if done.returncode == 2 and "budget.denoiser_calls must be >=" in done.stderr:
+            return None
+        if done.returncode:
+            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+        print(name, flush=True)
+    found = json.loads((folder / "sample.json").read_text())["methods"][0]
+    kind = "followed" if method.gradient else "held out"
+    shapes = found.get("reward/shapes/mean", found.get("held_out/shapes/mean"))
+    fitted = found.get("reward/fitted/mean", found.get("held_out/fitted/mean"))
+    return {
+        "model": model,
+        "method": method.title,
+        "budget": budget,
+        "seed": seed,
+        "gradient": method.gradient,
+        "fitted_is": kind,
+        "shapes": shapes,
+        "fitted": fitted,
+        "diversity": found["diversity/pixel_rms"],
+        "width": found["sampler"],
+        **{key: value / pictures for key, value in found["cost"].items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
