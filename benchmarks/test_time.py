@@ -66,7 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="?", type=int, default=32)
     parser.add_argument("seeds", nargs="?", type=int, default=3)
-    parser.add_argument("--aligned", type=Path, default=ROOT / "runs" / "quickstart", help="a run folder on the tiny model")
+    parser.add_argument(
+        "--aligned", type=Path, default=ROOT / "runs" / "quickstart", help="a run folder on the tiny model"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     if not (given.aligned / "config.yaml").is_file():
@@ -84,9 +86,7 @@ def main() -> None:
     write_page(ROOT / "docs", [r for r in results if r is not None], given.pictures, given.seeds)
 
 
-def sample(
-    model: str, method: Method, budget: int, seed: int, pictures: int, aligned: Path
-) -> dict[str, Any] | None:
+def sample(model: str, method: Method, budget: int, seed: int, pictures: int, aligned: Path) -> dict[str, Any] | None:
     """One sampling in a process of its own, on one core; None where the budget is too small for the method."""
     name = "-".join([model, method.title.replace(" ", "_").replace(",", ""), str(budget), str(seed)])
     folder = RUNS / name

@@ -55,9 +55,7 @@ class Chart:
     """(label, colour) of each series, where there are two or more; colour 0 is the ink's."""
 
 
-def line_chart(
-    title: str, note: str, series: Sequence[Series], *, log: bool = False, along: str = "round"
-) -> Chart:
+def line_chart(title: str, note: str, series: Sequence[Series], *, log: bool = False, along: str = "round") -> Chart:
     """Lines over rounds, or what else ``along`` says."""
     with _style():
         figure, axes = _axes()
