@@ -21,10 +21,11 @@ def write_page(docs: Path, results: Sequence[Result], pictures: int, seeds: int)
     lines = [
         "# Test-time methods, measured",
         "",
-        f"`python benchmarks/test_time.py {pictures} {seeds}` writes this page: {pictures} held-out captions, the same noise for every method, "
-        f"{seeds} seeds (± is half their range), 10 steps, float32 on one CPU core.",
-        "A budget is denoiser calls a picture; a gradient back through one counts as two more. Black-box methods follow the `shapes` verifier and "
-        "never see the fitted reward; those with a gradient (marked *) follow the fitted Bradley-Terry reward and never see the verifier.",
+        f"`python benchmarks/test_time.py {pictures} {seeds}` writes this page: {pictures} held-out captions, the same noise for "
+        f"every method, {seeds} seeds (± is half their range), 10 steps, float32 on one CPU core.",
+        "A budget is denoiser calls a picture; a gradient back through one counts as two more. Black-box methods follow the "
+        "`shapes` verifier and never see the fitted reward; those with a gradient (marked *) follow the fitted Bradley-Terry "
+        "reward and never see the verifier.",
         "",
     ]
     for model, title in TITLES.items():
