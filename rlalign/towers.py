@@ -10,7 +10,7 @@ import copy
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,41 +97,74 @@ class Towers(torch.nn.Module):
 
     def forward(self, media_BFCHW: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         """(B,) exp(logit_scale) * cos(image, text), a clip's mean over its frames; media in [0, 1]."""
-        cosine_BF = (self.images(media_BFCHW) * self.texts(captions)[:, None]).sum(-1)
-        return self.clip.logit_scale.exp() * cosine_BF.mean(1)
+        return self.clip.logit_scale.exp() * self.cosine(media_BFCHW, captions)
+
+    def cosine(self, media_BFCHW: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+        """(B,) cos(image, text), a clip's mean over its frames; media in [0, 1]."""
+        return (self.images(media_BFCHW) * self.texts(captions)[:, None]).sum(-1).mean(1)
 
 
-def build_towers(architecture: str, *, tokenizer: str = "", pretrained: str = "", seed: int = 0) -> Towers:
+def build_towers(
+    architecture: str, *, tokenizer: str = "", pretrained: str = "", seed: int = 0, place: str = "model"
+) -> Towers:
     """Towers with fresh weights keyed by ``seed``, or with those of a safetensors file.
 
     ``architecture`` is ``tiny``, any name that open_clip knows, or a JSON file with a model_cfg; ``tokenizer`` is a folder
-    with a Hugging Face tokenizer, empty for the architecture's own. Raises UserError naming ``model.*``.
+    with a Hugging Face tokenizer, empty for the architecture's own. Raises UserError naming settings of ``place``.
     """
     import open_clip
 
     if tokenizer and not Path(tokenizer).is_dir():
-        raise UserError(f"model.tokenizer must be a folder with a tokenizer, got {tokenizer!r}")
+        raise UserError(f"{place}.tokenizer must be a folder with a tokenizer, got {tokenizer!r}")
     file = _ASSETS / "tiny_clip.json" if architecture == TINY else Path(architecture)
     if file.suffix == ".json":
-        said = _json(file, f"model.architecture {architecture!r}")
+        said = _json(file, f"{place}.architecture {architecture!r}")
         config, how = said.get("model_cfg", said), said.get("preprocess_cfg", {})
     else:
         found = open_clip.get_model_config(architecture)
         if found is None:
             raise UserError(
-                f"model.architecture: no {architecture!r}; {nearest(architecture, open_clip.list_models())}"
+                f"{place}.architecture: no {architecture!r}; {nearest(architecture, open_clip.list_models())}"
             )
         config, how = found, {}
     own = config.get("text_cfg", {}).get("hf_tokenizer_name") or ""
     if own == ".":  # beside the file; the tiny architecture shares the tiny model's
         own = str(_ASSETS / "tiny" / "tokenizer" if architecture == TINY else file.parent)
-    words = _tokenizer(config, tokenizer or own, "model.tokenizer")
+    words = _tokenizer(config, tokenizer or own, f"{place}.tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        towers = _towers(architecture, config, how, words, f"model.architecture {architecture!r}")
+        towers = _towers(architecture, config, how, words, f"{place}.architecture {architecture!r}")
     if pretrained:
-        _read_weights(towers, Path(pretrained), "model.pretrained")
+        _read_weights(towers, Path(pretrained), f"{place}.pretrained")
     return towers
+
+
+def published_towers(
+    architecture: str, weights: str, place: str, device: str, *, resize_mode: str | None = None
+) -> Towers:
+    """Towers of a published model: an open_clip architecture, and weights from a .safetensors file or a hub id.
+
+    A hub id "organisation/name" means its ``open_clip_model.safetensors``. Raises UserError at ``place``.
+    """
+    towers = build_towers(architecture, place=place)
+    if resize_mode is not None:
+        towers.preprocess = replace(towers.preprocess, resize_mode=resize_mode)
+    _read_weights(towers, hub_file(weights, WEIGHTS, f"{place}.weights"), f"{place}.weights")
+    return towers.to(device).eval().requires_grad_(False)
+
+
+def hub_file(name: str, file: str, place: str) -> Path:
+    """A local path as it is, or ``file`` of the hub repository "organisation/name"; a failing download is a UserError."""
+    if Path(name).exists() or name.endswith(".safetensors") or name.count("/") != 1 or name.startswith((".", "/")):
+        return Path(name)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{place}: cannot get {file} of {name!r} from the hub ({_first(error)}); name a local .safetensors file"
+        ) from error
 
 
 def load_towers(path: str | Path, place: str, device: str = "cpu") -> Towers:

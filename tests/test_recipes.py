@@ -19,7 +19,9 @@ REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
     ("policies", "stable_diffusion"): {"path": "models/some-pipeline"},
     ("prompts", "file"): {"path": "prompts.txt"},
     ("prompts", "list"): {"prompts": ["a red circle", "a blue square"]},
+    ("rewards", "aesthetic"): {"head": "head.safetensors"},
     ("rewards", "function"): {"call": "math:fsum"},
+    ("rewards", "hpsv2"): {"weights": "hpsv2.safetensors"},
 }
 """The settings that cannot have a default, each with a value to build the recipe with."""
 

@@ -1,0 +1,72 @@
+"""How much people like a picture, whatever it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from rlalign.registry import UserError
+from rlalign.rewards.base import Reward, Scorer
+from rlalign.towers import hub_file, published_towers
+
+_LAYERS = (0, 2, 4, 6, 7)
+"""Places of the linear layers in the published module; between them dropout, and no activations: the head is affine."""
+
+
+class Aesthetic(Reward):
+    """LAION's aesthetic predictor: an affine head on the unit vector of a picture in CLIP ViT-L/14, about 1 to 10.
+
+    Typical pictures of Stable Diffusion 1.5 score 5 to 6. The published head is a pickle, which rlalign does not read: save its
+    tensors with safetensors once, under their own names (``layers.0.weight`` and so on). Gradients reach the picture.
+
+    Source: Schuhmann 2022, github.com/christophschuhmann/improved-aesthetic-predictor; as a reward: Black 2023,
+    arXiv:2305.13301, section 5.
+    """
+
+    differentiable: ClassVar[bool] = True
+
+    head: str = Field(description="the head's tensors, a .safetensors file")
+    architecture: str = Field(default="ViT-L-14-quickgelu", description="any name that open_clip knows, or a JSON file")
+    weights: str = Field(
+        default="timm/vit_large_patch14_clip_224.openai",
+        description="a .safetensors file, or a hub id with open_clip_model.safetensors",
+    )
+
+    def load(self, device: str) -> Scorer:
+        """The scorer, its weights frozen. A missing or foreign file is a UserError."""
+        place = f"rewards.{self.title}"
+        towers = published_towers(self.architecture, self.weights, place, device)
+        weight_D, bias = read_head(self.head, f"{place}.head")
+        weight_D, bias = weight_D.to(device), bias.to(device)
+
+        def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+            unit_BFD = towers.images(media_BFCHW)
+            if unit_BFD.shape[-1] != len(weight_D):
+                raise UserError(
+                    f"{place}.head is for vectors of {len(weight_D)} numbers, and {self.architecture} gives {unit_BFD.shape[-1]}"
+                )
+            return (unit_BFD @ weight_D + bias).mean(1)
+
+        return scorer
+
+
+def read_head(name: str, place: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The head's layers as the one affine map that they are: weight (D,) and bias, float32 through float64."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = hub_file(name, "model.safetensors", place)
+    try:
+        found = load_file(file)
+        layers = [(found[f"layers.{n}.weight"].double(), found[f"layers.{n}.bias"].double()) for n in _LAYERS]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"{place} must be a .safetensors file with layers.N.weight and layers.N.bias, N in {_LAYERS}, got {name!r}: {error}"
+        ) from error
+    weight, bias = layers[0]
+    for w, b in layers[1:]:
+        weight, bias = w @ weight, w @ bias + b
+    return weight[0].float(), bias[0].float()
