@@ -60,8 +60,10 @@ class PickScore(Reward):
 
         place = f"rewards.{self.title}"
         try:
-            local = {"local_files_only": Path(self.path).is_dir()}
-            model: Any = CLIPModel.from_pretrained(self.path, use_safetensors=True, dtype=torch.float32, **local)
+            here = Path(self.path).is_dir()
+            model: Any = CLIPModel.from_pretrained(
+                self.path, use_safetensors=True, dtype=torch.float32, local_files_only=here
+            )
             words = AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=Path(self.tokenizer).is_dir())
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_hpsv2_pads_the_shorter_side_and_clip_cuts_the_longer(weights: Path) -> 
 
 def _head(folder: Path, widths: tuple[int, ...]) -> Path:
     torch.manual_seed(0)
-    sizes = zip(widths, widths[1:], strict=False)
+    sizes = itertools.pairwise(widths)
     tensors = {}
     for place, (wide, narrow) in zip((0, 2, 4, 6, 7), sizes, strict=True):
         layer = torch.nn.Linear(wide, narrow)
@@ -97,7 +98,7 @@ def test_the_aesthetic_head_is_affine_on_a_unit_vector(tmp_path: Path, media: to
     from safetensors.torch import load_file
 
     tensors = load_file(head)
-    module = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+    module = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
     for layer, place in zip(module, (0, 2, 4, 6, 7), strict=True):
         layer.load_state_dict({"weight": tensors[f"layers.{place}.weight"], "bias": tensors[f"layers.{place}.bias"]})
     u, v = torch.randn(2, width)
