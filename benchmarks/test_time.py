@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
+import multiprocessing
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,18 +80,27 @@ def main() -> None:
         for budget in ((0,) if method.fixed else BUDGETS)
         if model != "aligned" or not method.gradient
     ]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        results = list(pool.map(lambda job: sample(*job, given.pictures, given.aligned), jobs))
+    # spawned, so that each has threads of its own; imports are paid once for all of a process's samplings
+    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(sample, *job, given.pictures, given.aligned) for job in jobs]
+        results = [one.result() for one in waiting]
     write_page(ROOT / "docs", [r for r in results if r is not None], given.pictures, given.seeds)
 
 
 def sample(model: str, method: Method, budget: int, seed: int, pictures: int, aligned: Path) -> dict[str, Any] | None:
-    """One sampling in a process of its own, on one core; None where the budget is too small for the method."""
+    """One sampling on one core; None where the budget is too small for the method."""
+    import torch
+
+    from rlalign.registry import UserError
+    from rlalign.sample import sample_local
+    from rlalign.sample.settings import parse_sample
+
+    torch.set_num_threads(1)
     name = "-".join([model, method.title.replace(" ", "_").replace(",", ""), str(budget), str(seed)])
     folder = RUNS / name
     if not (folder / "sample.json").is_file():
         plans = QUIET if method.quiet else NOISY
-        settings = {
+        settings: dict[str, Any] = {
             "name": name,
             "seed": seed,
             "policy": str(aligned) if model == "aligned" else {"name": model},
@@ -107,37 +115,23 @@ def sample(model: str, method: Method, budget: int, seed: int, pictures: int, al
         }
         if budget:
             settings["budget"] = {"denoiser_calls": budget}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        config = folder.with_suffix(".yaml")
-        config.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-        done = subprocess.run(
-            [sys.executable, "-m", "rlalign", "sample", str(config), "--local", "--out", str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        config.unlink()
-        if done.returncode == 2 and "budget.denoiser_calls must be >=" in done.stderr:
-            return None
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+        try:
+            sample_local(parse_sample(settings), folder, lambda record: None)
+        except UserError as error:
+            if "budget.denoiser_calls must be >=" in str(error):
+                return None
+            raise
         print(name, flush=True)
     found = json.loads((folder / "sample.json").read_text())["methods"][0]
-    kind = "followed" if method.gradient else "held out"
-    shapes = found.get("reward/shapes/mean", found.get("held_out/shapes/mean"))
-    fitted = found.get("reward/fitted/mean", found.get("held_out/fitted/mean"))
     return {
         "model": model,
         "method": method.title,
         "budget": budget,
         "seed": seed,
         "gradient": method.gradient,
-        "fitted_is": kind,
-        "shapes": shapes,
-        "fitted": fitted,
+        "shapes": found.get("reward/shapes/mean", found.get("held_out/shapes/mean")),
+        "fitted": found.get("reward/fitted/mean", found.get("held_out/fitted/mean")),
         "diversity": found["diversity/pixel_rms"],
-        "width": found["sampler"],
         **{key: value / pictures for key, value in found["cost"].items()},
     }
 

@@ -17,7 +17,7 @@ from rlalign.registry import UserError
 from rlalign.runtime import sample_on_ray
 from rlalign.sample import sample_local
 from rlalign.sample.settings import parse_sample
-from rlalign.samplers.fk_steering import FkSteering
+from rlalign.samplers.twisted_smc import TwistedSmc
 
 pytestmark = pytest.mark.ray
 
@@ -35,30 +35,21 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class KillsARolloutWorker(FkSteering):
-    """FK steering that kills a worker of its own pool, once, in the middle. Source: none, a test's own."""
+class KillsWorkers(TwistedSmc):
+    """Twisted SMC that kills a rollout worker and a reward worker of its own pools, once each. Source: none, a test's own."""
 
     marker: str = ""
 
-    def _weighs(self, k: int, steps: int) -> bool:
+    def _tempered(self, k: int) -> float:
         import ray
 
-        if k == 2 and ray.is_initialized() and not Path(self.marker).exists():
-            Path(self.marker).touch()
-            name = min(n for n in ray.util.list_named_actors() if "/rollout" in n)
+        role = {1: "rollout", 2: "reward"}.get(k)
+        place = Path(f"{self.marker}-{role}")
+        if role and ray.is_initialized() and not place.exists():
+            place.touch()
+            name = min(n for n in ray.util.list_named_actors() if f"/{role}" in n)
             os.kill(ray.get(ray.get_actor(name).process_id.remote(), timeout=60), signal.SIGKILL)
-        return super()._weighs(k, steps)
-
-
-def brightness_or_death(media_BFCHW: torch.Tensor, prompts: list[str], marker: str) -> torch.Tensor:
-    """The mean of a picture; the second question kills the process that is asked."""
-    place = Path(marker)
-    asked = place.with_name(f"{place.name}.asked")
-    if asked.exists() and not place.exists():
-        place.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    asked.touch()
-    return media_BFCHW.flatten(1).mean(1)
+        return super()._tempered(k)
 
 
 def bad_input(media_BFCHW: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -87,30 +78,25 @@ def assert_same(first: Path, second: Path) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_rollout_and_a_reward_worker_that_die_change_nothing(tmp_path: Path) -> None:
-    sampler = {**SETTINGS["sampler"], "name": "tests.runtime.test_sample:KillsARolloutWorker"}
-    sampler["marker"] = str(tmp_path / "killed")
-    died = tmp_path / "died"
-    call = {"call": "tests.runtime.test_sample:brightness_or_death", "arguments": {"marker": str(died)}}
-    settings = {"sampler": sampler, "rewards": [{"name": "function", **call}]}
-    on_ray(tmp_path / "ray", **settings)
-    assert (tmp_path / "killed").exists()
-    assert died.exists()
-    in_process(tmp_path / "local", **settings)
-    assert_same(tmp_path / "ray", tmp_path / "local")
-
-
-def test_the_gradient_of_a_reward_in_another_process_is_the_one_of_this_process(tmp_path: Path) -> None:
-    """A sampler that lives off gradients comes to the same bits when the pictures' gradient comes from the reward pool."""
+def test_workers_that_die_and_rewards_in_other_processes_change_nothing(tmp_path: Path) -> None:
+    """A method that lives off gradients: the reward pool differentiates the pictures, and one worker of each pool is killed."""
     settings = {
         "rewards": [{"name": "bradley_terry", "label": "fitted"}],
-        "sampler": {"name": "twisted_smc", "particles": 2, "strength": 1.0},
+        "sampler": {
+            "name": "tests.runtime.test_sample:KillsWorkers",
+            "particles": 2,
+            "strength": 1.0,
+            "marker": str(tmp_path / "killed"),
+        },
     }
     on_ray(tmp_path / "ray", **settings)
+    assert (tmp_path / "killed-rollout").exists()
+    assert (tmp_path / "killed-reward").exists()
     in_process(tmp_path / "local", **settings)
     assert_same(tmp_path / "ray", tmp_path / "local")
 
 
+@pytest.mark.slow
 def test_a_users_mistake_in_a_reward_worker_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this reward wants other pictures; give it some"):
         on_ray(tmp_path / "ray", rewards=[{"name": "function", "call": "tests.runtime.test_sample:bad_input"}])

@@ -48,39 +48,45 @@ def test_the_chain_is_the_one_of_the_oracles() -> None:
 
 @pytest.mark.parametrize(
     ("potential", "threshold"),
-    [("difference", 0.5), ("difference", 1.0), ("max", 0.5), ("max", 1.0), ("sum", 0.5)],
+    [
+        ("difference", 0.5),
+        ("max", 0.5),
+        ("sum", 0.5),
+        pytest.param("difference", 1.0, marks=pytest.mark.slow),
+        pytest.param("max", 1.0, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_fk_steering_targets_the_tilted_law_for_every_potential(potential: str, threshold: float) -> None:
-    """Seed 0, 3,000 particles. Dropping weights between resamplings gives a mean of 0 to 0.39, the running maximum or the
-    running sum in place of r(x_0) at the end 0.19 and 0.59: all further off than the margin of 0.06 (four standard errors of a
-    mean of 3,000 with a standard deviation of 0.68, for an effective size of 2,000). "max" and "sum" weigh at two steps, as
+    """Seed 0, 5,000 particles. Dropping weights between resamplings gives a mean of 0 to 0.39, the running maximum or the
+    running sum in place of r(x_0) at the end 0.19 and 0.59: all further off than the margin of 0.05 (four standard errors of a
+    mean with a standard deviation of 0.68 and an effective size of 3,300). "max" and "sum" weigh at two steps, as
     published: at each of 50 they would have to take back a factor of exp(50 r) at the end."""
     often = {"every": 1, "start": 0.0} if potential == "difference" else {"every": 15, "start": 0.4}
-    method = FkSteering(particles=3000, strength=1.0, potential=potential, threshold=threshold, **often)
+    method = FkSteering(particles=5000, strength=1.0, potential=potential, threshold=threshold, **often)
     swarm = method.run(engine_of(GaussianPolicy(linear_path()), quadratic(*MILD)), unit_of(1, PLAN))
     mean, variance, log_z = tilted(VARIANCE, *MILD)
     found = weighted(swarm)
-    assert found[0] == pytest.approx(mean, abs=0.06)
-    assert found[1] == pytest.approx(variance, abs=0.06)
-    assert float(swarm.log_evidence_B[0]) == pytest.approx(log_z, abs=0.06)
+    assert found[0] == pytest.approx(mean, abs=0.05)
+    assert found[1] == pytest.approx(variance, abs=0.05)
+    assert float(swarm.log_evidence_B[0]) == pytest.approx(log_z, abs=0.05)
 
 
 def test_the_evidence_is_unbiased_for_four_particles() -> None:
-    """Seed 0, 500 independent groups; the standard error of the ratio is about 0.02, the margin four of them."""
+    """Seed 0, 400 independent groups; the standard error of the ratio is about 0.02, the margin four of them."""
     method = FkSteering(particles=4, strength=1.0, start=0.0)
-    swarm = method.run(engine_of(GaussianPolicy(linear_path()), quadratic(*MILD)), unit_of(500, PLAN))
+    swarm = method.run(engine_of(GaussianPolicy(linear_path()), quadratic(*MILD)), unit_of(400, PLAN))
     ratio = np.exp(swarm.log_evidence_B - tilted(VARIANCE, *MILD)[2])
-    assert ratio.mean() == pytest.approx(1.0, abs=4 * ratio.std() / np.sqrt(500))
-    assert ratio.std() / np.sqrt(500) < 0.03
+    assert ratio.mean() == pytest.approx(1.0, abs=4 * ratio.std() / np.sqrt(400))
+    assert ratio.std() / np.sqrt(400) < 0.03
 
 
 def test_twisted_smc_is_exact_and_moves_gradients_with_their_particles() -> None:
-    """Seed 0. Mild: margin 0.06, four standard errors. Hard: the twisted weights are heavy-tailed, so only what the known
+    """Seed 0. Mild: margin 0.05, four standard errors. Hard: the twisted weights are heavy-tailed, so only what the known
     mistake does is excluded: gradients and twists left behind at resampling give a mean of 1.99 and an evidence 1,150 times too
     large."""
-    for target, margin, margin_z in ((MILD, 0.06, 0.06), (HARD, 0.2, 1.0)):
-        method = TwistedSmc(particles=3000, strength=1.0)
+    for target, particles, margin, margin_z in ((MILD, 5000, 0.05, 0.05), (HARD, 1500, 0.2, 1.0)):
+        method = TwistedSmc(particles=particles, strength=1.0)
         swarm = method.run(engine_of(GaussianPolicy(linear_path()), quadratic(*target)), unit_of(1, PLAN))
         mean, variance, log_z = tilted(VARIANCE, *target)
         found = weighted(swarm)
@@ -148,7 +154,14 @@ def _to_the_end(k: int) -> tuple[float, float]:
     return factor, variance
 
 
-@pytest.mark.parametrize(("candidates", "mean"), [(1, 0.005), (2, 0.266), (4, 0.369)])
+@pytest.mark.parametrize(
+    ("candidates", "mean"),
+    [
+        pytest.param(1, 0.005, marks=pytest.mark.slow),
+        pytest.param(2, 0.266, marks=pytest.mark.slow),
+        (4, 0.369),
+    ],
+)
 def test_svdd_with_the_exact_value_comes_to_the_known_means(candidates: int, mean: float) -> None:
     """Seed 0, 1,000 pictures: four standard errors are 0.12 at one candidate, 0.09 above it."""
     method = _SoftValue(candidates=candidates, alpha=1.0)
@@ -164,15 +177,15 @@ def test_greedy_svdd_collapses() -> None:
 
 
 def test_lidar_comes_to_the_known_moments_with_fifty_look_aheads_and_falls_short_with_three() -> None:
-    """Seed 0, 600 pictures; margins of 0.12 and 0.15 are about four standard errors and the grid's own bias. Three
+    """Seed 0, 400 pictures; margins of 0.14 and 0.17 are about four standard errors and the grid's own bias. Three
     look-aheads cannot tell more than their own weighted mean, 0.39."""
     plan, means = PLAN.model_copy(update={"steps": 100}), {}
     for look_aheads in (3, 50):
         method = Lidar(look_aheads=look_aheads, look_ahead_steps=50, strength=1.0)
-        found = method.sample(engine_of(GaussianPolicy(linear_path()), quadratic(*MILD)), unit_of(600, plan))
+        found = method.sample(engine_of(GaussianPolicy(linear_path()), quadratic(*MILD)), unit_of(400, plan))
         means[look_aheads] = float(found.latents.mean())
-    assert means[50] == pytest.approx(0.48, abs=0.12)
-    assert float(found.latents.var()) == pytest.approx(0.51, abs=0.15)
+    assert means[50] == pytest.approx(0.48, abs=0.14)
+    assert float(found.latents.var()) == pytest.approx(0.51, abs=0.17)
     assert 0.15 < means[3] < 0.43
 
 
