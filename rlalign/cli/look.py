@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -60,21 +60,25 @@ def _table(plugins: Sequence[Description]) -> Table:
 
 
 def check(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file.", show_default=False)],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file, or a sample file.", show_default=False)],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override it.")
     ] = None,
 ) -> None:
-    """Validate a run file; start nothing.
+    """Validate a run file or a sample file; start nothing.
 
     Prints what follows from it. Loads the policy, the rewards and the prompts once, so that what they lack shows here and
     not in the run.
     """
     from rlalign.assemble import check_plan, differentiable_scorer
-    from rlalign.config import derived, load_run
+    from rlalign.config import derived, load_mapping, parse_run
     from rlalign.runtime.cluster import needed_cpus, needed_gpus
 
-    run = load_run(config, overrides or [])
+    data = load_mapping(config, overrides or [])
+    if "sampler" in data:
+        _say(sample_facts(data))
+        return
+    run = parse_run(data)
     run.prompts.units(run.seed, 1, run.plan)
     run.prompts.held_out(run.evaluate.prompts)
     for reward in run.rewards_for("evaluate"):
@@ -98,10 +102,43 @@ def check(
         "Ray reserves": f"{needed_cpus(run):g} CPUs, {needed_gpus(run):g} GPUs",
         "run folder": str(Path("runs") / run.name),
     }
+    _say(rows)
+
+
+def _say(rows: Mapping[str, str]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
     print("ok")
+
+
+def sample_facts(data: Mapping[str, Any]) -> dict[str, str]:
+    """What a sample file comes to. Loads the policy and the rewards once, so that what they lack shows here."""
+    from rlalign.runtime.cluster import needed_cpus, needed_gpus
+    from rlalign.sample import check as check_sample
+    from rlalign.sample import parse_sample, ready_policy
+
+    sample = parse_sample(data)
+    for reward in sample.rewards_for("evaluate"):
+        reward.load("cpu")
+    check_sample(sample, ready_policy(sample.model, "cpu", sample.interpolation).path)
+    method, runtime, plan = sample.method, sample.runtime, sample.plan
+    settings = ", ".join(f"{n} {v}" for n, v in method.model_dump(exclude={"name"}, exclude_defaults=True).items())
+    reserved = f"{needed_cpus(sample):g} CPUs, {needed_gpus(sample):g} GPUs"
+    return {
+        "sample": f"{sample.name}: {sample.model.title} with {method.name} on "
+        + ", ".join(f"{reward.weight:g} x {reward.title}" for reward in sample.rewards),
+        "method": settings or "as it is by default",
+        "plan": f"{plan.steps} steps, {plan.rule}, eta {plan.eta:g}, guidance {plan.guidance:g}",
+        "denoiser calls a picture": f"about {method.calls(plan):,}, {method.backward(plan):,} of them with a gradient",
+        "in all": f"{sample.pictures:,} pictures, about {sample.pictures * method.calls(plan):,} denoiser calls"
+        + (", and as much again for best-of-N" if sample.compare else ""),
+        "pieces": f"of {sample.rows} rows",
+        "workers": f"{runtime.rollout_workers} rollout, {runtime.reward_workers * len(sample.rewards_for('evaluate'))} reward; "
+        f"policies and rewards on {runtime.device}",
+        "Ray reserves": reserved,
+        "folder": str(Path("runs") / sample.name),
+    }
 
 
 def memory(run: Run, policy: Policy) -> dict[str, str]:

@@ -11,14 +11,16 @@ May import everything below ``loop``; no Ray.
 from __future__ import annotations
 
 from rlalign.sample.engine import LiveRewards, LocalEngine, perform, ready_policy
-from rlalign.sample.settings import Sample, load_sample
-from rlalign.sample.stage import run_sample, sample_local
+from rlalign.sample.settings import Sample, load_sample, parse_sample
+from rlalign.sample.stage import check, run_sample, sample_local
 
 __all__ = [
     "LiveRewards",
     "LocalEngine",
     "Sample",
+    "check",
     "load_sample",
+    "parse_sample",
     "perform",
     "ready_policy",
     "run_sample",

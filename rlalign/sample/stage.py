@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlalign.diffusion.paths import RectifiedFlow
+from rlalign.diffusion.paths import NoisePath, RectifiedFlow
 from rlalign.diffusion.rollout import schedule_of
 from rlalign.policies.base import Policy
 from rlalign.records import Unit
@@ -48,7 +48,7 @@ def develop(engine: Engine, unit: Unit, x: torch.Tensor) -> tuple[np.ndarray, Sc
 
 def run_sample(sample: Sample, folder: Path, engine: Engine, on_record: OnRecord) -> dict[str, Any]:
     """The method, and its baselines where they are asked for; writes the folder and returns what sample.json holds."""
-    check(sample, engine)
+    check(sample, engine.path)
     prepare(sample, folder)
     outcomes: list[Outcome] = []
     try:
@@ -93,14 +93,14 @@ def minus(after: Cost, before: Cost) -> Cost:
     return Cost(**{name: getattr(after, name) - getattr(before, name) for name in vars(after)})
 
 
-def check(sample: Sample, engine: Engine) -> None:
-    """Refuses a plan that the policy, or the method, cannot follow."""
-    plan, flow = sample.plan, isinstance(engine.path, RectifiedFlow)
+def check(sample: Sample, path: NoisePath) -> None:
+    """Refuses a plan that the policy of this path, or the method, cannot follow."""
+    plan, flow = sample.plan, isinstance(path, RectifiedFlow)
     if plan.rule.startswith("flow_") and not flow:
         raise UserError(
             f"plan.rule {plan.rule!r} needs a flow model, and {sample.model.title!r} is not one; use ddim or ddpm"
         )
-    stochastic_K = schedule_of(engine.path, sample.unit).stochastic_K
+    stochastic_K = schedule_of(path, sample.unit).stochastic_K
     if sample.sampler.needs_noise and not bool(stochastic_K.any()) and not getattr(sample.sampler, "beta", 0.0):
         raise UserError(
             f"plan.eta must be > 0 for {sample.sampler.name}, got {plan.eta}: without noise it has nothing to choose"

@@ -14,9 +14,10 @@ from rlalign.work import Engine, advance_rows, expand, part, score_rows
 
 
 class BestOfN(Sampler):
-    """The best of N samples by reward; with ``prune``, of 2N begun, N kept at a quarter and N / 2 at half of the steps.
+    """The best of N samples by reward, with or without dropping the worst on the way.
 
-    Pruning ranks by the reward of the clean sample seen in the step before, and takes as many denoiser calls as N samples.
+    ``prune`` begins 2N, keeps N at a quarter and N / 2 at half of the steps. Pruning ranks by the reward of the clean
+    sample seen in the step before, and takes as many denoiser calls as N samples.
 
     Source: Stiennon 2020, arXiv:2009.01325 (best of N); progressive seed pruning: arXiv:2607.21591.
     """

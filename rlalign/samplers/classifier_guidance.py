@@ -19,8 +19,10 @@ from rlalign.work import Engine, Rewards, Seen, Work, reward_gradient, see
 
 
 class ClassifierGuidance(Sampler):
-    """g = scale * gradient of log p(caption | x_t) at the noisy latent moves the mean by variance * g ("mean", steps with
-    noise), or the noise seen by -sigma * g ("score", any step).
+    """Every step leans towards what a noise-aware classifier, or a reward, says of the caption.
+
+    g = scale * gradient of log p(caption | x_t) at the noisy latent moves the mean by variance * g ("mean", steps with noise),
+    or the noise seen by -sigma * g ("score", any step).
 
     ``of: reward`` takes the reward of the clean sample seen, through the denoiser, in place of a noise-aware classifier: the
     one-step form of clip-guided sampling, biased because the reward of a mean is not the mean reward.

@@ -20,8 +20,9 @@ FLOOR = 4.0 * math.log(2.0)
 
 
 class Dno(Sampler):
-    """Adam ascent on x_T and the noise of every step, through the whole chain by checkpointing; the best update is kept.
+    """All noises of the chain are optimised for the reward, and held where Gaussian noise lives.
 
+    Adam ascent on x_T and the noise of every step, through the whole chain by checkpointing; the best update is kept.
     The regulariser is minus the log of a bound on the probability that blocks of standard normal noise have a mean and a
     covariance so far from 0 and 1, as they are and under random permutations.
 

@@ -20,10 +20,12 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 
 class Doodl(Sampler):
-    """Momentum ascent on x_T through the whole chain: gradient clipped element by element, x_T brought back to its norm.
+    """The starting noise is optimised end to end for what the finished picture scores.
 
+    Momentum ascent on x_T through the whole chain: gradient clipped element by element, x_T brought back to its norm.
     ``by: inversion`` runs EDICT's coupled pair and recovers every step's input by inverting it, so memory does not grow with
-    the steps; ``by: checkpointing`` takes the plan's own chain without noise (also of a flow model) and keeps one latent a step.
+    the steps; ``by: checkpointing`` takes the plan's own chain without noise (also of a flow model) and keeps one latent
+    a step.
     Crops are looked at in place of the picture, enlarged to its size, where ``crops`` is above 0. Of all updates the picture
     with the best reward is kept.
 

@@ -22,8 +22,10 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 
 class Edict(Sampler):
-    """Two coupled chains that run backwards exactly; from noise, or from ``source`` pictures noised by inverting ``strength`` of
-    the steps under ``source_prompt`` and denoised under each prompt. The picture is the first of the pair.
+    """Two coupled chains that run backwards exactly: to edit pictures by inverting them.
+
+    From noise, or from ``source`` pictures noised by inverting ``strength`` of the steps under ``source_prompt`` and denoised
+    under each prompt. The picture is the first of the pair.
 
     Source: Wallace 2022, arXiv:2211.12446.
     """
@@ -49,7 +51,7 @@ class Edict(Sampler):
     def _described(self) -> Edict:
         if len(self.source) != len(self.source_prompt):
             raise UserError(
-                f"source_prompt must say what each of the {len(self.source)} source pictures shows, got {len(self.source_prompt)}"
+    f"source_prompt must say what each of the {len(self.source)} source pictures shows, got {len(self.source_prompt)}"
             )
         return self
 

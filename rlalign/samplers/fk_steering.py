@@ -15,7 +15,7 @@ from rlalign.work import Engine, Swarm, expand, look_rows, score_rows
 
 
 class FkSteering(Sampler):
-    """N particles follow the plain sampler; at scheduled steps potentials of the reward of what is seen weigh them.
+    """N particles follow the plain sampler, weighed and resampled by the reward of what is seen.
 
     Potentials: exp(strength * (r - r before)) ("difference"), exp(strength * largest r so far) ("max"), exp(strength * sum of
     r) ("sum"). Whatever was spent on the way, the last potential makes the product exp(strength * r(x_0)), so the weighted

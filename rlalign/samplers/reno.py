@@ -16,8 +16,9 @@ from rlalign.work.chains import ChainGradient, Pulled
 
 
 class Reno(Sampler):
-    """Nesterov ascent on x_T for the reward minus ``regularise`` * (|x|^2 / 2 - (d - 1) log |x|); the best update is kept.
+    """The starting noise of a few-step model is optimised for the reward, and kept at the norm that noise has.
 
+    Nesterov ascent on x_T for the reward minus ``regularise`` * (|x|^2 / 2 - (d - 1) log |x|); the best update is kept.
     Made for one-step models; any chain without noise does, with its steps' worth of calls.
 
     Source: Eyring 2024, arXiv:2406.04312, section 3.

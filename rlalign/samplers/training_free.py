@@ -22,9 +22,10 @@ Course = Literal["increase", "decrease", "constant"]
 
 
 class TrainingFree(Sampler):
-    """x_next = step(x) + (alpha_next / alpha) D + alpha_next D0, with D = rho * gradient of log mean exp of the reward around the
-    clean sample, taken through the denoiser, and D0 of ``iterations`` moves of size mu of the clean sample itself.
+    """Each step follows the gradient of the reward of the clean sample seen: DPS, LGD, MPGD, FreeDoM, universal guidance.
 
+    x_next = step(x) + (alpha_next / alpha) D + alpha_next D0, with D = rho * gradient of log mean exp of the reward around the
+    clean sample, taken through the denoiser, and D0 of ``iterations`` moves of size mu of the clean sample itself.
     rho alone is DPS, with ``draws`` LGD; mu alone is MPGD (no gradient through the denoiser); rho and ``recurrence`` FreeDoM;
     all three universal guidance. ``recurrence`` noises the next latent back and does the step again.
 

@@ -19,9 +19,10 @@ from rlalign.work import Engine, Rewards, Swarm, Work, expand, reward_gradient, 
 
 
 class TwistedSmc(Sampler):
-    """N particles, moved by std^2 * tempering * strength * grad r and weighed by the twist exp(tempering * strength * r).
+    """N particles follow the reward's gradient and are weighed exactly for it.
 
-    r is the reward of the clean sample seen in a latent, differentiated through decoder and denoiser; weights take the ratio
+    They are moved by std^2 * tempering * strength * grad r and weighed by the twist exp(tempering * strength * r). r is
+    the reward of the clean sample seen in a latent, differentiated through decoder and denoiser; weights take the ratio
     of kernel and proposal, so the weighted particles target p(x_0) exp(strength * r(x_0)). ``growth`` g tempers by
     min((1 + g)^i - 1, 1) at step i (DAS); 0 is no tempering (TDS).
 

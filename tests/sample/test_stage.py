@@ -200,3 +200,16 @@ def test_memory_of_doodl_by_inversion_does_not_grow_with_the_steps() -> None:
         return highest[0]
 
     assert most(10) == most(50) == most(200)
+
+
+def test_check_says_what_a_sample_file_comes_to(tmp_path: Path, capsys: Any) -> None:
+    import yaml
+
+    config = tmp_path / "some.yaml"
+    config.write_text(yaml.safe_dump({**SETTINGS, "sampler": {"name": "svdd", "candidates": 3}}))
+    assert main(["check", str(config)]) == 0
+    said = capsys.readouterr().out
+    assert "about 10, 0 of them with a gradient" in said  # one look, and three at each of three more steps
+    assert said.endswith("ok\n")
+    assert main(["check", str(config), "plan.eta=0.0"]) == 2
+    assert "plan.eta must be > 0 for svdd, got 0.0" in capsys.readouterr().err
