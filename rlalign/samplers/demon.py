@@ -21,12 +21,11 @@ from rlalign.work import Engine, Seen, expand, look_rows, score_rows
 class Demon(Sampler):
     """Each step's noise is put together from K candidates, weighted by the reward that they lead to.
 
-    Noises z_k lead to rewards R_k; the step is taken with sum w_k z_k, brought back to the norm sqrt(dimensions). w =
-    tanh((R - mean) / tau), softmax(R / tau), or R - mean. tau is the standard deviation of the R_k at every step; a
-    number
-    fixes it, and "first" freezes it at the first step's, as the published code does. Equal rewards keep the plain noise.
-    ``beta`` 0 takes the plan's own steps; above 0 it is the paper's SDE with Heun steps, on any path (sigma / alpha is its
-    noise level).
+    Noises z_k lead to rewards R_k; the step is taken with sum w_k z_k, brought back to the norm sqrt(dimensions).
+    w = tanh((R - mean) / tau), softmax(R / tau), or R - mean. tau is the standard deviation of the R_k at every step; a
+    number fixes it, and "first" freezes it at the first step's, as the published code does. Equal rewards keep the plain
+    noise. ``beta`` 0 takes the plan's own steps; above 0 it is the paper's SDE with Heun steps, on any path (sigma / alpha
+    is its noise level).
 
     Source: Yeh 2024, arXiv:2410.05760 (Tanh and Boltzmann Demon, algorithm 1; the SDE: equation 3).
     """

@@ -20,8 +20,8 @@ from rlalign.work import Engine, advance_rows, expand, look_rows, score_rows
 class Lidar(Sampler):
     """A few cheap samples are scored once and pull the chain towards the good ones, without any gradient.
 
-    M look-ahead samples of few steps, X_i with rewards r_i, give the guide in closed form at every step: guide = alpha /
-    sigma^2 * sum (w^r_i - w_i) X_i with w = softmax(-|x - alpha X|^2 / (2 sigma^2)) and w^r the same with
+    M look-ahead samples of few steps, X_i with rewards r_i, give the guide in closed form at every step:
+    guide = alpha / sigma^2 * sum (w^r_i - w_i) X_i with w = softmax(-|x - alpha X|^2 / (2 sigma^2)), and w^r the same with
     strength * r_i added: the gradient of log E[exp(strength * r) | x] if the look-aheads were all there is. The noise seen
     becomes noise - scale * sigma * guide.
 

@@ -20,8 +20,8 @@ class Svdd(Sampler):
     """Of M next latents drawn at each step one is kept, by the reward of what it promises.
 
     It is kept with probability softmax(value / alpha), the best at alpha 0. The value of a latent is the reward of the
-    clean sample that the policy sees in it; no gradient, no interaction between
-    pictures. Equal values keep the first candidate, which has the plain sampler's noise.
+    clean sample that the policy sees in it; no gradient, no interaction between pictures. Equal values keep the first
+    candidate, which has the plain sampler's noise.
 
     Source: Li 2024, arXiv:2408.08252 (SVDD-PM).
     """
