@@ -15,6 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
+GAINS, SHOWN_GAIN = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35), 0.27
+"""kB saved a picture at which over-optimisation is compared, and at which pictures are shown."""
+
 GAIN = 0.20
 """The gain in the verifier's score whose cost in reward queries is compared."""
 
@@ -134,13 +137,17 @@ def over_optimisation(folders: Sequence[Path], images: Path) -> str:
         first = lines[0]["reward/jpeg/mean"]
         tracks[folder.name] = [(e["round"], e["reward/jpeg/mean"] - first, e["held_out/shapes/mean"]) for e in lines]
     (_, ddpo), (_, dpok) = tracks.items()
-    last_round, gain, kept = max(dpok, key=lambda t: t[1])
-    without = at_gain(ddpo, gain)
-    nearest = min(ddpo, key=lambda t: abs(t[1] - gain))
+    gain = SHOWN_GAIN
+    chosen = [min(track, key=lambda t: abs(t[1] - gain)) for track in (ddpo, dpok)]
     figure, panel = plt.subplots(figsize=(5.6, 3.8))
     for (name, track), colour in zip(tracks.items(), ("C3", "C0"), strict=True):
         panel.plot(
-            [t[1] for t in track], [t[2] for t in track], "o-", color=colour, ms=3.5, label=name.split("_")[1].upper()
+            [t[1] for t in track],
+            [t[2] for t in track],
+            "o-",
+            color=colour,
+            ms=3.5,
+            label=name.split("_")[1].split("-")[0].upper(),
         )
     panel.axvline(gain, color="0.7", lw=1, ls="--")
     panel.set_xlabel("reward gained: kB saved per picture")
@@ -151,15 +158,18 @@ def over_optimisation(folders: Sequence[Path], images: Path) -> str:
     figure.tight_layout()
     figure.savefig(images / "canon-over-optimisation.png", dpi=130)
     plt.close(figure)
-    sheets = [folders[0] / "samples" / "round-00000.png", folders[0] / "samples" / f"round-{nearest[0]:05d}.png"]
-    sheets.append(folders[1] / "samples" / f"round-{last_round:05d}.png")
+    sheets = [folders[0] / "samples" / "round-00000.png"]
+    sheets += [folder / "samples" / f"round-{one[0]:05d}.png" for folder, one in zip(folders, chosen, strict=True)]
     stacked(sheets, images / "canon-samples.png")
+    rows = ["| kB gained | DDPO: held-out score left | DPOK: left | ratio |", "|---|---|---|---|"]
+    for level in GAINS:
+        without, with_kl = at_gain(ddpo, level), at_gain(dpok, level)
+        rows.append(f"| {level:.2f} | {without:.3f} | {with_kl:.3f} | {with_kl / max(without, 1e-9):.2f} |")
     return (
         f"DDPO alone: {ddpo[-1][1]:+.3f} kB gained in {ddpo[-1][0]} rounds, and the held-out score falls from "
-        f"{ddpo[0][2]:.3f} to {ddpo[-1][2]:.3f}. DPOK gains {gain:+.3f} kB and keeps {kept:.3f}; at that gain DDPO has "
-        f"{without:.3f} left (between its evaluations), so DPOK keeps {kept / max(without, 1e-9):.1f} times as much. The "
-        f"pictures show the same prompts and noise: the base model, DDPO after {nearest[0]} rounds ({nearest[1]:+.3f} kB), "
-        f"DPOK after {last_round} rounds ({gain:+.3f} kB)."
+        f"{ddpo[0][2]:.3f} to {ddpo[-1][2]:.3f}. At equal gain, between evaluations:\n\n" + "\n".join(rows) + "\n\n"
+        f"The pictures show the same prompts and noise: before, DDPO after {chosen[0][0]} rounds ({chosen[0][1]:+.3f} kB), "
+        f"DPOK after {chosen[1][0]} rounds ({chosen[1][1]:+.3f} kB)."
     )
 
 

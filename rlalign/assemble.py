@@ -11,7 +11,7 @@ import torch
 
 from rlalign.batches import Pairs
 from rlalign.config import Run
-from rlalign.data.preferences import PairReader
+from rlalign.data.preferences import Pairing
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.diffusion.steps import is_stochastic
 from rlalign.learner import Beside, Learner
@@ -55,7 +55,7 @@ def differentiable_scorer(run: Run) -> Any:
     return scorer
 
 
-def preference_pairs(reader: PairReader, round: int) -> list[Pairs]:
+def preference_pairs(reader: Pairing, round: int) -> list[Pairs]:
     """A round's pairs, cut into passes, their pictures still uint8 (B, 1, 3, H, W): the policy's own encoder reads them."""
     parts = []
     for number, pairs in enumerate(reader.passes(round)):

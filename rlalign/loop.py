@@ -27,7 +27,7 @@ from rlalign.assemble import build_learner, preference_pairs
 from rlalign.batches import Batch, PromptBatch
 from rlalign.collect import Collect, LocalCollect
 from rlalign.config import Run, dump, identity_of
-from rlalign.data.preferences import PairReader
+from rlalign.data.preferences import Pairing, PairReader
 from rlalign.guard import Guard
 from rlalign.learner import Learner
 from rlalign.memory import Memory
@@ -38,10 +38,18 @@ from rlalign.registry import UserError
 OnRecord = Callable[[dict[str, Any]], None]
 
 
-def align(run: Run, folder: Path, collect: Collect, learner: Learner, on_record: OnRecord) -> None:
-    """Runs (or goes on with) a run until its last round, then evaluates, exports and reports."""
+def align(
+    run: Run, folder: Path, collect: Collect, learner: Learner, on_record: OnRecord, *, pairs: Pairing | None = None
+) -> None:
+    """Runs (or goes on with) a run until its last round, then evaluates, exports and reports.
+
+    ``pairs`` reads the run's set of preferences; rlalign's own reader does where none is given.
+    """
     with checkpoint.exclusive(folder) if learner.is_main else contextlib.nullcontext():
         alignment = _Alignment(run, folder, collect, learner, on_record)
+        if pairs is None and run.preferences is not None:
+            pairs = PairReader(run.preferences, run.seed)
+        alignment.pairs = pairs
         alignment.resume()
         while alignment.goes_on:
             alignment.one_round()
@@ -51,6 +59,8 @@ def align(run: Run, folder: Path, collect: Collect, learner: Learner, on_record:
 def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) -> None:
     """A run in this process. ``resume`` is the caller's word that ``folder`` may already hold one."""
     assert resume or not (folder / "checkpoints").exists()
+    if run.preferences is not None and run.preferences.reader == "ray":
+        raise UserError("preferences.reader must be arrow with --local, got 'ray', which streams through Ray Data")
     torch.set_num_threads(run.runtime.learner_threads)
     collect = LocalCollect(run)
     align(run, folder, collect, build_learner(run), on_record)
@@ -69,7 +79,7 @@ class _Alignment:
         self.shown: tuple[tuple[str, int], list[Scored]] = (("", -1), [])
         self.recorder: Recorder | None = None
         self.identity = identity_of(run)
-        self.pairs = PairReader(run.preferences, run.seed) if run.preferences is not None else None
+        self.pairs: Pairing | None = None
 
     def resume(self) -> None:
         """Takes up the newest checkpoint, or starts with the base model's evaluation."""

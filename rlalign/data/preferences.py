@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -45,6 +45,9 @@ class PreferenceSettings(BaseModel):
         default=1024, ge=1, description="rows of a shuffle window; 1 keeps the order of the row groups"
     )
     size: int = Field(default=0, ge=0, description="pixels to which pictures are resized (squared); 0 as they are")
+    reader: Literal["arrow", "ray"] = Field(
+        default="arrow", description="arrow reads in the learner; ray streams through Ray Data, for sets of many files"
+    )
     workers: int = Field(
         default=0, ge=0, le=64, description="threads that decode pictures; the order does not depend on it"
     )
@@ -132,6 +135,16 @@ class _Group:
     """Number of its first row within the file."""
     usable: np.ndarray
     """(N,) int64 row numbers within the group, ascending."""
+
+
+class Pairing(Protocol):
+    """Pairs of preferences by round, whoever reads them."""
+
+    seed: int
+
+    def passes(self, number: int) -> Iterator[list[Pair]]:
+        """The pairs of a round in slices of ``pairs_per_pass``."""
+        ...
 
 
 class PairReader:

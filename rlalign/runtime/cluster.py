@@ -44,8 +44,10 @@ def needed_cpus(run: Run | Sample) -> float:
     """CPUs that all actors and learners of a run reserve together."""
     runtime = run.runtime
     rewards = len(run.rewards_for("evaluate")) * runtime.reward_workers
+    reads = isinstance(run, Run) and run.preferences is not None and run.preferences.reader == "ray"
     return (
-        runtime.rollout_workers * runtime.rollout_cpus
+        float(reads)  # Ray Data's tasks; without a CPU of their own they would wait for ever
+        + runtime.rollout_workers * runtime.rollout_cpus
         + rewards * runtime.reward_cpus
         + (runtime.learner_workers * runtime.learner_cpus if isinstance(run, Run) else 0.0)
     )

@@ -155,11 +155,25 @@ def learn(config: dict[str, Any]) -> None:
         def on_record(line: dict[str, Any]) -> None:
             ray.get(coordinator.record.remote(line), timeout=60)
 
-        align(run, Path(config["folder"]), collect, learner, on_record)
+        reader = _pair_reader(run)
+        try:
+            align(run, Path(config["folder"]), collect, learner, on_record, pairs=reader)
+        finally:
+            if reader is not None:
+                reader.close()
     except Exception as error:  # told to the driver in full; Ray Train would only try the same again
         ray.get(coordinator.abort.remote(failure_of(error)), timeout=60)
         if learner is not None and learner.accelerator.num_processes > 1:
             raise  # the other learners wait in a collective: the whole group has to end
+
+
+def _pair_reader(run: Run) -> Any:
+    """Ray Data's reader of the run's preferences, where that is asked for."""
+    if run.preferences is None or run.preferences.reader != "ray":
+        return None
+    from rlalign.runtime.preferences import RayPairReader
+
+    return RayPairReader(run.preferences, run.seed)
 
 
 class _Screen(threading.Thread):

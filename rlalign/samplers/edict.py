@@ -51,7 +51,7 @@ class Edict(Sampler):
     def _described(self) -> Edict:
         if len(self.source) != len(self.source_prompt):
             raise UserError(
-    f"source_prompt must say what each of the {len(self.source)} source pictures shows, got {len(self.source_prompt)}"
+                f"source_prompt must say what each of the {len(self.source)} source pictures shows, got {len(self.source_prompt)}"
             )
         return self
 
