@@ -12,7 +12,7 @@ from pydantic import Field
 from rlalign.diffusion.noise import generator, unit_noise
 from rlalign.records import Plan, Unit
 from rlalign.samplers.base import Found, Sampler, passes
-from rlalign.work import Engine
+from rlalign.work import Engine, score_rows
 from rlalign.work.chains import ChainEnd, ChainGradient, Pulled
 
 FLOOR = 4.0 * math.log(2.0)
@@ -47,7 +47,8 @@ class Dno(Sampler):
         for update in range(self.updates + 1):
             now = parameter.detach()
             if update == self.updates or not self.lr:
-                tried.append((np.full(len(noises), np.nan), _ends(engine, unit, now)))
+                x = _ends(engine, unit, now)
+                tried.append((score_rows(engine, unit, x, steps).total_B if self.lr else np.zeros(len(x)), x))
                 break
             found: list[Pulled] = engine.each(
                 unit, lambda some, cut, now=now: ChainGradient(unit=some, noises=now[cut])
@@ -60,9 +61,7 @@ class Dno(Sampler):
             norm_B = parameter.grad.flatten(1).norm(dim=1).clamp(min=1.0)  # every picture for itself
             parameter.grad /= norm_B.reshape(-1, *([1] * (noises.ndim - 1)))
             optimizer.step()
-        if len(tried) == 1:
-            return Found(latents=tried[0][1])
-        values_UB = np.array([t[0] for t in tried[:-1]])
+        values_UB = np.array([t[0] for t in tried])
         best_B = np.where(np.isfinite(values_UB), values_UB, -np.inf).argmax(axis=0)
         return Found(
             latents=torch.stack([tried[int(u)][1][b] for b, u in enumerate(best_B)]), series={"reward": tuple(rewards)}
