@@ -48,7 +48,7 @@ demo: $(VENV)/.installed
 	set -x; $(BIN)/rlalign train $(CONFIG) --out "$$out"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(PYTEST_ARGS)
