@@ -173,6 +173,14 @@ def write_samples(folder: Path, round: int, scored: Sequence[Scored], count: int
     return path
 
 
+def read_final(folder: Path, rounds: int) -> dict[str, Any] | None:
+    """The comparison that ends a run; None where the run did not come to its last round."""
+    path = folder / "evaluation.json"
+    final = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    over = final is not None and (final["round"] == rounds or "stopped" in final)
+    return final if over else None
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """JSON, whole or not at all; NaN becomes null."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from rlalign import checkpoint, evaluate
+from rlalign import checkpoint, control, evaluate
 from rlalign.arrow import write_pairs
 from rlalign.assemble import build_learner, preference_pairs
 from rlalign.batches import Batch, PromptBatch
@@ -53,7 +53,8 @@ def align(
         alignment.resume()
         while alignment.goes_on:
             alignment.one_round()
-        alignment.finish()
+        if not alignment.asked_to_stop:
+            alignment.finish()
 
 
 def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) -> None:
@@ -62,8 +63,19 @@ def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) ->
     if run.preferences is not None and run.preferences.reader == "ray":
         raise UserError("preferences.reader must be arrow with --local, got 'ray', which streams through Ray Data")
     torch.set_num_threads(run.runtime.learner_threads)
-    collect = LocalCollect(run)
-    align(run, folder, collect, build_learner(run), on_record)
+    control.forget(folder)
+    status = control.Status(folder, run.rounds, name=run.name)
+
+    def record(line: dict[str, Any]) -> None:
+        status.record(line)
+        on_record(line)
+
+    try:
+        align(run, folder, LocalCollect(run), build_learner(run), record)
+    except BaseException as error:
+        status.write(state="failed" if isinstance(error, Exception) else "stopped")
+        raise
+    status.write(state="ended" if evaluate.read_final(folder, run.rounds) else "stopped")
 
 
 class _Alignment:
@@ -80,6 +92,7 @@ class _Alignment:
         self.recorder: Recorder | None = None
         self.identity = identity_of(run)
         self.pairs: Pairing | None = None
+        self.asked_to_stop = False
 
     def resume(self) -> None:
         """Takes up the newest checkpoint, or starts with the base model's evaluation."""
@@ -117,13 +130,17 @@ class _Alignment:
         # a checkpoint comes after everything that its round writes: what it does not cover is written again on resume
         if self.due(self.run.evaluate.every):
             self.evaluate(self.learner.weights_to_show())
-        if self.due(self.run.checkpoint.every) or self.guard.stopped:
+        # a stop waits for rounds that were ordered ahead, which is until the next checkpoint at most: a run that goes on
+        # from here orders under the same weights as one that was never stopped
+        may_stop = not self.tickets and self.done < self.run.rounds
+        self.asked_to_stop = may_stop and control.stop_agreed(self.folder, self.learner.accelerator)
+        if self.due(self.run.checkpoint.every) or self.guard.stopped or self.asked_to_stop:
             self.save()
 
     @property
     def goes_on(self) -> bool:
         """Whether there is another round to do."""
-        return self.done < self.run.rounds and not self.guard.stopped
+        return self.done < self.run.rounds and not self.guard.stopped and not self.asked_to_stop
 
     def units(self, round: int) -> list[Unit]:
         """A round's units of work."""

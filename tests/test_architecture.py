@@ -28,7 +28,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "samplers"),
     ("learner", "checkpoint", "evaluate", "guard", "report", "environment", "pretrain", "fit_reward", "metrics"),
     ("config",),
-    ("collect", "assemble", "models"),
+    ("collect", "assemble", "models", "control"),
     ("loop", "sample"),
     ("runtime",),
     ("cli",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -43,6 +42,8 @@ def train(
         raise UserError("--out is for a new run; --resume goes on in the run's own folder")
     run, folder = _resumed(resume, config or []) if resume is not None else _new(config or [], out)
 
+    from rlalign.control import asked
+    from rlalign.evaluate import read_final
     from rlalign.metrics import Console
 
     if local:
@@ -55,7 +56,7 @@ def train(
     console.begin(run.rounds, _done(folder))
     try:
         work(run, folder, resume=resume is not None, on_record=console.record)
-        final = _final(folder, run.rounds)
+        final = read_final(folder, run.rounds)
     except (KeyboardInterrupt, SystemExit):  # Ray Train turns Ctrl-C into the second, or just ends
         final = None
     except RuntimeError as error:
@@ -68,7 +69,7 @@ def train(
         console.end()  # gives the terminal back, also before an error is shown
     if final is None:
         print(f"stopped; go on with: rlalign train --resume {folder}", file=sys.stderr)
-        raise typer.Exit(STOPPED)
+        raise typer.Exit(0 if asked(folder).stop else STOPPED)
     print(_summary(final))
     if "stopped" in final:
         print(final["stopped"])
@@ -120,14 +121,6 @@ def _done(folder: Path) -> int:
     """Rounds up to the newest checkpoint of a run folder."""
     numbers = [path.name.removeprefix("round-") for path in folder.glob("checkpoints/round-*")]
     return max((int(n) for n in numbers if n.isdigit()), default=0)
-
-
-def _final(folder: Path, rounds: int) -> dict[str, Any] | None:
-    """The comparison that ends a run; None where the run did not come to its last round."""
-    path = folder / "evaluation.json"
-    final = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    over = final is not None and (final["round"] == rounds or "stopped" in final)
-    return final if over else None
 
 
 def _summary(final: Mapping[str, Any]) -> str:

@@ -41,11 +41,29 @@ class RuntimeSettings(BaseModel):
     reward_gpus: float = Field(default=0.0, ge=0, description="GPUs, or a share of one, for a reward worker")
     learner_cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for a learner worker")
     learner_gpus: float = Field(default=0.0, ge=0, description="GPUs for a learner worker")
+    rollout_resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="custom resources of a rollout worker, as {rollout: 1}: which nodes it may use",
+    )
+    reward_resources: dict[str, float] = Field(default_factory=dict, description="the same for a reward worker")
+    learner_resources: dict[str, float] = Field(default_factory=dict, description="the same for a learner worker")
+    rollout_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="labels that a rollout worker's node must have, as {zone: a} or {gpu: in(h100,a100)}",
+    )
+    reward_labels: dict[str, str] = Field(default_factory=dict, description="the same for a reward worker")
+    learner_labels: dict[str, str] = Field(default_factory=dict, description="the same for a learner worker")
+    max_rollout_workers: int = Field(
+        default=0, ge=0, description="grow up to so many while the learner waits for samples; 0 keeps rollout_workers"
+    )
     max_attempts: int = Field(
         default=3, ge=1, description="tries of one unit, and restarts of the learner, before the run ends"
     )
     unit_timeout_seconds: float = Field(default=600.0, gt=0, description="a worker that takes longer is replaced")
     recovery_seconds: float = Field(default=120.0, gt=0, description="how long a dead worker may take to come back")
+    start_seconds: float = Field(
+        default=600.0, gt=0, description="how long a pool's first worker may wait for a place on the cluster, and load"
+    )
     device: str = Field(
         default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="torch device of policies and rewards"
     )

@@ -1,22 +1,57 @@
-"""The learner's side of the coordinator: units go out as small records, trajectories come in from shared memory."""
+"""The learner's side of the coordinator: units go out as small records, trajectories come in from shared memory.
+
+A coordinator that dies takes its ledger and the references it owned with it. The learner begins again with the new one and
+orders what it waits for once more: the same units under the same weights, so the same samples. So it does with units whose
+samples lay on a node that is gone. With several learner processes, which would have to agree on that, the group starts again
+from its checkpoint instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import ray
+import ray.exceptions
 from ray.actor import ActorHandle
 
 from rlalign.config import Run
 from rlalign.records import Scored, Unit, Weights
 from rlalign.registry import UserError
 from rlalign.rewards.base import total
-from rlalign.runtime.coordinator import Failure
+from rlalign.runtime.coordinator import Failure, UnitResult
+
+Answer = TypeVar("Answer")
 
 
 class RunFailed(RuntimeError):
     """The run cannot go on, for a reason that is not the user's; the message carries the worker's own error."""
+
+
+class CoordinatorLost(RuntimeError):
+    """The coordinator has died, or what it owned is gone; the learner group starts again from its checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    units: Sequence[Unit]
+    tag: tuple[str, int]
+    weights: ray.ObjectRef | None
+    """At the learner that orders."""
+
+
+def patient(call: Callable[[], ray.ObjectRef], seconds: float) -> Any:
+    """The answer of an actor that may be away for a while: asked again until ``seconds`` have passed without one."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return ray.get(call(), timeout=seconds)
+        except ray.exceptions.RayActorError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 class RemoteCollect:
@@ -26,46 +61,109 @@ class RemoteCollect:
         self._run, self._coordinator, self._incarnation = run, coordinator, incarnation
         self._is_main, self._learners = is_main, learners
         self._published: tuple[tuple[str, int], ray.ObjectRef] | None = None
-        self._tickets: dict[int, tuple[Sequence[Unit], int]] = {}
+        self._orders: dict[int, _Order] = {}
         self._next = 0
         runtime = run.runtime
-        self._patience = runtime.max_attempts * (runtime.unit_timeout_seconds + runtime.recovery_seconds)
+        self._patience = (
+            runtime.max_attempts * (runtime.unit_timeout_seconds + runtime.recovery_seconds) + runtime.start_seconds
+        )
 
     def order(self, units: Sequence[Unit], weights: Weights) -> int:
-        self._next += 1
-        self._tickets[self._next] = (units, weights.version)
+        ref = None
         if self._is_main:
             if self._published is None or self._published[0] != weights.tag:
                 arrays = {n: t.cpu().numpy() for n, t in weights.tensors.items()}
                 self._published = (weights.tag, ray.put(arrays))
-            self._ask(
-                self._coordinator.order.remote(
-                    self._incarnation, self._next, list(units), weights.tag, [self._published[1]]
-                )
-            )
+            ref = self._published[1]
+        return self._order(_Order(units=units, tag=weights.tag, weights=ref))
+
+    def _order(self, order: _Order) -> int:
+        self._next += 1
+        self._orders[self._next] = order
+        if self._is_main:
+            self._survives(lambda: self._send(self._next))
         return self._next
 
+    def _send(self, ticket: int) -> None:
+        order = self._orders[ticket]
+        sent = self._coordinator.order.remote(self._incarnation, ticket, list(order.units), order.tag, [order.weights])
+        ray.get(sent, timeout=self._patience)
+
     def gather(self, ticket: int) -> list[Scored]:
-        units, version = self._tickets.pop(ticket)
-        results = self._ask(self._coordinator.gather.remote(self._incarnation, ticket, self._learners))
-        if isinstance(results, Failure):
-            raise UserError(results.message) if results.is_users else RunFailed(results.message)
-        fetched = ray.get([ref for r in results for ref in r.refs], timeout=self._patience)
-        return [
-            Scored(
-                unit=unit,
-                policy_version=version,
-                raw=result.raw,
-                total_B=total(self._run.rewards, result.raw),
-                trajectory=fetched[2 * i],
-                media_BFCHW=fetched[2 * i + 1],
-                seconds=result.seconds,
+        order = self._orders[ticket]
+        found: dict[int, Scored] = {}
+        tickets = {ticket: list(range(len(order.units)))}  # ticket -> places of its units
+        while tickets:
+            number, places = tickets.popitem()
+            results = self._results(number)
+            missing = []
+            for place, result in zip(places, results, strict=True):
+                try:
+                    found[place] = self._scored(order, order.units[place], result)
+                except ray.exceptions.ObjectLostError as error:
+                    if self._learners > 1:
+                        raise CoordinatorLost(f"samples are gone: {error}") from error
+                    missing.append(place)
+            del self._orders[number]
+            if missing:
+                again = _Order(units=[order.units[p] for p in missing], tag=order.tag, weights=order.weights)
+                tickets[self._order(again)] = missing
+        return [found[place] for place in range(len(order.units))]
+
+    def _results(self, ticket: int) -> list[UnitResult]:
+        def ask() -> list[UnitResult] | Failure | None:
+            return ray.get(
+                self._coordinator.gather.remote(self._incarnation, ticket, self._learners), timeout=self._patience
             )
-            for i, (unit, result) in enumerate(zip(units, results, strict=True))
-        ]
+
+        while True:
+            results = self._survives(ask)
+            if isinstance(results, Failure):
+                raise UserError(results.message) if results.is_users else RunFailed(results.message)
+            if results is not None:
+                return results
+            self._begin_again()
+
+    def _scored(self, order: _Order, unit: Unit, result: UnitResult) -> Scored:
+        trajectory, media_BFCHW = ray.get(list(result.refs), timeout=self._patience)
+        return Scored(
+            unit=unit,
+            policy_version=order.tag[1],
+            raw=result.raw,
+            total_B=total(self._run.rewards, result.raw),
+            trajectory=trajectory,
+            media_BFCHW=media_BFCHW,
+            seconds=result.seconds,
+        )
 
     def facts(self) -> Mapping[str, float]:
-        return self._ask(self._coordinator.facts.remote())
+        return patient(lambda: self._coordinator.facts.remote(), self._patience)
 
-    def _ask(self, ref: ray.ObjectRef) -> Any:
-        return ray.get(ref, timeout=self._patience)
+    def record(self, line: dict[str, Any]) -> None:
+        """A metrics line or an evaluation, for the driver's screen and Ray's metrics."""
+        patient(lambda: self._coordinator.record.remote(line), self._patience)
+
+    def _survives(self, call: Callable[[], Answer]) -> Answer:
+        """The call's answer, also when the coordinator dies under it."""
+        deadline = time.monotonic() + self._run.runtime.recovery_seconds
+        while True:
+            try:
+                return call()
+            except ray.exceptions.RayActorError as error:
+                if self._learners > 1:
+                    raise CoordinatorLost(f"the coordinator died: {error}") from error
+                if time.monotonic() > deadline:
+                    raise RunFailed(f"the coordinator does not come back: {error}") from error
+                time.sleep(0.2)
+                self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Tells a coordinator that has come back who orders, and what is waited for."""
+        if self._learners > 1:
+            raise CoordinatorLost("the coordinator died")
+        try:
+            ray.get(self._coordinator.begin.remote(self._incarnation), timeout=self._patience)
+            for ticket in self._orders:
+                self._send(ticket)
+        except ray.exceptions.RayActorError:
+            time.sleep(0.2)  # still away: whoever called tries again

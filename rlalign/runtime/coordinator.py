@@ -6,15 +6,17 @@
 
 A unit whose worker dies is given out again, up to ``max_attempts`` times; then the run ends with the worker's own error.
 Units belong to an *incarnation* of the learner: when a killed learner comes back, what it had ordered is dropped and ordered
-again, so that no unit is used twice.
+again, so that no unit is used twice. A coordinator that was killed comes back empty and is told everything again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import pickle
 import traceback
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +29,8 @@ from ray.actor import ActorHandle
 from rlalign.config import Run
 from rlalign.records import Unit
 from rlalign.registry import UserError
-from rlalign.runtime.pool import Pool, PoolLost, UnitFailed, awaited, tried
+from rlalign.runtime.gauges import Gauges
+from rlalign.runtime.pool import ObjectGone, Pool, PoolLost, PoolState, UnitFailed, awaited, tried
 
 
 @dataclass(kw_only=True)
@@ -60,29 +63,54 @@ class _Ledger:
     """Ticket -> learners that have it."""
 
 
-class Coordinator:
-    """The actor (created by the driver, zero CPUs)."""
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How the coordinator's pools stand."""
 
-    def __init__(self, run: Run, rollouts: Sequence[ActorHandle], rewards: Mapping[str, Sequence[ActorHandle]]) -> None:
-        self._run = run
-        patience = run.runtime.recovery_seconds
-        self._rollouts = Pool("rollout", rollouts, patience_seconds=patience, in_flight=2)
-        self._rewards = {t: Pool(f"reward {t}", a, patience_seconds=patience) for t, a in rewards.items()}
+    epoch: str
+    """The coordinator's life: another one after it was killed, and it knows nothing then."""
+    pools: Mapping[str, PoolState]
+    numbers: Mapping[str, tuple[int, ...]]
+    """Role -> members that belong to it or still finish their work."""
+    queue: int
+    """Units ordered and not finished."""
+
+
+class Coordinator:
+    """The actor (created by the driver, zero CPUs). It may die: the driver tells it its pools again, the learner its orders."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._epoch = run, uuid.uuid4().hex
+        patience, start = run.runtime.recovery_seconds, run.runtime.start_seconds
+        self._rollouts = Pool("rollout", patience_seconds=patience, start_seconds=start, in_flight=2)
+        self._rewards = {
+            r.title: Pool(f"reward {r.title}", patience_seconds=patience, start_seconds=start)
+            for r in run.rewards_for("evaluate")
+        }
         self._titles = {s: [r.title for r in run.rewards_for(s)] for s in ("train", "evaluate")}
         self._ledger = _Ledger(name="")
         self._records: list[dict[str, Any]] = []
         self._news = asyncio.Condition()
         self._failure: Failure | None = None
-        self._handled_bytes, self._handled_samples = 0, 0
-        self._gauges: dict[str, Any] = {}
+        self._handled_bytes, self._handled_samples, self._queue = 0, 0, 0
+        self._gauges = Gauges(run.name)
 
     def __repr__(self) -> str:
         return f"coordinator of {self._run.name}"
 
+    def process_id(self) -> int:
+        """The operating system's process."""
+        return os.getpid()
+
     # --- the learner's side -------------------------------------------------------------------------------------------
 
     async def begin(self, incarnation: str) -> Failure | None:
-        """A learner has started: what an earlier one had ordered is dropped. Answers with the failure of a run that is over."""
+        """A learner has started: what an earlier one had ordered is dropped. Answers with the failure of a run that is over.
+
+        A learner that begins again has found the coordinator to be a new one, and orders again what it waits for.
+        """
+        if incarnation == self._ledger.name:
+            return self._failure
         for task in (t for tasks in self._ledger.tickets.values() for t in tasks):
             task.cancel()
         self._ledger = _Ledger(name=incarnation)
@@ -98,24 +126,31 @@ class Coordinator:
     ) -> None:
         """Starts units under the weights in ``weights[0]`` (wrapped, so that the reference travels and not the arrays)."""
         ledger = self._ledger
-        if incarnation != ledger.name:
+        if incarnation != ledger.name or ticket in ledger.tickets:
             return
         self._count(units)
         ledger.tickets[ticket] = [asyncio.ensure_future(self._unit(u, tag, weights[0])) for u in units]
-        self._handled_samples += sum(len(u.prompts) for u in units)
+        samples = sum(len(u.prompts) for u in units)
+        self._handled_samples += samples
+        self._gauges.count("rlalign_samples_total", samples)
         async with ledger.ordered:
             ledger.ordered.notify_all()
 
-    async def gather(self, incarnation: str, ticket: int, learners: int) -> list[UnitResult] | Failure:
-        """A ticket's results in unit order, once for each of the ``learners`` processes; or why there will be none."""
+    async def gather(self, incarnation: str, ticket: int, learners: int) -> list[UnitResult] | Failure | None:
+        """A ticket's results in unit order, once for each of the ``learners`` processes; or why there will be none.
+
+        None says that this coordinator has never heard of the learner: it is a new one.
+        """
         ledger = self._ledger
+        if not ledger.name:
+            return None
         if incarnation != ledger.name:
             return Failure(message="this learner has been replaced", is_users=False)
         async with ledger.ordered:
             await ledger.ordered.wait_for(lambda: ticket in ledger.tickets)
         try:
             results = await asyncio.gather(*(asyncio.shield(t) for t in ledger.tickets[ticket]))
-        except (UserError, PoolLost, UnitFailed) as error:
+        except (UserError, PoolLost, UnitFailed, ObjectGone) as error:
             self._failure = self._failure or Failure(message=str(error), is_users=isinstance(error, UserError))
             return self._failure
         except asyncio.CancelledError:
@@ -136,7 +171,7 @@ class Coordinator:
     async def record(self, line: dict[str, Any]) -> None:
         """A metrics line or an evaluation, for the driver's screen and Ray's metrics."""
         self._records.append(line)
-        self._publish(line)
+        self._gauges.line(line)
         async with self._news:
             self._news.notify_all()
 
@@ -146,70 +181,104 @@ class Coordinator:
 
     # --- the driver's side --------------------------------------------------------------------------------------------
 
-    async def records(self, since: int, timeout_seconds: float) -> list[dict[str, Any]]:
-        """Records from number ``since`` on; waits for one up to the timeout."""
+    async def records(self, since: int, timeout_seconds: float) -> tuple[str, list[dict[str, Any]]]:
+        """(epoch, records from number ``since`` on); waits for one up to the timeout."""
         with contextlib.suppress(TimeoutError):
             async with self._news:
                 await asyncio.wait_for(self._news.wait_for(lambda: len(self._records) > since), timeout_seconds)
-        return self._records[since:]
+        return self._epoch, self._records[since:]
 
     async def failure(self) -> Failure | None:
         """Why the run ended, if it failed."""
         return self._failure
 
+    async def adopt(self, members: Mapping[str, Mapping[int, ActorHandle]]) -> None:
+        """Role -> number -> actor: who belongs to the pools from now on. Who is missing leaves when its work is done."""
+        for role, pool in self._pools().items():
+            pool.adopt(members[role])
+
+    async def standing(self) -> Standing:
+        """How the pools stand; also what Ray's metrics say of them."""
+        pools = {role: pool.state() for role, pool in self._pools().items()}
+        self._gauges.set("rlalign_queue_depth", self._queue)
+        for role, state in pools.items():
+            for name in ("ready", "starting", "lost"):
+                self._gauges.set("rlalign_workers", getattr(state, name), role=role, state=name)
+        return Standing(
+            epoch=self._epoch,
+            pools=pools,
+            numbers={role: tuple(sorted(pool.numbers())) for role, pool in self._pools().items()},
+            queue=self._queue,
+        )
+
+    def _pools(self) -> dict[str, Pool]:
+        return {p.role: p for p in (self._rollouts, *self._rewards.values())}
+
     # --- one unit -----------------------------------------------------------------------------------------------------
 
     async def _unit(self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef) -> UnitResult:
-        (trajectory, media), rollout_seconds = await tried(
-            f"unit {unit.key}",
-            self._rollouts,
-            lambda actor: self._produced(actor, unit, tag, weights),
-            self._run.runtime,
-        )
-        titles = self._titles[unit.key.stream]
-        scored = await asyncio.gather(
-            *(
-                tried(
-                    f"reward {title} of unit {unit.key}",
-                    self._rewards[title],
-                    lambda actor: self._awaited(actor.score.remote(media, unit.prompts)),
-                    self._run.runtime,
-                )
-                for title in titles
+        """Produced and scored. What lay on a lost node between the two is produced again."""
+        self._queue += 1
+        try:
+            for attempt in range(self._run.runtime.max_attempts):
+                refs, rollout_seconds = await self._produced(unit, tag, weights)
+                try:
+                    raw, reward_seconds = await self._scored(unit, refs[1])
+                except ObjectGone:
+                    self._gauges.count("rlalign_units_retried_total", role="rollout")
+                    if attempt + 1 == self._run.runtime.max_attempts:
+                        raise
+                    continue
+                break
+            self._gauges.count("rlalign_units_total", stream=unit.key.stream)
+        finally:
+            self._queue -= 1
+        return UnitResult(raw=raw, seconds={"rollout": rollout_seconds, "reward": reward_seconds}, refs=refs)
+
+    async def _produced(
+        self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef
+    ) -> tuple[tuple[ray.ObjectRef, ray.ObjectRef], float]:
+        async def call(actor: ActorHandle) -> Any:
+            refs: list[ray.ObjectRef] = list(actor.produce.remote(unit, tag, weights))
+            trajectory, media, facts = refs
+            return (trajectory, media), await awaited(facts, self._run.runtime)
+
+        def again() -> None:
+            self._gauges.count("rlalign_units_retried_total", role="rollout")
+
+        refs, facts = await tried(f"unit {unit.key}", self._rollouts, call, self._run.runtime, again)
+        self._count(facts)
+        self._gauges.observe("rlalign_unit_seconds", facts["seconds"])
+        return refs, facts["seconds"]
+
+    async def _scored(self, unit: Unit, media: ray.ObjectRef) -> tuple[dict[str, np.ndarray], float]:
+        """(reward title -> raw scores, seconds of all of them)."""
+        runtime = self._run.runtime
+
+        async def ask(title: str) -> Any:
+            def again() -> None:
+                self._gauges.count("rlalign_units_retried_total", role=f"reward {title}")
+                self._gauges.count("rlalign_reward_errors_total", reward=title)
+
+            return await tried(
+                f"reward {title} of unit {unit.key}",
+                self._rewards[title],
+                lambda actor: awaited(actor.score.remote(media, unit.prompts), runtime),
+                runtime,
+                again,
             )
-        )
-        result = UnitResult(
-            raw={title: values for title, (values, _) in zip(titles, scored, strict=True)},
-            seconds={"rollout": rollout_seconds, "reward": sum(s for _, s in scored)},
-            refs=(trajectory, media),
-        )
-        self._count(result.raw)
-        return result
 
-    async def _produced(self, actor: ActorHandle, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef) -> Any:
-        refs: list[ray.ObjectRef] = list(actor.produce.remote(unit, tag, weights))
-        trajectory, media, facts = refs
-        answer = await self._awaited(facts)
-        self._count(answer)
-        return (trajectory, media), answer["seconds"]
-
-    async def _awaited(self, ref: ray.ObjectRef) -> Any:
-        return await awaited(ref, self._run.runtime)
+        titles = self._titles[unit.key.stream]
+        scored = await asyncio.gather(*(ask(title) for title in titles))
+        for title, (values, seconds) in zip(titles, scored, strict=True):
+            self._gauges.observe("rlalign_reward_seconds", seconds, reward=title)
+            self._gauges.count("rlalign_reward_errors_total", float(np.isnan(values).sum()), reward=title)
+        raw = {title: values for title, (values, _) in zip(titles, scored, strict=True)}
+        self._count(raw)
+        return raw, sum(s for _, s in scored)
 
     def _count(self, message: Any) -> None:
         self._handled_bytes += len(pickle.dumps(message))
-
-    def _publish(self, line: Mapping[str, Any]) -> None:
-        """The same figures as Ray gauges: ``ray_rlalign_reward_total_mean`` and so on."""
-        from ray.util.metrics import Gauge
-
-        for key, value in line.items():
-            if isinstance(value, int | float) and value == value:
-                name = "rlalign_" + "".join(c if c.isalnum() else "_" for c in key)
-                if name not in self._gauges:
-                    self._gauges[name] = Gauge(name, description=f"rlalign metric {key}", tag_keys=("run",))
-                    self._gauges[name].set_default_tags({"run": self._run.name})
-                self._gauges[name].set(value)
 
 
 def failure_of(error: BaseException) -> Failure:

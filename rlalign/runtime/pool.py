@@ -1,15 +1,17 @@
-"""A group of equal actors: who is idle, who died, who came back.
+"""A group of equal actors that may grow, shrink and die: who is idle, who starts, who came back.
 
 Health, replacement and growth are RLlib's FaultTolerantActorManager; which unit is where is the coordinator's ledger. Ray
-restarts a killed actor by itself; this class only waits until it answers again, and says when it never will.
+restarts a killed actor by itself; this class only waits until it answers again, and says when it never will. An actor that
+waits for resources is demand that a cluster's autoscaler sees, not an error: the others work meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -31,70 +33,164 @@ class PoolLost(RuntimeError):
     """No actor of the pool will answer again; the message ends with the last actor's own error."""
 
 
+class ObjectGone(RuntimeError):
+    """What a call was given lay on a node, or belonged to a process, that is gone: it has to be made again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolState:
+    """How a pool stands: counts of actors, and how often one came back."""
+
+    ready: int
+    starting: int
+    lost: int
+    busy: int
+    restarts: int
+
+
 class Pool:
-    """Actors of one role. ``acquire`` hands out an idle one; every one that is acquired is released or reported lost."""
+    """Actors of one role. ``acquire`` hands out an idle one; every one that is acquired is released or reported lost.
+
+    Members have numbers that their owner gives. Everything but the constructor belongs into one running event loop.
+    """
 
     def __init__(
-        self, role: str, actors: Sequence[ActorHandle], *, patience_seconds: float, in_flight: int = 1
+        self,
+        role: str,
+        actors: Sequence[ActorHandle] = (),
+        *,
+        patience_seconds: float,
+        start_seconds: float = 600.0,
+        in_flight: int = 1,
     ) -> None:
         """``in_flight`` 2 keeps the next call waiting at the actor, so that it need not wait for the way back."""
-        self.role, self._patience = role, patience_seconds
-        self._manager = FaultTolerantActorManager(list(actors))
-        self._idle: asyncio.Queue[int] = asyncio.Queue()
-        for actor_id in in_flight * self._manager.actor_ids():  # one after the other: the first calls go to all
-            self._idle.put_nowait(actor_id)
-        self._held_back: Counter[int] = Counter()
-        self._recoveries: dict[int, asyncio.Task[None]] = {}
-        self._gone: dict[int, BaseException] = {}
+        self.role, self._patience, self._start, self._in_flight = role, patience_seconds, start_seconds, in_flight
+        self._manager = FaultTolerantActorManager()
+        self._ids: dict[int, int] = {}
+        """A member's number -> its id at the manager."""
+        self._waiters: deque[asyncio.Future[int]] = deque()
+        self._out: Counter[int] = Counter()
+        """Id -> calls that it has."""
+        self._waits: dict[int, asyncio.Task[None]] = {}
+        self._never: dict[int, BaseException] = {}
+        """Those that Ray will not start again."""
+        self._overdue: dict[int, BaseException] = {}
+        self._retiring: set[int] = set()
+        self._started: set[int] = set()
         self.restarts = 0
+        self._first: Mapping[int, ActorHandle] = dict(enumerate(actors))
 
-    def actors(self) -> Mapping[int, ActorHandle]:
-        """Id -> actor."""
-        return self._manager.actors()
+    # --- who belongs to it --------------------------------------------------------------------------------------------
+
+    def adopt(self, members: Mapping[int, ActorHandle]) -> None:
+        """These and no others belong to the pool from now on: new ones start, missing ones leave when their work is done."""
+        self._first = {}
+        for number in members.keys() - self._ids.keys():
+            self._manager.add_actors([members[number]])
+            actor_id = self._ids[number] = self._manager.actor_ids()[-1]
+            self._manager.set_actor_state(actor_id, healthy=False)
+            self._wait_for(actor_id, TimeoutError(f"it did not start in {self._start:g} s"), self._start)
+        for number in self._ids.keys() - members.keys():
+            self._retiring.add(self._ids[number])
+            self._drop_if_drained(self._ids[number])
+
+    def numbers(self) -> set[int]:
+        """Members, and those that leave and still work."""
+        return set(self._ids)
+
+    def state(self) -> PoolState:
+        """How many are ready, start, are lost; busy ones are ready too."""
+        ids = set(self._ids.values())
+        lost = self._never.keys() | self._overdue.keys() | (self._waits.keys() & self._started)
+        return PoolState(
+            ready=len(ids - self._waits.keys() - self._never.keys()),
+            starting=len(self._waits.keys() - self._started - self._overdue.keys()),
+            lost=len(lost),
+            busy=sum(1 for i in ids if self._out[i]),
+            restarts=self.restarts,
+        )
+
+    def _drop_if_drained(self, actor_id: int) -> None:
+        if self._out[actor_id]:
+            return
+        if task := self._waits.pop(actor_id, None):
+            task.cancel()
+        self._manager.remove_actor(actor_id)
+        self._ids = {n: i for n, i in self._ids.items() if i != actor_id}
+        for known in (self._never, self._overdue):
+            known.pop(actor_id, None)
+        self._retiring.discard(actor_id)
+
+    # --- who works ----------------------------------------------------------------------------------------------------
 
     async def acquire(self) -> tuple[int, ActorHandle]:
-        """The next idle actor. Raises PoolLost when none is left that could become idle."""
-        while True:
-            self._raise_if_lost()
-            try:
-                actor_id = await asyncio.wait_for(self._idle.get(), timeout=1.0)
-            except TimeoutError:
-                continue
-            if self._manager.is_actor_healthy(actor_id):
-                return actor_id, self._manager.actors()[actor_id]
-            self._held_back[actor_id] += 1
+        """The next idle actor, first come first served. Raises PoolLost when none is left that could become idle."""
+        if self._first:
+            self.adopt(self._first)
+        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            self._serve()
+            while not waiter.done():
+                self._raise_if_lost()
+                await asyncio.wait([waiter], timeout=1.0)
+        except BaseException:
+            if waiter.done():
+                self.release(waiter.result())
+            waiter.cancel()
+            raise
+        return waiter.result(), self._manager.actors()[waiter.result()]
+
+    def _serve(self) -> None:
+        """Gives the least busy actors to those who have waited longest."""
+        while self._waiters:
+            free = [i for i in self._manager.healthy_actor_ids() if self._out[i] < self._in_flight]
+            free = [i for i in free if i not in self._retiring]
+            if self._waiters[0].done():
+                self._waiters.popleft()
+            elif not free:
+                return
+            else:
+                actor_id = min(free, key=lambda i: (self._out[i], i))
+                self._out[actor_id] += 1
+                self._waiters.popleft().set_result(actor_id)
 
     def release(self, actor_id: int) -> None:
         """The actor is idle again."""
-        if self._manager.is_actor_healthy(actor_id):
-            self._idle.put_nowait(actor_id)
-        else:
-            self._held_back[actor_id] += 1
+        self._out[actor_id] -= 1
+        if actor_id in self._retiring:
+            self._drop_if_drained(actor_id)
+        self._serve()
 
     def lost(self, actor_id: int, error: BaseException) -> None:
         """The actor died under a call: waits in the background until it answers again."""
-        self._held_back[actor_id] += 1
-        if actor_id not in self._recoveries and actor_id not in self._gone:
+        if actor_id not in self._retiring and self._manager.is_actor_healthy(actor_id):
             self._manager.set_actor_state(actor_id, healthy=False)
-            self._recoveries[actor_id] = asyncio.ensure_future(self._recover(actor_id, error))
+            self._wait_for(actor_id, error, self._patience)
+        self.release(actor_id)
 
-    async def _recover(self, actor_id: int, error: BaseException) -> None:
-        deadline = time.monotonic() + self._patience
-        while time.monotonic() < deadline:
+    def _wait_for(self, actor_id: int, error: BaseException, patience: float) -> None:
+        self._waits[actor_id] = asyncio.ensure_future(self._until_it_answers(actor_id, error, patience))
+
+    async def _until_it_answers(self, actor_id: int, error: BaseException, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while True:
             found = await self._answers(actor_id)
             if found is True:
-                self.restarts += 1
-                self._manager.set_actor_state(actor_id, healthy=True)
-                del self._recoveries[actor_id]
-                for _ in range(self._held_back.pop(actor_id, 0)):
-                    self._idle.put_nowait(actor_id)
-                return
-            if isinstance(found, ray.exceptions.ActorDiedError):  # its constructor failed: Ray will not try again
-                error = found
                 break
+            if isinstance(found, ray.exceptions.ActorDiedError):  # its constructor failed: Ray will not try again
+                self._never[actor_id] = found
+                del self._waits[actor_id]
+                return
+            if time.monotonic() > deadline:
+                self._overdue[actor_id] = error  # still asked: a node may come back
             await asyncio.sleep(PROBE_SECONDS)
-        self._gone[actor_id] = error
-        del self._recoveries[actor_id]
+        self.restarts += actor_id in self._started
+        self._started.add(actor_id)
+        self._overdue.pop(actor_id, None)
+        self._manager.set_actor_state(actor_id, healthy=True)
+        del self._waits[actor_id]
+        self._serve()
 
     async def _answers(self, actor_id: int) -> bool | BaseException:
         try:
@@ -104,11 +200,10 @@ class Pool:
             return error
 
     def _raise_if_lost(self) -> None:
-        if len(self._gone) == len(self._manager.actors()):
-            last = list(self._gone.values())[-1]
-            raise PoolLost(
-                f"no {self.role} worker is left ({len(self._gone)} died for good); the last one said: {last}"
-            )
+        hopeless = self._never.keys() | self._overdue.keys()
+        if self._ids and len(hopeless) == len(self._ids):
+            last = list({**self._overdue, **self._never}.values())[-1]
+            raise PoolLost(f"no {self.role} worker is left ({len(hopeless)} died for good); the last one said: {last}")
 
 
 async def _future(ref: ray.ObjectRef) -> Any:
@@ -120,13 +215,22 @@ async def awaited(ref: ray.ObjectRef, runtime: RuntimeSettings) -> Any:
     return await asyncio.wait_for(_future(ref), timeout=runtime.unit_timeout_seconds)
 
 
-async def tried(what: str, pool: Pool, call: Callable[[ActorHandle], Awaitable[Any]], runtime: RuntimeSettings) -> Any:
+async def tried(
+    what: str,
+    pool: Pool,
+    call: Callable[[ActorHandle], Awaitable[Any]],
+    runtime: RuntimeSettings,
+    again: Callable[[], None] = lambda: None,
+) -> Any:
     """The call on one actor after another until it succeeds, ``max_attempts`` times at most; then UnitFailed.
 
-    A user's mistake is raised as it is, at once. An actor that hangs is killed and comes back fresh.
+    A user's mistake is raised as it is, at once; ObjectGone where what the call was given is no more. An actor that hangs is
+    killed and comes back fresh. ``again`` is told of every try after the first.
     """
     last = ""
-    for _ in range(runtime.max_attempts):
+    for attempt in range(runtime.max_attempts):
+        if attempt:
+            again()
         actor_id, actor = await pool.acquire()
         try:
             answer = await call(actor)
@@ -137,7 +241,12 @@ async def tried(what: str, pool: Pool, call: Callable[[ActorHandle], Awaitable[A
             pool.release(actor_id)
             if isinstance(error.cause, UserError):
                 raise error.cause from None
+            if isinstance(error.cause, ray.exceptions.ObjectLostError):
+                raise ObjectGone(str(error.cause)) from error
             last = str(error)
+        except ray.exceptions.ObjectLostError as error:
+            pool.release(actor_id)
+            raise ObjectGone(str(error)) from error
         except TimeoutError:
             ray.kill(actor, no_restart=False)  # hangs: a fresh process takes its place
             pool.lost(actor_id, TimeoutError(what))

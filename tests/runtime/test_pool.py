@@ -71,11 +71,70 @@ def test_a_pool_whose_actors_cannot_start_is_lost_with_their_own_error(ray_clust
 
     async def scene() -> None:
         pool = Pool("test", [ray.remote(num_cpus=1, max_restarts=-1)(Stillborn).remote()], patience_seconds=30)
-        actor_id, actor = await pool.acquire()
-        with pytest.raises(ray.exceptions.RayActorError):
-            await actor.ping.remote()
-        pool.lost(actor_id, RuntimeError("died"))
         await asyncio.wait_for(pool.acquire(), timeout=60)
 
     with pytest.raises(PoolLost, match="no such checkpoint on this node"):
         asyncio.run(scene())
+
+
+def test_it_grows_and_shrinks_while_its_actors_work(ray_cluster: None) -> None:
+    from rlalign.runtime.pool import Pool
+
+    async def scene() -> None:
+        actors = dict(enumerate(members(3)))
+        pool = Pool("test", patience_seconds=10)
+        pool.adopt({0: actors[0]})
+        first, handle = await pool.acquire()
+        assert handle is actors[0]
+        waiting = asyncio.ensure_future(pool.acquire())
+        pool.adopt(actors)
+        second, _ = await asyncio.wait_for(waiting, timeout=60)
+        assert second != first
+        pool.adopt({2: actors[2]})
+        assert pool.numbers() == {0, 1, 2} or pool.numbers() == {0, 2}, "one that works stays until it is released"
+        pool.release(first)
+        pool.release(second)
+        assert pool.numbers() == {2}
+        last, handle = await asyncio.wait_for(pool.acquire(), timeout=60)
+        assert handle is actors[2]
+        assert pool.state().busy == 1
+        pool.release(last)
+
+    asyncio.run(scene())
+
+
+def test_one_that_waits_for_a_place_does_not_hold_up_the_others(ray_cluster: None) -> None:
+    """Eight places, an actor that wants a hundred: pending demand, which the pool counts as starting."""
+    import ray
+
+    from rlalign.runtime.pool import Pool
+    from rlalign.runtime.workers import Worker
+
+    async def scene() -> None:
+        giant = ray.remote(num_cpus=100, max_restarts=-1)(Worker).remote()
+        pool = Pool("test", [giant, *members(1)], patience_seconds=10)
+        for _ in range(3):
+            actor_id, actor = await asyncio.wait_for(pool.acquire(), timeout=60)
+            assert await actor.ping.remote() == "pong"
+            pool.release(actor_id)
+        assert (pool.state().ready, pool.state().starting, pool.state().lost) == (1, 1, 0)
+        ray.kill(giant)
+
+    asyncio.run(scene())
+
+
+def test_nobody_starting_in_time_says_so(ray_cluster: None) -> None:
+    import ray
+
+    from rlalign.runtime.pool import Pool, PoolLost
+    from rlalign.runtime.workers import Worker
+
+    giant = ray.remote(num_cpus=100, max_restarts=-1)(Worker).remote()
+
+    async def scene() -> None:
+        pool = Pool("test", [giant], patience_seconds=10, start_seconds=0.5)
+        await asyncio.wait_for(pool.acquire(), timeout=60)
+
+    with pytest.raises(PoolLost, match=r"did not start in 0\.5 s"):
+        asyncio.run(scene())
+    ray.kill(giant)

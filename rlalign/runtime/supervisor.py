@@ -1,0 +1,105 @@
+"""What the driver does while the learner works: shows records, keeps the pools as wanted, obeys control.json, writes status."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from rlalign import control
+from rlalign.config import Run
+from rlalign.runtime.coordinator import Failure, Standing
+from rlalign.runtime.fleet import ROLLOUT, Fleet
+from rlalign.runtime.scaling import Balance
+
+OnRecord = Callable[[dict[str, Any]], None]
+PERIOD_SECONDS = 0.5
+
+
+class Supervisor(threading.Thread):
+    """A thread of the driver, from the start of the learner to its end."""
+
+    def __init__(self, run: Run, folder: Path, fleet: Fleet, status: control.Status, on_record: OnRecord) -> None:
+        super().__init__(name="supervisor", daemon=True)
+        self._run, self._folder, self._fleet, self._status = run, folder, fleet, status
+        self._on_record, self._over = on_record, threading.Event()
+        self._epoch, self._seen = "", 0
+        self._asked = control.Asked()
+        self._balance = Balance(run.runtime.rollout_workers, run.runtime.max_rollout_workers)
+        self._failure: Failure | None = None
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            began = time.monotonic()
+            try:
+                self._tick()
+                self._show(timeout_seconds=PERIOD_SECONDS)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+                print(f"progress is not shown for now: {error}", file=sys.stderr)
+            self._over.wait(max(0.0, PERIOD_SECONDS / 2 - (time.monotonic() - began)))
+
+    def stop(self) -> Failure | None:
+        """Shows what is left and ends. Returns why the run failed, if it did."""
+        self._over.set()
+        self.join(timeout=60)
+        try:
+            self._show(timeout_seconds=0.0)
+            self._hear_of_failure()
+        except ray.exceptions.RayError as error:
+            print(f"the last records are not shown: {error}", file=sys.stderr)
+        return self._failure
+
+    def _tick(self) -> None:
+        asked = control.asked(self._folder)
+        if asked != self._asked:
+            self._asked = asked
+            if self._fleet.scale(asked):
+                self._on_record({"note": f"scaling to {_counts(self._fleet.wanted)}"})
+            if asked.stop:
+                self._on_record({"note": "asked to stop: the run ends with a checkpoint after the rounds in flight"})
+                self._status.write(state="stopping")
+        standing = self._fleet.reconcile()
+        if standing is not None:
+            self._say(standing)
+            self._hear_of_failure()
+
+    def _hear_of_failure(self) -> None:
+        """A coordinator that dies after a failure has forgotten it; here it is remembered."""
+        failure: Any = ray.get(self._fleet.coordinator.failure.remote(), timeout=60)
+        self._failure = failure or self._failure
+
+    def _say(self, standing: Standing) -> None:
+        pools = {r: {"wanted": self._fleet.wanted[r], **asdict(s)} for r, s in standing.pools.items()}
+        self._status.write(pools=pools, queue=standing.queue)
+        self._balance.pools(ready=standing.pools[ROLLOUT].ready)
+
+    def _show(self, timeout_seconds: float) -> None:
+        try:
+            asked = self._fleet.coordinator.records.remote(self._seen, timeout_seconds)
+            found: Any = ray.get(asked, timeout=60 + timeout_seconds)
+        except ray.exceptions.RayActorError:
+            return  # it comes back
+        epoch, lines = found
+        if epoch != self._epoch:
+            if self._epoch:
+                self._seen, self._epoch = 0, epoch
+                return
+            self._epoch = epoch
+        for line in lines:
+            self._status.record(line)
+            self._on_record(line)
+            if wanted := self._balance.wanted(line, self._fleet.wanted[ROLLOUT]):
+                self._fleet.scale(control.Asked(rollout_workers=wanted))
+                self._on_record({"note": f"scaling to {_counts(self._fleet.wanted)}: {self._balance.reason}"})
+        self._seen += len(lines)
+
+
+def _counts(wanted: dict[str, int]) -> str:
+    return ", ".join(f"{count} {role} worker{'s' if count > 1 else ''}" for role, count in wanted.items())
