@@ -10,12 +10,13 @@ BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-slow lint format bench clean distclean
+.PHONY: help demo install install-dev test test-slow chaos lint format bench clean distclean
 
 help:
 	@echo "make demo       install into $(VENV) and train $(CONFIG) (a few minutes on two CPU cores)"
 	@echo "make test       the default tests"
 	@echo "make test-slow  the long tests"
+	@echo "make chaos      thirty kills in one run on a small cluster (a few minutes)"
 	@echo "make lint       ruff check, ruff format --check, pyright"
 	@echo "make format     rewrite the code in the house format"
 	@echo "make bench      measure speed; prints a table, asserts nothing"
@@ -52,6 +53,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(PYTEST_ARGS)
+
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m slow -s tests/end_to_end/test_chaos.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlalign import checkpoint
 from rlalign.registry import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def asked(folder: Path) -> Asked:
 
 def ask(folder: Path, **changes: Any) -> Asked:
     """Adds to what the run is asked for."""
+    from rlalign import checkpoint  # torch, which reading a status must not wait for
+
     wanted = Asked.model_validate({**asked(folder).model_dump(), **changes})
     with checkpoint.disk_errors(folder):
         checkpoint.write_text(folder / "control.json", wanted.model_dump_json())

@@ -119,7 +119,7 @@ def test_check_prints_what_follows(call):
     policy = load_run(QUICKSTART).policy.load("cpu")
     count = sum(p.numel() for p in policy.network.parameters())
     assert rows["parameters"].strip() == f"{count:,} trained of {count:,} in the denoiser"
-    assert "CPUs" in rows["Ray reserves"]
+    assert rows["Ray reserves"].strip().endswith("; in all 3.25 CPU")
     assert out.splitlines()[-1] == "ok"
 
 

@@ -1,9 +1,10 @@
-"""The command line: ``rlalign train | pretrain | evaluate | export | list | check | schema``.
+"""The command line: ``rlalign train | pretrain | evaluate | export | list | check | schema | submit | ...``.
 
 app.py    the commands by name, and what every one of them does with an error: exit codes and messages
 train.py  train and pretrain
 models.py evaluate and export: any model by folder or name; page.py writes the page of an evaluation
 look.py   list, check and schema: what starts nothing
+operate.py submit, status, logs, stop and scale: runs that are under way
 
 Sits on top and may import everything, inside functions: ``rlalign list`` answers without torch. To add a command: a function
 whose docstring is its help, and a line in app.py.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from rlalign import __version__
-from rlalign.cli import fit, look, models, sample, train
+from rlalign.cli import fit, look, models, operate, sample, train
 from rlalign.registry import UserError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -47,6 +47,8 @@ app.command()(models.export)
 app.command("list")(look.list_plugins)
 app.command()(look.check)
 app.command()(look.schema)
+for command in (operate.submit, operate.status, operate.logs, operate.stop, operate.scale):
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from rlalign.config import Run
     from rlalign.policies.base import Policy
+    from rlalign.runtime.placement import Bundle
 
 _WIDE = 1000
 """Columns where nobody looks at a terminal: one line per plug-in."""
@@ -23,12 +25,23 @@ _WIDE = 1000
 
 def list_plugins(
     shelf: Annotated[
-        str | None, typer.Argument(metavar=f"[{'|'.join(SHELVES)}]", help="One shelf; all when left out.")
+        str | None,
+        typer.Argument(
+            metavar=f"[{'|'.join(SHELVES)}|jobs]", help="One shelf, all when left out; or a cluster's jobs."
+        ),
     ] = None,
+    address: Annotated[
+        str, typer.Option(metavar="URL", help="With jobs: the cluster's dashboard, as http://127.0.0.1:8265.")
+    ] = "",
 ) -> None:
-    """List the plug-ins with their settings and sources."""
+    """List the plug-ins with their settings and sources, or with jobs the runs on a cluster."""
     from rich.console import Console
 
+    if shelf == "jobs":
+        from rlalign.cli.operate import list_jobs
+
+        list_jobs(address)
+        return
     if shelf is not None and shelf not in SHELVES:
         raise UserError(f"there is no shelf {shelf!r}; {nearest(shelf, list(SHELVES))}")
     console = Console(highlight=False, markup=False)
@@ -64,6 +77,9 @@ def check(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override it.")
     ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="A", help="Also: which node of the cluster there would get what.")
+    ] = None,
 ) -> None:
     """Validate a run file or a sample file; start nothing.
 
@@ -72,7 +88,7 @@ def check(
     """
     from rlalign.assemble import check_plan, differentiable_scorer
     from rlalign.config import derived, load_mapping, parse_run
-    from rlalign.runtime.cluster import needed_cpus, needed_gpus
+    from rlalign.runtime.placement import bundles
 
     data = load_mapping(config, overrides or [])
     if "sampler" in data:
@@ -99,10 +115,34 @@ def check(
         **memory(run, policy),
         "workers": f"{runtime.rollout_workers} rollout, {runtime.reward_workers * len(run.rewards_for('evaluate'))} reward, "
         f"{runtime.learner_workers} learner; policies and rewards on {runtime.device}",
-        "Ray reserves": f"{needed_cpus(run):g} CPUs, {needed_gpus(run):g} GPUs",
+        "Ray reserves": reserved(bundles(run)),
         "run folder": str(Path("runs") / run.name),
+        **(places(run, address) if address else {}),
     }
     _say(rows)
+
+
+def reserved(wanted: Sequence[Bundle]) -> str:
+    """What every role reserves for each of its workers, and the sum."""
+    count = Counter(bundle.role for bundle in wanted)
+    each = {bundle.role: str(bundle) for bundle in wanted}
+    names = dict.fromkeys(name for bundle in wanted for name in bundle.needs)
+    total = ", ".join(f"{sum(b.needs.get(name, 0.0) for b in wanted):g} {name}" for name in names)
+    return "; ".join(f"{n} {role} of {each[role]}" for role, n in count.items()) + f"; in all {total}"
+
+
+def places(run: Run, address: str) -> dict[str, str]:
+    """Which node gets what. Raises UserError with what is short; joins the cluster and starts nothing there."""
+    from rlalign.runtime import placement
+    from rlalign.runtime.cluster import connect, leave
+
+    connect(run, address)
+    try:
+        nodes = placement.cluster_nodes()
+        placement.place(placement.bundles(run), nodes)
+        return {f"at {title}": held for title, held in placement.table(nodes).items()}
+    finally:
+        leave()
 
 
 def _say(rows: Mapping[str, str]) -> None:
@@ -114,7 +154,7 @@ def _say(rows: Mapping[str, str]) -> None:
 
 def sample_facts(data: Mapping[str, Any]) -> dict[str, str]:
     """What a sample file comes to. Loads the policy and the rewards once, so that what they lack shows here."""
-    from rlalign.runtime.cluster import needed_cpus, needed_gpus
+    from rlalign.runtime.placement import bundles
     from rlalign.sample import check as check_sample
     from rlalign.sample import parse_sample, ready_policy
 
@@ -124,7 +164,6 @@ def sample_facts(data: Mapping[str, Any]) -> dict[str, str]:
     check_sample(sample, ready_policy(sample.model, "cpu", sample.interpolation).path)
     method, runtime, plan = sample.method, sample.runtime, sample.plan
     settings = ", ".join(f"{n} {v}" for n, v in method.model_dump(exclude={"name"}, exclude_defaults=True).items())
-    reserved = f"{needed_cpus(sample):g} CPUs, {needed_gpus(sample):g} GPUs"
     return {
         "sample": f"{sample.name}: {sample.model.title} with {method.name} on "
         + ", ".join(f"{reward.weight:g} x {reward.title}" for reward in sample.rewards),
@@ -136,7 +175,7 @@ def sample_facts(data: Mapping[str, Any]) -> dict[str, str]:
         "pieces": f"of {sample.rows} rows",
         "workers": f"{runtime.rollout_workers} rollout, {runtime.reward_workers * len(sample.rewards_for('evaluate'))} reward; "
         f"policies and rewards on {runtime.device}",
-        "Ray reserves": reserved,
+        "Ray reserves": reserved(bundles(sample)),
         "folder": str(Path("runs") / sample.name),
     }
 

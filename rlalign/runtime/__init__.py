@@ -1,11 +1,16 @@
 """The cluster: thin actors around Ray-free objects. The only room that imports Ray.
 
-cluster.py      starts a local Ray or joins a cluster, and checks that a run fits before anything starts
+cluster.py      starts a local Ray or joins a cluster
+placement.py    what a run reserves, which node gets what, and what is missing, before anything starts
 workers.py      the rollout and the reward actor
-pool.py         a group of actors: who is idle, who died, who came back (RLlib's FaultTolerantActorManager inside)
+pool.py         a group of actors: who is idle, starts, died, came back (RLlib's FaultTolerantActorManager inside)
 coordinator.py  one asyncio actor: which unit is where, tries, versions; holds references and small facts only
 collect.py      the learner's side of the coordinator: rlalign.loop's Collect
-train.py        the driver: creates and owns the actors, runs the learner under Ray Train
+train.py        the driver: runs the learner under Ray Train; fleet.py creates and owns the actors,
+                supervisor.py keeps them as wanted, scaling.py decides how many where that is automatic
+sample.py       test-time methods on the same pools
+gauges.py       what Ray's metrics are told
+jobs.py         runs as Ray jobs, over the cluster's HTTP interface; pack.py gathers what a job needs
 
 May import everything below it. To add a role: an actor in workers.py, a pool for it in train.py, a call in coordinator.py.
 """
@@ -14,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlalign.config import Run
-from rlalign.sample import Sample
+if TYPE_CHECKING:
+    from rlalign.config import Run
+    from rlalign.sample import Sample
 
 
 def train_on_ray(

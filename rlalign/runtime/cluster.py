@@ -11,6 +11,7 @@ from typing import Any
 
 from rlalign.config import Run
 from rlalign.registry import UserError
+from rlalign.runtime import placement
 from rlalign.sample import Sample
 
 
@@ -40,30 +41,6 @@ def _has_token() -> bool:
     )
 
 
-def needed_cpus(run: Run | Sample) -> float:
-    """CPUs that all actors and learners of a run reserve together."""
-    runtime = run.runtime
-    rewards = len(run.rewards_for("evaluate")) * runtime.reward_workers
-    reads = isinstance(run, Run) and run.preferences is not None and run.preferences.reader == "ray"
-    return (
-        float(reads)  # Ray Data's tasks; without a CPU of their own they would wait for ever
-        + runtime.rollout_workers * runtime.rollout_cpus
-        + rewards * runtime.reward_cpus
-        + (runtime.learner_workers * runtime.learner_cpus if isinstance(run, Run) else 0.0)
-    )
-
-
-def needed_gpus(run: Run | Sample) -> float:
-    """GPUs that all actors and learners of a run reserve together."""
-    runtime = run.runtime
-    rewards = len(run.rewards_for("evaluate")) * runtime.reward_workers
-    return (
-        runtime.rollout_workers * runtime.rollout_gpus
-        + rewards * runtime.reward_gpus
-        + (runtime.learner_workers * runtime.learner_gpus if isinstance(run, Run) else 0.0)
-    )
-
-
 def connect(run: Run | Sample, address: str | None) -> str:
     """Starts or joins Ray and returns the dashboard's URL ("" when there is none).
 
@@ -75,10 +52,12 @@ def connect(run: Run | Sample, address: str | None) -> str:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     if address is None:
-        cpus = max(os.cpu_count() or 1, math.ceil(needed_cpus(run)))
+        cpus = max(os.cpu_count() or 1, math.ceil(placement.needed(run, "CPU")))
         context: Any = ray.init(
             address="local",
             num_cpus=cpus,
+            resources=placement.custom(run),
+            labels=placement.pretended_labels(run),
             include_dashboard=_dashboard_installed(),
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -99,6 +78,13 @@ def connect(run: Run | Sample, address: str | None) -> str:
     return f"http://{url}" if url else ""
 
 
+def leave() -> None:
+    """Leaves the cluster that ``connect`` has joined."""
+    import ray
+
+    ray.shutdown()
+
+
 def refuse_what_does_not_answer(address: str) -> None:
     """Raises UserError when nothing listens at ``host:port``; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
@@ -115,22 +101,9 @@ def refuse_what_does_not_answer(address: str) -> None:
 
 
 def refuse_what_cannot_fit(run: Run | Sample, address: str) -> None:
-    """Raises UserError when the cluster lacks, or others hold, what the run reserves."""
-    import ray
-
-    total, free = ray.cluster_resources(), ray.available_resources()
-    for name, need in (("CPU", needed_cpus(run)), ("GPU", needed_gpus(run))):
-        if need > total.get(name, 0.0):
-            raise UserError(
-                f"runtime: the run reserves {need:g} {name}s and the cluster at {address} has {total.get(name, 0.0):g}; "
-                "lower runtime.rollout_workers, or add a node"
-            )
-        if need > free.get(name, 0.0) + 1e-6:
-            raise UserError(
-                f"runtime: the run reserves {need:g} {name}s and {free.get(name, 0.0):g} of {total[name]:g} are free at "
-                f"{address}; "
-                "wait for the other work to end, lower runtime.rollout_workers, or add a node"
-            )
+    """Raises UserError when the cluster lacks, or others hold, what the run reserves; its autoscaler's nodes count as there."""
+    nodes = placement.cluster_nodes()
+    placement.refuse(placement.place(placement.bundles(run), nodes), nodes, address)
 
 
 def _dashboard_installed() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rlalign import checkpoint
+from rlalign import checkpoint, control
 from rlalign.config import dump
 from rlalign.registry import UserError
 from rlalign.runtime import train_on_ray
@@ -38,31 +39,34 @@ def test_two_workers_equal_the_local_loop(local_run: Path, tmp_path: Path) -> No
     train_on_ray(small_run(), tmp_path / "run", resume=False, on_record=quiet)
     assert_same_run(tmp_path / "run", local_run)
     last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
-    import json
-
     assert 0 < json.loads(last)["driver_bytes_per_sample"] <= 1000
 
 
-def test_a_kill_of_each_kind_of_worker_changes_nothing(local_run: Path, tmp_path: Path) -> None:
+def test_kills_of_each_kind_and_scaling_change_nothing(local_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     killed: list[str] = []
+    pools: list[dict[str, Any]] = []
 
-    def kill(line: dict[str, Any]) -> None:
-        target = {1: "rollout", 2: "reward", 3: "learner"}.get(line.get("round", 0))
-        if target and target not in killed:
-            killed.append(target)
-            process = checkpoint.writer(folder) if target == "learner" else process_of(target)
-            assert process is not None
-            os.kill(process, signal.SIGKILL)
+    def disturb(line: dict[str, Any]) -> None:
+        round = line.get("round", 0)
+        if round in (1, 3):
+            control.ask(folder, rollout_workers={1: 3, 3: 1}[round], reward_workers={"shapes": 2})
+        for target in {1: ("rollout",), 2: ("reward", "coordinator"), 3: ("learner",)}.get(round, ()):
+            if target not in killed:
+                killed.append(target)
+                process = checkpoint.writer(folder) if target == "learner" else process_of(target)
+                assert process is not None
+                os.kill(process, signal.SIGKILL)
+        if (folder / "status.json").is_file():
+            pools.append(control.status_of(folder).get("pools", {}))
 
-    train_on_ray(small_run(), folder, resume=False, on_record=kill)
-    assert killed == ["rollout", "reward", "learner"]
+    train_on_ray(small_run(), folder, resume=False, on_record=disturb)
+    assert killed == ["rollout", "reward", "coordinator", "learner"]
     assert_same_run(folder, local_run)
-    import json
-
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["restarts/rollout"] >= 1
-    assert last["restarts/reward"] >= 1
+    status = control.status_of(folder)
+    assert status["state"] == "ended"
+    assert {p["rollout"]["wanted"] for p in pools if p} >= {3, 1}
+    assert status["pools"]["reward shapes"]["wanted"] == 2
 
 
 def test_kill_dash_nine_of_the_whole_run_then_resume(local_run: Path, tmp_path: Path) -> None:

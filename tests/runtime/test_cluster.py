@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlalign.registry import UserError
-from rlalign.runtime import cluster
+from rlalign.runtime import cluster, placement
 from tests.runs import small_run
 
 
@@ -18,17 +18,22 @@ def test_needed_resources_are_counted() -> None:
         "evaluate.rewards=[{name: jpeg, label: size}]",
     )
     # 3 rollouts of 1, 2 workers for each of 3 rewards of 0.25, 2 learners of 1
-    assert cluster.needed_cpus(run) == pytest.approx(3 + 6 * 0.25 + 2)
-    assert cluster.needed_gpus(run) == pytest.approx(6 * 0.25)
+    assert placement.needed(run, "CPU") == pytest.approx(3 + 6 * 0.25 + 2)
+    assert placement.needed(run, "GPU") == pytest.approx(6 * 0.25)
 
 
 @pytest.mark.ray
 def test_a_run_that_is_larger_than_the_cluster_is_refused(ray_cluster: None) -> None:
     with pytest.raises(
-        UserError, match=r"reserves 21\.5 CPUs and the cluster at here has 8; lower runtime\.rollout_workers"
+        UserError,
+        match=r"13 rollout workers, .* found no place on the cluster at here: the run reserves 21\.5 CPU and there are 8; "
+        r"lower runtime\.rollout_workers",
     ):
         cluster.refuse_what_cannot_fit(small_run("runtime.rollout_workers=20"), "here")
-    with pytest.raises(UserError, match="reserves 2 GPUs and the cluster at here has 0"):
+    with pytest.raises(
+        UserError,
+        match="one needs 1 GPU and no node has more than 0; lower the runtime setting",
+    ):
         cluster.refuse_what_cannot_fit(small_run("runtime.rollout_gpus=1"), "here")
     cluster.refuse_what_cannot_fit(small_run(), "here")
 
@@ -41,7 +46,7 @@ def test_a_busy_cluster_is_refused(ray_cluster: None) -> None:
 
     holder = ray.remote(num_cpus=7)(Worker).remote()
     ray.get(holder.ping.remote())
-    with pytest.raises(UserError, match="and 1 of 8 are free at here; wait for the other work to end"):
+    with pytest.raises(UserError, match=r"reserves 3\.5 CPU and there are 8, of which others hold 7; wait for"):
         cluster.refuse_what_cannot_fit(small_run(), "here")
     ray.kill(holder)
 

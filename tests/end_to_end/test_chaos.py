@@ -1,0 +1,186 @@
+"""Thirty kills in one run: workers, coordinator, learner and whole nodes of a cluster of several; the result does not change.
+
+    make chaos
+
+A cluster of one head and two nodes on this machine, with the health settings that cluster/ ships. Who is killed when is
+random with a seed. The run is then asked to stop, goes on locally for two rounds and must be, bit for bit, the run that
+nobody disturbed. Prints how long each kind took to work again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlalign import checkpoint, control
+from rlalign.loop import train_local
+from tests.runs import assert_same_run, small_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+KILLS = {"rollout": 12, "reward": 8, "coordinator": 4, "learner": 4, "node": 2}
+SEED = 7
+HEALTH = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+SETTINGS = (
+    "rounds=100000",
+    "plan.steps=5",
+    "evaluate.every=0",
+    "checkpoint.every=5",
+    "runtime.max_attempts=60",
+    "runtime.recovery_seconds=90",
+)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    from rlalign.runtime.cluster import prepare_environment
+
+    prepare_environment("auto")
+    from ray.cluster_utils import Cluster
+
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "_system_config": HEALTH})
+    for _ in range(2):
+        found.add_node(num_cpus=2)
+    yield found
+    import ray
+
+    ray.shutdown()
+    found.shutdown()
+
+
+class Chaos:
+    """Kills, and watches how long it takes until the killed one works again."""
+
+    def __init__(self, cluster: Any, folder: Path) -> None:
+        self._cluster, self._folder, self._random = cluster, folder, random.Random(SEED)
+        self.took: dict[str, list[float]] = {kind: [] for kind in KILLS}
+        self.redone: list[int] = []
+        self.lines: list[dict[str, Any]] = []
+
+    def order(self) -> list[str]:
+        kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
+        self._random.shuffle(kinds)
+        return kinds
+
+    def rounds(self) -> int:
+        return len([line for line in list(self.lines) if "round" in line])
+
+    def kill(self, kind: str) -> None:
+        start = time.monotonic()
+        if kind == "node":
+            nodes = list(self._cluster.worker_nodes)
+            self._cluster.remove_node(self._random.choice(nodes), allow_graceful=False)
+            self._until(lambda: self._all_answer(), 60)
+            self.took[kind].append(time.monotonic() - start)
+            self._cluster.add_node(num_cpus=2)
+            self._another_round()
+        elif kind == "learner":
+            process = checkpoint.writer(self._folder)
+            before = self.lines[-1]["round"]
+            assert process is not None
+            os.kill(process, signal.SIGKILL)
+            count = self._another_round()
+            self.took[kind].append(time.monotonic() - start)
+            self.redone.append(before - self.lines[count - 1]["round"] + 1)
+        else:
+            self._until(lambda: all(self._process(a, wait=5.0) for a in self._actors(kind)), 60)
+            actor = self._random.choice(self._actors(kind))
+            process, start = self._process(actor), time.monotonic()
+            assert process is not None
+            os.kill(process, signal.SIGKILL)
+            self._until(lambda: self._process(actor, wait=2.0) not in (None, process), 60)
+            self.took[kind].append(time.monotonic() - start)
+
+    def _another_round(self) -> int:
+        """Waits for a round after those recorded so far; which number its line has."""
+        have = len(self.lines)
+        self._until(lambda: len(self.lines) > have, 120)
+        return have + 1
+
+    def _actors(self, kind: str) -> list[Any]:
+        import ray
+
+        names = sorted(n for n in ray.util.list_named_actors() if f"/{kind}" in n)
+        return [ray.get_actor(name) for name in names]
+
+    def _process(self, actor: Any, wait: float = 60.0) -> int | None:
+        import ray
+
+        try:
+            return ray.get(actor.process_id.remote(), timeout=wait)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return None
+
+    def _all_answer(self) -> bool:
+        kinds = ("rollout", "reward", "coordinator")
+        return all(self._process(actor, wait=1.0) for kind in kinds for actor in self._actors(kind))
+
+    def _until(self, true: Any, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline, f"nothing worked again within {seconds} s"
+            time.sleep(0.02)
+
+
+@pytest.mark.timeout(1500)
+def test_thirty_kills_change_nothing(cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rlalign.runtime import train_on_ray
+
+    folder, run = tmp_path / "run", small_run(*SETTINGS)
+    chaos = Chaos(cluster, folder)
+    errors: list[BaseException] = []
+
+    def record(line: dict[str, Any]) -> None:
+        if "round" in line:
+            chaos.lines.append(line)
+
+    def work() -> None:
+        try:
+            train_on_ray(run, folder, resume=False, on_record=record, address=cluster.address)
+        except BaseException as error:  # noqa: BLE001 -- told to the test's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    chaos._until(lambda: chaos.rounds() >= 2 or errors, 120)
+    pause = random.Random(SEED + 1)
+    for number, kind in enumerate(chaos.order()):
+        assert not errors, errors
+        with capsys.disabled():
+            print(f"{number + 1:3} {kind:12} after {chaos.rounds()} rounds", flush=True)
+        chaos.kill(kind)
+        time.sleep(pause.uniform(0.0, 1.5))
+    chaos._another_round()
+    control.ask(folder, stop=True)
+    thread.join(timeout=120)
+    assert not errors, errors
+    assert not thread.is_alive()
+    state = control.status_of(folder)
+    assert state["state"] == "stopped"
+    done = state["round"]
+    with capsys.disabled():
+        print(f"\n{sum(KILLS.values())} kills in {chaos.rounds()} rounds made, {done} of them different")
+        for kind, seconds in chaos.took.items():
+            print(f"{kind:12} {len(seconds):3} kills, works again after {statistics.median(seconds):5.1f} s, "
+                  f"at most {max(seconds):5.1f} s")  # fmt: skip
+        print(f"rounds redone after a learner's death: {chaos.redone} (a checkpoint every {run.checkpoint.every})")
+
+    longer = small_run(*SETTINGS, f"rounds={done + 2}")
+    train_local(longer, folder, resume=True, on_record=lambda _: None)
+    train_local(longer, tmp_path / "undisturbed", resume=False, on_record=lambda _: None)
+    assert_same_run(folder, tmp_path / "undisturbed")
+    assert max(chaos.redone) <= run.checkpoint.every
