@@ -33,6 +33,7 @@ def build_learner(run: Run) -> Learner:
         critic_lr=critic_lr,
         behaviour_decay=algorithm.behaviour_decay,
         refresh_reference=algorithm.reference_rounds,
+        proximal=algorithm.wants_proximal,
     )
     return Learner(policy, loss, run.learner, seed=run.seed, threads=run.runtime.learner_threads, beside=beside)
 

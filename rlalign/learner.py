@@ -64,6 +64,8 @@ class Beside:
     """Round -> d of the slow copy d * copy + (1 - d) * weights that rollouts use and the loss finds as "behaviour"."""
     refresh_reference: int = 0
     """Rounds after which the reference becomes the current weights; 0 is never."""
+    proximal: bool = False
+    """Whether the loss wants the weights that a round's updates start from, as the snapshot "proximal"."""
 
 
 class Learner:
@@ -123,6 +125,8 @@ class Learner:
         ``update_calls`` is the number of samples that the denoiser was asked about per update.
         """
         collected: list[dict[str, float]] = []
+        if self.beside.proximal:
+            self._snapshots["proximal"] = self.policy.weights()
         for epoch in range(self.settings.epochs):
             order = generator("shuffle", self.seed, round, epoch).permutation(batch.parts)
             for part in np.array_split(order, self.settings.updates_per_round):
@@ -131,13 +135,9 @@ class Learner:
         self._move_snapshots(round)
         if not collected:
             return {"grad_norm": 0.0, "loss": 0.0}
-        metrics = {
-            name: max(c[name] for c in collected)
-            if name in self._maxima
-            else float(np.mean([c[name] for c in collected]))
-            for name in sorted({n for c in collected for n in c})
-            if all(name in c for c in collected)
-        }
+        names = sorted(n for n in collected[0] if all(n in c for c in collected))
+        fold = {n: max if n in self._maxima else np.mean for n in names}
+        metrics = {n: float(fold[n]([c[n] for c in collected])) for n in names}
         if "ratio/max_deviation" in metrics:
             metrics["ratio/first_update"] = collected[0]["ratio/max_deviation"]
         return metrics
@@ -264,8 +264,8 @@ class Learner:
             for key, value in self.optimiser.state.get(parameter, {}).items():
                 tensors[f"optimiser/{key}/{name}"] = value
         tensors.update({f"average/{n}": t for n, t in (self._average or {}).items()})
-        for kind, snapshot in self._snapshots.items():
-            tensors.update({f"snapshot/{kind}/{n}": t for n, t in snapshot.items()})
+        for kind in self._snapshots.keys() - {"proximal"}:
+            tensors.update({f"snapshot/{kind}/{n}": t for n, t in self._snapshots[kind].items()})
         tensors["version"] = torch.tensor(self.version)
         return tensors
 

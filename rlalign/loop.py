@@ -205,6 +205,9 @@ class _Alignment:
         self.counts["samples"] += samples
         self.counts["denoiser_calls"] += samples * self.run.plan.steps
         self.counts["reward_queries"] += samples * len(self.run.rewards)
+        if scored:  # samples so far by the rounds that their policy lagged behind: a histogram
+            behind = f"staleness/samples_{staleness}_behind"
+            self.counts[behind] = self.counts.get(behind, 0) + samples
         work = {phase: sum(s.seconds.get(phase, 0.0) for s in scored) for phase in ("rollout", "reward")}
         share = waited / max(sum(work.values()), 1e-9)
         line: dict[str, Any] = {"round": self.done, "policy_version": self.learner.version, **self.counts}

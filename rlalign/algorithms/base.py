@@ -63,6 +63,11 @@ class Algorithm(Recipe):
         return 0
 
     @property
+    def wants_proximal(self) -> bool:
+        """Whether the loss needs the weights that a round's updates start from, as ``policy.as_snapshot("proximal")``."""
+        return False
+
+    @property
     def behaviour_decay(self) -> Callable[[int], float] | None:
         """Round -> decay of the slow copy of the weights that rollouts use; None: they use the current weights."""
         return None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 
 from rlalign import objectives
@@ -22,8 +23,11 @@ class DDPO(Algorithm):
 
     The reward comes at the end and every step of a trajectory gets the same advantage A. importance_sampling minimises
     max(-A r, -A clip(r, 1 - c, 1 + c)) with the ratio r of per-element log-probs; score_function minimises -A log p.
+    With samples of an older policy (runtime.max_staleness) that ratio leaves the clip range before the first update;
+    ``proximal`` takes it to the policy that starts the round's updates, and weighs by that one's ratio to the samples' own.
 
-    Source: Black 2023, arXiv:2305.13301, section 4.3 (equations for DDPO_SF and DDPO_IS).
+    Source: Black 2023, arXiv:2305.13301, section 4.3 (equations for DDPO_SF and DDPO_IS); proximal: Hilton 2021,
+    arXiv:2110.00641, section 3 (the decoupled objective).
     """
 
     form: Literal["importance_sampling", "score_function"] = Field(
@@ -41,10 +45,17 @@ class DDPO(Algorithm):
         default=0, ge=0, description="final steps left out of the loss: sharp Gaussians that carry noise and no layout"
     )
 
+    proximal: bool = Field(
+        default=False,
+        description="for stale samples: clip around the weights that start a round's updates, not the samples'",
+    )
+
     @model_validator(mode="after")
     def _reachable(self) -> DDPO:
         if self.min_count > self.buffer_size:
             raise ValueError(f"min_count must be <= buffer_size ({self.buffer_size}), got {self.min_count}")
+        if self.proximal and self.form == "score_function":
+            raise ValueError("proximal belongs to the form importance_sampling, which has a ratio")
         return self
 
     @property
@@ -55,18 +66,29 @@ class DDPO(Algorithm):
     def strictly_on_policy(self) -> bool:
         return self.form == "score_function"
 
+    @property
+    def wants_proximal(self) -> bool:
+        return self.proximal
+
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> StepBatch:
         value_B = standardised(scored, memory, self.advantage, size=self.buffer_size, min_count=self.min_count)
         return step_batch(scored, np.clip(value_B, -self.advantage_clip, self.advantage_clip), skip_last=self.skip_last)
 
     def loss(self, batch: StepPass, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
         condition = policy.encode(batch.unit.prompts).rows(len(batch.steps))
+        proximal_BS = batch.log_prob_BS
+        if self.proximal:
+            with torch.no_grad(), policy.as_snapshot("proximal"):
+                proximal_BS, _ = replay_log_prob(policy, batch.unit, batch.latents_BK1, batch.steps, condition)
         log_prob_BS, _ = replay_log_prob(policy, batch.unit, batch.latents_BK1, batch.steps, condition)
         advantage_B1 = batch.advantage_B[:, None]
         if self.form == "score_function":
             return Loss(value=objectives.score_function(log_prob_BS, advantage_B1).mean())
-        ratio_BS = objectives.ratio(log_prob_BS, batch.log_prob_BS)
-        return Loss(
-            value=objectives.clipped_surrogate(ratio_BS, advantage_B1, self.clip_range).mean(),
-            **objectives.ratio_metrics(ratio_BS, self.clip_range),
-        )
+        ratio_BS = objectives.ratio(log_prob_BS, proximal_BS)
+        value_BS = objectives.clipped_surrogate(ratio_BS, advantage_B1, self.clip_range)
+        metrics = objectives.ratio_metrics(ratio_BS, self.clip_range)
+        if self.proximal:
+            weight_BS = objectives.ratio(proximal_BS, batch.log_prob_BS)
+            value_BS = weight_BS * value_BS
+            metrics["maxima"]["ratio/behaviour_deviation"] = (weight_BS - 1).abs().max()
+        return Loss(value=value_BS.mean(), **metrics)

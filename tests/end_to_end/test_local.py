@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlalign import checkpoint
+from rlalign import checkpoint, control
 from rlalign.config import dump
 from rlalign.loop import train_local
 from rlalign.registry import UserError
@@ -78,6 +79,41 @@ def test_staleness_is_a_schedule_that_resumes(tmp_path: Path) -> None:
     train_local(small_run(*stale), parts, resume=True, on_record=quiet)
     assert [m["staleness/max"] for m in metrics(whole)] == [0, 1, 0, 1]
     assert_same_run(parts, whole)
+
+
+def test_the_histogram_of_staleness_and_the_proximal_form(tmp_path: Path) -> None:
+    """With a proximal ratio the first update is on the ratio's 1, however old the samples are."""
+    stale = ("runtime.max_staleness=2", "checkpoint.every=4", "algorithm.proximal=true")
+    train_local(small_run(*stale), tmp_path / "run", resume=False, on_record=quiet)
+    lines = metrics(tmp_path / "run")
+    assert [m["staleness/max"] for m in lines] == [0, 1, 2, 2]
+    assert {k: v for k, v in lines[-1].items() if k.startswith("staleness/samples")} == {
+        "staleness/samples_0_behind": 8,
+        "staleness/samples_1_behind": 8,
+        "staleness/samples_2_behind": 16,
+    }
+    assert [m["ratio/first_update"] for m in lines] == [0.0] * 4
+    assert lines[0]["ratio/behaviour_deviation"] == 0.0
+    assert lines[2]["ratio/behaviour_deviation"] > 0.0
+
+
+@pytest.mark.parametrize(("staleness", "ends_after"), [(0, 1), (1, 2)])
+def test_a_stop_leaves_a_run_that_ends_as_an_undisturbed_one(staleness: int, ends_after: int, tmp_path: Path) -> None:
+    """Rounds that were ordered ahead are finished first: with staleness 1 up to the checkpoint after round 2."""
+    settings, folder = (f"runtime.max_staleness={staleness}", "checkpoint.every=2"), tmp_path / "stopped"
+
+    def stop(line: dict[str, Any]) -> None:
+        if line.get("round") == 1:
+            control.ask(folder, stop=True)
+
+    train_local(small_run(*settings), folder, resume=False, on_record=stop)
+    assert control.status_of(folder)["state"] == "stopped"
+    assert [m["round"] for m in metrics(folder)] == list(range(1, ends_after + 1))
+    assert not (folder / "evaluation.json").exists()
+    train_local(small_run(*settings), folder, resume=True, on_record=quiet)
+    assert control.status_of(folder)["state"] == "ended"
+    train_local(small_run(*settings), tmp_path / "whole", resume=False, on_record=quiet)
+    assert_same_run(folder, tmp_path / "whole")
 
 
 def test_kill_dash_nine_then_resume(local_run: Path, tmp_path: Path) -> None:
