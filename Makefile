@@ -10,13 +10,14 @@ BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-slow chaos lint format bench clean distclean
+.PHONY: help demo install install-dev test test-slow chaos docs-check lint format bench clean distclean
 
 help:
 	@echo "make demo       install into $(VENV) and train $(CONFIG) (a few minutes on two CPU cores)"
 	@echo "make test       the default tests"
 	@echo "make test-slow  the long tests"
 	@echo "make chaos      thirty kills in one run on a small cluster (a few minutes)"
+	@echo "make docs-check run every command that docs/cluster.md shows"
 	@echo "make lint       ruff check, ruff format --check, pyright"
 	@echo "make format     rewrite the code in the house format"
 	@echo "make bench      measure speed; prints a table, asserts nothing"
@@ -56,6 +57,9 @@ test-slow: $(VENV)/.installed-dev
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow -s tests/end_to_end/test_chaos.py
+
+docs-check: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m slow -s tests/docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ on a cluster the same command runs as a small job on the head, where the folder 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -31,11 +32,17 @@ WORKER_STATES |= {"RESTARTING": "lost"}
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override it.")
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG [KEY=VALUE]...",
+            help="A run file, and settings that override it. With --resume only its plug-ins count, and rounds=N.",
+        ),
     ] = None,
     address: Address = "",
+    resume: Annotated[
+        str, typer.Option(metavar="DIR", help="Go on with this run folder, named as the cluster sees it.")
+    ] = "",
     out: Annotated[
         str, typer.Option(metavar="DIR", help="The run folder as the cluster sees it; ~/rlalign-runs/ID when left out.")
     ] = "",
@@ -46,14 +53,23 @@ def submit(
     Sends the resolved run file and the plug-ins of yours that it names; data, weights and rlalign itself must be there.
     """
     from rlalign.config import dump, load_run, resolved
-    from rlalign.runtime.jobs import Cluster, submit_run
+    from rlalign.runtime.jobs import Cluster, resume_run, submit_run
 
-    run = load_run(config, overrides or [])
-    cluster = Cluster(address)
-    job, folder, packed = submit_run(cluster, dump(run), resolved(run), name=name, out=out)
-    print(f"job {job}: {run.name} on {cluster.address}, with {', '.join(packed)}\nrun folder there: {folder}")
-    option = f" --address {address}" if address else ""
-    print(f"watch it: rlalign status {job}{option or ' --address ' + cluster.address}")
+    cluster, arguments = Cluster(address), config or []
+    if resume:
+        files, more = [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+        if out or len(files) > 1 or any(not a.startswith("rounds=") for a in more):
+            raise UserError("--resume goes on under the run folder's own config.yaml: no --out, and rounds=N at most")
+        plugins = resolved(load_run(files[0], [])) if files else {}
+        job = resume_run(cluster, resume, plugins, name=name, more=more)
+        print(f"job {job}: goes on with {resume} on {cluster.address}")
+    else:
+        if not arguments or "=" in arguments[0]:
+            raise UserError("submit needs a run file, as in: rlalign submit configs/quickstart.yaml; or --resume DIR")
+        run = load_run(arguments[0], arguments[1:])
+        job, folder, packed = submit_run(cluster, dump(run), resolved(run), name=name, out=out)
+        print(f"job {job}: {run.name} on {cluster.address}, with {', '.join(packed)}\nrun folder there: {folder}")
+    print(f"watch it: rlalign status {job} --address {cluster.address}")
     print(f"      or: {cluster.address}/#/jobs/{job}")
 
 
@@ -213,9 +229,9 @@ def _reward_count(text: str) -> tuple[str, int]:
 
 def _folder(run: str, address: str) -> Path | None:
     """The run folder that RUN means; None where it means a job."""
-    if address:
-        return None
     folder = Path(run)
+    if address or (not folder.is_dir() and os.environ.get("RAY_API_SERVER_ADDRESS")):
+        return None
     if not folder.is_dir():
         raise UserError(f"{run!r} is no run folder here; for a job of a cluster add --address URL")
     return folder

@@ -96,14 +96,13 @@ class RemoteCollect:
         while tickets:
             number, places = tickets.popitem()
             results = self._results(number)
+            fetched = self._fetched(results)
             missing = []
-            for place, result in zip(places, results, strict=True):
-                try:
-                    found[place] = self._scored(order, order.units[place], result)
-                except ray.exceptions.ObjectLostError as error:
-                    if self._learners > 1:
-                        raise CoordinatorLost(f"samples are gone: {error}") from error
+            for place, result, content in zip(places, results, fetched, strict=True):
+                if content is None:
                     missing.append(place)
+                else:
+                    found[place] = self._scored(order, order.units[place], result, content)
             del self._orders[number]
             if missing:
                 again = _Order(units=[order.units[p] for p in missing], tag=order.tag, weights=order.weights)
@@ -124,8 +123,25 @@ class RemoteCollect:
                 return results
             self._begin_again()
 
-    def _scored(self, order: _Order, unit: Unit, result: UnitResult) -> Scored:
-        trajectory, media_BFCHW = ray.get(list(result.refs), timeout=self._patience)
+    def _fetched(self, results: Sequence[UnitResult]) -> list[Any]:
+        """Per unit (trajectory, media); None where they lay on a node, or belonged to a process, that is gone."""
+        refs = [ref for result in results for ref in result.refs]
+        try:
+            flat = ray.get(refs, timeout=self._patience)  # at once: one question to the store
+            return list(zip(flat[::2], flat[1::2], strict=True))
+        except ray.exceptions.ObjectLostError as error:
+            if self._learners > 1:
+                raise CoordinatorLost(f"samples are gone: {error}") from error
+        found: list[Any] = []
+        for result in results:
+            try:
+                found.append(tuple(ray.get(list(result.refs), timeout=self._patience)))
+            except ray.exceptions.ObjectLostError:
+                found.append(None)
+        return found
+
+    def _scored(self, order: _Order, unit: Unit, result: UnitResult, content: tuple[Any, Any]) -> Scored:
+        trajectory, media_BFCHW = content
         return Scored(
             unit=unit,
             policy_version=order.tag[1],

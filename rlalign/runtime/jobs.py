@@ -148,23 +148,46 @@ class Cluster:
         return found
 
 
+def _job_name(name: str, run: str) -> str:
+    name = name or f"{run}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not _ID.fullmatch(name):
+        raise UserError(f"--id must be letters, digits, '.', '_' and '-', got {name!r}")
+    return name
+
+
+def _there(folder: str) -> str:
+    """A folder of the cluster in a shell's words; only a leading ~ means what it means there."""
+    return f'"$HOME"/{shlex.quote(folder[2:])}' if folder.startswith("~/") else shlex.quote(folder)
+
+
 def submit_run(
-    cluster: Cluster, text: str, settings: Mapping[str, Any], *, name: str, out: str, more: Sequence[str] = ()
+    cluster: Cluster, text: str, settings: Mapping[str, Any], *, name: str, out: str
 ) -> tuple[str, str, list[str]]:
     """Submits a resolved run file. Returns (job id, run folder on the cluster, packed files)."""
     from rlalign import __version__
     from rlalign.runtime.pack import pack
 
-    name = name or f"{settings['name']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not _ID.fullmatch(name):
-        raise UserError(f"--id must be letters, digits, '.', '_' and '-', got {name!r}")
-    place = shlex.quote(out) if out else f'"$HOME"/rlalign-runs/{name}'
+    name = _job_name(name, settings["name"])
+    folder = out or f"~/rlalign-runs/{name}"
     with tempfile.TemporaryDirectory() as scratch:
         packed = pack(text, dict(settings), Path(scratch))
-        command = f"python -m rlalign train run.yaml --address auto --out {place} {shlex.join(more)}".strip()
-        metadata = {"rlalign": __version__, "run": settings["name"], "folder": out or f"~/rlalign-runs/{name}"}
+        command = f"python -m rlalign train run.yaml --address auto --out {_there(folder)}"
+        metadata = {"rlalign": __version__, "run": settings["name"], "folder": folder}
         job = cluster.submit(command, metadata, name=name, folder=Path(scratch))
-    return job, metadata["folder"], packed
+    return job, folder, packed
+
+
+def resume_run(cluster: Cluster, folder: str, settings: Any, *, name: str, more: Sequence[str] = ()) -> str:
+    """Submits the rest of a run whose folder is on the cluster, with the plug-ins of ``settings``. Returns the job's id."""
+    from rlalign import __version__
+    from rlalign.runtime.pack import pack
+
+    name = _job_name(name, Path(folder).name)
+    command = f"python -m rlalign train --resume {_there(folder)} --address auto {shlex.join(more)}".strip()
+    metadata = {"rlalign": __version__, "run": Path(folder).name, "folder": folder}
+    with tempfile.TemporaryDirectory() as scratch:
+        pack("# the run folder has its own\n", settings, Path(scratch))
+        return cluster.submit(command, metadata, name=name, folder=Path(scratch))
 
 
 def run_there(cluster: Cluster, job: Mapping[str, Any], command: Sequence[str]) -> tuple[bool, str]:
@@ -172,9 +195,9 @@ def run_there(cluster: Cluster, job: Mapping[str, Any], command: Sequence[str]) 
     folder = (job.get("metadata") or {}).get("folder", "")
     if not folder:
         raise UserError(f"job {job['submission_id']} is no run that rlalign submitted; it has no run folder")
-    place = f'"$HOME"/{shlex.quote(folder[2:])}' if folder.startswith("~/") else shlex.quote(folder)
     verb, *rest = command
-    helper = cluster.submit(f"python -m rlalign {shlex.quote(verb)} {place} {shlex.join(rest)}", {"helper": verb})
+    there = f"python -m rlalign {shlex.quote(verb)} {_there(folder)} {shlex.join(rest)}"
+    helper = cluster.submit(there, {"helper": verb})
     output = "".join(cluster.follow(helper, period_seconds=0.5))
     output = output.partition("Running entrypoint")[2].partition("\n")[2]  # what comes before is Ray's
     return cluster.job(helper)["status"] == "SUCCEEDED", output

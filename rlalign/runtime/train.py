@@ -6,6 +6,7 @@ by Ray Train and goes on from the run folder's newest checkpoint, as ``--resume`
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -46,8 +47,7 @@ def _supervise(run: Run, folder: Path, on_record: OnRecord, *, dashboard: str, p
 
     control.forget(folder)
     fleet = Fleet(run, places_are_cores=places_are_cores)
-    job = os.environ.get("RAY_JOB_SUBMISSION_ID", "")
-    status = control.Status(folder, run.rounds, name=run.name, dashboard=dashboard, job=job)
+    status = control.Status(folder, run.rounds, name=run.name, dashboard=dashboard, job=job_id())
     supervisor = Supervisor(run, folder, fleet, status, on_record)
     supervisor.start()
     crash = ""
@@ -66,6 +66,12 @@ def _supervise(run: Run, folder: Path, on_record: OnRecord, *, dashboard: str, p
         raise UserError(failure.message) if failure.is_users else RunFailed(failure.message)
     if crash:
         raise RunFailed(f"the learner died more than {run.runtime.max_attempts} times; the last time it said:\n{crash}")
+
+
+def job_id() -> str:
+    """The submission id of the Ray job that this process is the driver of; "" where it is none."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return (config.get("metadata") or {}).get("job_submission_id", "")
 
 
 def fit(run: Run, folder: Path, coordinator: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 
 from rlalign.config import Run
@@ -19,6 +20,8 @@ class Worker:
     """What the pool's manager asks of an actor. ``apply`` never ends the process on an application's error."""
 
     label = "worker"
+    ready_at = 0.0
+    """When the constructor was done, seconds since the epoch."""
 
     def ping(self) -> str:
         """Alive."""
@@ -31,6 +34,10 @@ class Worker:
     def process_id(self) -> int:
         """The operating system's process."""
         return os.getpid()
+
+    def loading_seconds(self) -> float:
+        """From the start of the process until it could work: imports and weights."""
+        return self.ready_at - psutil.Process().create_time()
 
     def __repr__(self) -> str:
         return self.label
@@ -46,6 +53,7 @@ class RolloutWorker(Worker):
         self.label = label
         self._policy = run.policy.load(run.runtime.device)
         self._tag: tuple[str, int] = ("", -1)
+        self.ready_at = time.time()
 
     @ray.method(num_returns=3)
     def produce(
@@ -73,6 +81,7 @@ class RewardWorker(Worker):
         torch.set_num_threads(threads)
         self.label = label
         self._reward, self._scorer = reward, reward.load(device)
+        self.ready_at = time.time()
 
     def score(self, media_BFCHW: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, float]:
         """(raw scores (B,) float32 under the reward's own error policy, seconds)."""

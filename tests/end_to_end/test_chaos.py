@@ -68,6 +68,7 @@ class Chaos:
     def __init__(self, cluster: Any, folder: Path) -> None:
         self._cluster, self._folder, self._random = cluster, folder, random.Random(SEED)
         self.took: dict[str, list[float]] = {kind: [] for kind in KILLS}
+        self.loading: dict[str, list[float]] = {}
         self.redone: list[int] = []
         self.lines: list[dict[str, Any]] = []
 
@@ -80,6 +81,8 @@ class Chaos:
         return len([line for line in list(self.lines) if "round" in line])
 
     def kill(self, kind: str) -> None:
+        import ray
+
         start = time.monotonic()
         if kind == "node":
             nodes = list(self._cluster.worker_nodes)
@@ -104,6 +107,8 @@ class Chaos:
             os.kill(process, signal.SIGKILL)
             self._until(lambda: self._process(actor, wait=2.0) not in (None, process), 60)
             self.took[kind].append(time.monotonic() - start)
+            if kind != "coordinator":
+                self.loading.setdefault(kind, []).append(ray.get(actor.loading_seconds.remote(), timeout=60))
 
     def _another_round(self) -> int:
         """Waits for a round after those recorded so far; which number its line has."""
@@ -175,8 +180,10 @@ def test_thirty_kills_change_nothing(cluster: Any, tmp_path: Path, capsys: pytes
     with capsys.disabled():
         print(f"\n{sum(KILLS.values())} kills in {chaos.rounds()} rounds made, {done} of them different")
         for kind, seconds in chaos.took.items():
-            print(f"{kind:12} {len(seconds):3} kills, works again after {statistics.median(seconds):5.1f} s, "
-                  f"at most {max(seconds):5.1f} s")  # fmt: skip
+            loading = chaos.loading.get(kind)
+            of_it = f", of which loading {statistics.median(loading):.1f} s" if loading else ""
+            took = f"{statistics.median(seconds):5.1f} s (at most {max(seconds):.1f} s){of_it}"
+            print(f"{kind:12} {len(seconds):3} kills, works again after {took}")
         print(f"rounds redone after a learner's death: {chaos.redone} (a checkpoint every {run.checkpoint.every})")
 
     longer = small_run(*SETTINGS, f"rounds={done + 2}")

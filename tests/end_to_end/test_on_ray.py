@@ -122,3 +122,44 @@ def test_staleness_on_ray_equals_local(tmp_path: Path) -> None:
     train_on_ray(run, tmp_path / "ray", resume=False, on_record=quiet)
     assert max(m["staleness/max"] for m in metrics(tmp_path / "ray")) == 1
     assert_same_run(tmp_path / "ray", tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_a_reward_that_hangs_is_replaced_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call ever sleeps for an hour; its worker is killed after the unit's time and the unit asked again."""
+    (tmp_path / "sleepy.py").write_text(
+        "import os, time\n"
+        "def score(media, prompts, mark=''):\n"
+        "    if mark:\n"
+        "        try:\n"
+        "            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))\n"
+        "            time.sleep(3600)\n"
+        "        except FileExistsError:\n"
+        "            pass\n"
+        "    return [float(m.mean()) for m in media]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def run(mark: str) -> Any:
+        arguments = f"{{mark: '{mark}'}}"
+        reward = f"rewards=[{{name: function, call: 'sleepy:score', arguments: {arguments}, label: sleepy}}]"
+        return small_run(reward, "rounds=2", "runtime.unit_timeout_seconds=20")
+
+    train_on_ray(run(str(tmp_path / "mark")), tmp_path / "hung", resume=False, on_record=quiet)
+    assert (tmp_path / "mark").exists()
+    from rlalign.loop import train_local
+
+    train_local(run(""), tmp_path / "awake", resume=False, on_record=quiet)
+    assert metrics(tmp_path / "hung") == metrics(tmp_path / "awake")
+
+
+@pytest.mark.slow
+def test_a_reward_that_always_hangs_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "asleep.py").write_text("import time\ndef score(media, prompts):\n    time.sleep(3600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reward = "rewards=[{name: function, call: 'asleep:score'}]"
+    run = small_run(reward, "runtime.unit_timeout_seconds=8", "runtime.max_attempts=2")
+    with pytest.raises(RunFailed, match=r"failed on 2 attempts .*\n.*no answer in 8 s"):
+        train_on_ray(run, tmp_path / "run", resume=False, on_record=quiet)

@@ -1,0 +1,166 @@
+"""The real coordinator, pools and hand-off with workers that sleep: what is left is coordination, on any machine.
+
+    python benchmarks/simulator.py [most workers] [seconds a unit]
+
+Workers are processes of their own that take no CPU: a rollout sleeps and hands over latents of a given size, a reward sleeps
+and answers zeros. The learner's side is rlalign's own too; only the update is a sleep. Ideal is what sleeping alone would
+take; coordination is the rest of a round. Efficiency is the units a second of n workers over n times those of one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from rich.console import Console
+from rich.table import Table
+
+from rlalign.config import Run, load_run
+from rlalign.records import Unit, UnitKey, Weights
+
+CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+ROUNDS, WARM = 5, 1
+UNITS_A_WORKER, REWARD_WORKERS, REWARD_SECONDS = 4, 4, 0.005
+BIG = 26_000_000
+
+
+class Idler:
+    """What the pool and the dashboard ask of an actor."""
+
+    def ping(self) -> str:
+        return "pong"
+
+
+class SleepingRollout(Idler):
+    """A rollout that takes ``seconds`` and hands over ``size`` bytes of latents."""
+
+    def __init__(self, seconds: float, size: int) -> None:
+        self._seconds, self._latents = seconds, np.ones(size // 2, np.float16)
+
+    @ray.method(num_returns=3)
+    def produce(self, unit: Any, tag: Any, tensors: Any) -> tuple[Any, Any, dict[str, float]]:
+        time.sleep(self._seconds)
+        rows = len(unit.prompts)
+        media = np.zeros((rows, 1, 3, 8, 8), np.uint8)
+        return self._latents, media, {"seconds": self._seconds, "process": 0}
+
+
+class SleepingReward(Idler):
+    """A reward that takes REWARD_SECONDS."""
+
+    def score(self, media: Any, prompts: Any) -> tuple[Any, float]:
+        time.sleep(REWARD_SECONDS)
+        return np.zeros(len(prompts), np.float32), REWARD_SECONDS
+
+
+def fleet_of(run: Run, seconds: float, size: int) -> Any:
+    """The run's own fleet, with workers that sleep."""
+    from rlalign.runtime.fleet import RESTART, ROLLOUT, Fleet
+
+    class SleepingFleet(Fleet):
+        def _worker(self, role: str, number: int) -> Any:
+            if role == ROLLOUT:
+                kind: Any = ray.remote(num_cpus=0, **RESTART)(SleepingRollout)
+                return kind.options(num_cpus=0).remote(seconds, size)
+            kind = ray.remote(num_cpus=0, **RESTART)(SleepingReward)
+            return kind.remote()
+
+    return SleepingFleet(run, places_are_cores=False)
+
+
+def main() -> None:
+    most = int(sys.argv[1]) if len(sys.argv) > 1 else 64
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0
+    from rlalign.runtime.cluster import prepare_environment
+
+    prepare_environment(None)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    console, table = (
+        Console(width=110),
+        Table("workers", "units", "ideal s", "round s", "coordination ms", "a unit ms", "efficiency"),
+    )
+    rates: dict[int, float] = {}
+    for workers in [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= most]:
+        units = UNITS_A_WORKER * workers
+        ideal = UNITS_A_WORKER * seconds + math.ceil(workers / REWARD_WORKERS) * REWARD_SECONDS
+        took = statistics.median(rounds(workers, units, seconds, 2_000))
+        rates[workers] = units / took
+        over = 1000 * (took - ideal)
+        efficiency = rates[workers] / (workers * rates[1])
+        row = (
+            f"{workers}",
+            f"{units}",
+            f"{ideal:.2f}",
+            f"{took:.3f}",
+            f"{over:.0f}",
+            f"{over / units:.1f}",
+            f"{efficiency:.3f}",
+        )
+        table.add_row(*row)
+        print("  ".join(row), file=sys.stderr)
+    console.print(table)
+    console.print(f"26 MB from one worker to the learner, warm: {1000 * statistics.median(hand_off()):.1f} ms")
+    ray.shutdown()
+
+
+def rounds(workers: int, units: int, seconds: float, size: int) -> list[float]:
+    """Seconds of each round after the first, from the order to the samples in hand."""
+    from rlalign.runtime.collect import RemoteCollect
+
+    settings = [
+        f"runtime.rollout_workers={workers}",
+        f"runtime.reward_workers={REWARD_WORKERS}",
+        "runtime.rollout_cpus=0",
+    ]
+    run = load_run(CONFIG, settings)
+    fleet = fleet_of(run, seconds, size)
+    while (standing := fleet.reconcile()) is None or standing.pools["rollout"].ready < workers:
+        time.sleep(0.5)
+    ray.get(fleet.coordinator.begin.remote("simulated"))
+    collect = RemoteCollect(run, fleet.coordinator, incarnation="simulated", is_main=True, learners=1)
+    took = []
+    for number in range(WARM + ROUNDS):
+        work = [unit(run, number, i) for i in range(units)]
+        start = time.monotonic()
+        collect.gather(collect.order(work, Weights(version=number, kind="current", tensors={})))
+        took.append(time.monotonic() - start)
+    fleet.end()
+    return took[WARM:]
+
+
+def unit(run: Run, number: int, index: int) -> Unit:
+    """A unit of four samples."""
+    prompts = ("a red circle",) * 4
+    key = UnitKey("train", number, index)
+    return Unit(key=key, prompts=prompts, prompt_ids=(0,) * 4, sample_ids=(0, 1, 2, 3), seed=0, plan=run.plan)
+
+
+def hand_off() -> list[float]:
+    """Seconds from asking a worker that is done at once for 26 MB until another process has them in hand."""
+
+    class Reader:
+        def read(self, array: Any) -> float:
+            return float(array[0]) + float(array[-1])
+
+    make: Any = ray.remote(num_cpus=0)(SleepingRollout)
+    take: Any = ray.remote(num_cpus=0)(Reader)
+    maker, reader = make.remote(0.0, BIG), take.remote()
+    run = load_run(CONFIG)
+    took = []
+    for number in range(15):
+        start = time.monotonic()
+        latents, _, _ = maker.produce.remote(unit(run, 0, number), ("current", 0), None)
+        ray.get(reader.read.remote(latents))
+        took.append(time.monotonic() - start)
+        del latents
+    return took[5:]
+
+
+if __name__ == "__main__":
+    main()

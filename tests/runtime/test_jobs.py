@@ -1,0 +1,276 @@
+"""Runs as Ray jobs: what is packed, what a log says, and on a real head with a token the whole life of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlalign import control
+from rlalign.loop import train_local
+from rlalign.registry import UserError
+from rlalign.runtime.jobs import Cluster, progress_of
+from rlalign.runtime.pack import pack, plugin_modules
+from tests.runs import CONFIGS, SMALL, assert_same_run, small_run
+
+LOG = """Ray dashboard: http://127.0.0.1:8265 (if it asks for a token: ray get-auth-token)
+evaluation after round 0: shapes 0.4182, diversity 0.203
+round   1/30  reward +0.4123 ± 0.301  clipped 12.5 %  grad 0.482   11.0 s (rollout 4.1, update 6.9)
+round   2/30  reward -0.5000 ± 0.301  clipped 12.5 %  grad 0.482    3.0 s (rollout 4.1, update 6.9)  1 rollout restart
+"""
+
+
+def test_progress_is_read_off_the_lines_of_a_log() -> None:
+    found = progress_of(LOG)
+    assert found == {"round": 2, "rounds": 30, "seconds_per_round": 7.0, "eta_seconds": 28 * 7.0, "reward": -0.5}
+    assert progress_of("nothing yet\n") == {}
+
+
+def test_progress_understands_the_consoles_own_line() -> None:
+    from rlalign.metrics import round_line
+
+    record = {"round": 7, "grad_norm": 0.1, "reward/total/mean": 0.25, "reward/total/std": 0.1}
+    record |= {f"seconds/{p}": 1.5 for p in ("rollout", "reward", "update", "sync", "round")}
+    assert progress_of(round_line(record, 9) + "\n")["round"] == 7
+    assert progress_of(round_line(record, 9) + "\n")["reward"] == 0.25
+
+
+def test_only_plug_ins_of_ones_own_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, target = tmp_path / "home", tmp_path / "target"
+    (home / "lab" / "inner").mkdir(parents=True)
+    target.mkdir()
+    (home / "lab" / "__init__.py").write_text("")
+    (home / "lab" / "inner" / "__init__.py").write_text("import numpy\nfrom neighbour import THING\n")
+    (home / "neighbour.py").write_text("import json\nTHING = 1\n")
+    (home / "stranger.py").write_text("")
+    (home / "secret.txt").write_text("not for the cluster")
+    monkeypatch.syspath_prepend(str(home))
+    settings = {
+        "policy": {"name": "tiny"},
+        "rewards": [{"name": "lab.inner:Sharp"}, {"name": "function", "call": "math:sqrt"}, {"call": "torch:abs"}],
+        "url": "http://somewhere:80/x",
+    }
+    assert plugin_modules(settings) == ["lab.inner", "math", "torch"]
+    packed = pack("name: x\n", settings, target)
+    assert packed == ["lab/__init__.py", "lab/inner/__init__.py", "neighbour.py", "run.yaml"]
+
+
+def test_a_plug_in_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no module no_such_lab"):
+        pack("", {"call": "no_such_lab.rewards:score"}, tmp_path)
+
+
+class _Dashboard(BaseHTTPRequestHandler):
+    """Answers what its server's ``answers`` says, and remembers what it was asked."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers.get("Authorization")))  # type: ignore[attr-defined]
+        code, body = self.server.answers.get(self.path, (404, "{}"))  # type: ignore[attr-defined]
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def dashboard() -> Iterator[Any]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Dashboard)
+    server.answers, server.asked = {}, []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def url(server: Any) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def test_the_token_travels_in_the_header_and_nowhere_else(
+    dashboard: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("s3cret\n")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    dashboard.answers["/api/jobs/"] = (200, "[]")
+    assert Cluster(url(dashboard)).jobs() == []
+    assert dashboard.asked == [("/api/jobs/", "Bearer s3cret")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((401, "no"), "refuses this token; name the cluster's in RAY_AUTH_TOKEN_PATH"),
+        ((500, "it broke"), "answered 500: it broke"),
+    ],
+)
+def test_what_the_dashboard_refuses_is_said(
+    dashboard: Any, answer: tuple[int, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    dashboard.answers["/api/jobs/"] = answer
+    with pytest.raises(UserError, match=message):
+        Cluster(url(dashboard)).jobs()
+
+
+def test_an_unknown_job_names_the_nearest(dashboard: Any) -> None:
+    known = [{"submission_id": "quickstart-1", "metadata": {"rlalign": "0.1"}, "start_time": 1, "status": "RUNNING"}]
+    dashboard.answers["/api/jobs/"] = (200, json.dumps(known))
+    with pytest.raises(UserError, match="there is no job 'quickstart-2' at .*; did you mean 'quickstart-1'"):
+        Cluster(url(dashboard)).job("quickstart-2")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://x:1", "nonsense", "http://"])
+def test_an_address_must_be_the_dashboards_url(address: str) -> None:
+    with pytest.raises(UserError, match="must be the URL of the cluster's dashboard"):
+        Cluster(address)
+
+
+def test_nobody_answers() -> None:
+    with pytest.raises(UserError, match="no Ray dashboard answers there"):
+        Cluster("http://127.0.0.1:1").jobs()
+
+
+# --- a real head --------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str], str]]:
+    """(dashboard URL, environment with its token file, token) of a head that listens on loopback only."""
+    token, port = secrets.token_hex(16), free_port()
+    (tmp_path / "token").touch(mode=0o600)
+    (tmp_path / "token").write_text(token)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={free_port()}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--num-cpus=8"]
+    command += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    started = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=(tmp_path / "head.log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while rlalign(environment, "list", "jobs", f"--address={address}").returncode:
+            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+            time.sleep(0.5)
+        yield address, environment, token
+    finally:
+        os.killpg(started.pid, signal.SIGTERM)
+        try:
+            started.wait(40)
+        finally:
+            subprocess.run(["pkill", "-KILL", "-s", str(started.pid)], check=False)
+
+
+def rlalign(environment: dict[str, str], *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlalign", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=cwd)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_life_of_a_job(head: tuple[str, dict[str, str], str], tmp_path: Path) -> None:
+    address, environment, token = head
+    there = f"--address={address}"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my_reward.py").write_text(
+        "def score(media, prompts):\n    return [float(m.mean()) for m in media]\n"
+    )
+    rewards = "rewards=[{name: function, call: 'my_reward:score', label: mine}]"
+    settings = [*SMALL, rewards, "rounds=1000"]
+    folder = tmp_path / "run"
+    environment = {**environment, "PYTHONPATH": str(tmp_path / "mine")}
+    arguments = [str(CONFIGS / "quickstart.yaml"), *settings, there, "--out", str(folder), "--id", "life"]
+    done = rlalign(environment, "submit", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "with my_reward.py, run.yaml" in done.stdout
+    assert f"run folder there: {folder}" in done.stdout
+
+    def until(text: str) -> str:
+        deadline = time.monotonic() + 120
+        while True:
+            said = rlalign(environment, "status", "life", there).stdout
+            if re.search(text, said):
+                return said
+            assert time.monotonic() < deadline, said + rlalign(environment, "logs", "life", there).stdout
+            time.sleep(0.5)
+
+    said = until(r"round +\d+ of 1000")
+    assert "time left" in said
+    assert re.search(r"rollout +2 ready", said)
+    done = rlalign(environment, "scale", "life", "--rollout=3", there)
+    assert done.returncode == 0, done.stderr
+    assert f"asked {folder} for 3 rollout workers" in done.stdout
+    until(r"rollout +3 ready")
+    here = rlalign(environment, "status", str(folder)).stdout
+    assert "running, job life" in here
+    assert "rollout workers" in here
+    assert "life" in rlalign(environment, "list", "jobs", there).stdout
+
+    stranger = {**environment, "RAY_AUTH_TOKEN_PATH": "/nowhere"}
+    for command in (("status", "life"), ("list", "jobs"), ("stop", "life"), ("logs", "life")):
+        refused = rlalign(stranger, *command, there)
+        assert refused.returncode == 2
+        assert "refuses a request without a token" in refused.stderr
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert token not in processes
+
+    done = rlalign(environment, "stop", "life", there)
+    assert done.returncode == 0, done.stderr
+    assert f"{folder}: stopped after round" in done.stdout
+    until("life: succeeded")
+    assert "go on with: rlalign train --resume" in rlalign(environment, "logs", "-f", "life", there).stdout
+    rounds = control.status_of(folder)["round"]
+    for path in folder.rglob("*"):
+        assert not path.is_file() or token.encode() not in path.read_bytes()
+
+    done = rlalign(environment, "submit", "--resume", str(folder), f"rounds={rounds + 1}", there, "--id", "more")
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 120
+    while "more: running" in (said := rlalign(environment, "status", "more", there).stdout) or "pending" in said:
+        assert time.monotonic() < deadline, said
+        time.sleep(0.5)
+    assert "more: failed" in said, "its plug-in was not sent"
+    mine = ["--resume", str(folder), f"rounds={rounds + 1}", str(tmp_path / "plain.yaml")]
+    (tmp_path / "plain.yaml").write_text((folder / "config.yaml").read_text())
+    done = rlalign(environment, "submit", *mine, there, "--id", "yet-more")
+    assert done.returncode == 0, done.stderr
+    while (
+        "yet-more: running" in (said := rlalign(environment, "status", "yet-more", there).stdout) or "pending" in said
+    ):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.5)
+    assert "yet-more: succeeded" in said
+
+    # what the cluster made in three jobs is what one process would have made alone
+    sys.path.insert(0, str(tmp_path / "mine"))
+    run = small_run(rewards, f"rounds={rounds + 1}")
+    train_local(run, tmp_path / "alone", resume=False, on_record=lambda _: None)
+    sys.path.remove(str(tmp_path / "mine"))
+    assert_same_run(folder, tmp_path / "alone")
