@@ -25,12 +25,30 @@ def prepare_environment(address: str | None) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # today's default of the next release; silences a warning
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a run file keep their meaning
     }
-    if address is None:
+    if address is None or _on_loopback_only(address):
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # a local Ray listens on loopback only
-    elif _has_token():
+    if address is not None and _has_token():
         settings["RAY_AUTH_MODE"] = "token"  # an explicit address never turns it on by itself
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def _on_loopback_only(address: str) -> bool:
+    """Whether ``127.0.0.1:PORT`` is a head that keeps to loopback; Ray takes it for this machine's other address otherwise."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or not (host.startswith("127.") or host == "localhost"):
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: asks which of our addresses would
+            own = probe.getsockname()[0]
+        except OSError:
+            return True  # there is no other address
+    try:
+        socket.create_connection((own, int(port)), timeout=1.0).close()
+    except OSError:
+        return True
+    return False
 
 
 def _has_token() -> bool:

@@ -43,10 +43,11 @@ class Gauges:
         self._run, self._made = run, dict[str, Any]()
 
     def line(self, line: Mapping[str, Any]) -> None:
-        """A metrics line."""
+        """A metrics line, or an evaluation, whose keys get ``evaluation/`` in front."""
         from ray.util.metrics import Gauge
 
-        for key, value in line.items():
+        evaluation = {f"evaluation/{key}": value for key, value in line.get("evaluation", {}).items()}
+        for key, value in {**line, **evaluation}.items():
             if isinstance(value, int | float) and value == value:
                 name = gauge_name(key)
                 gauge = self._made.get(name) or self._made.setdefault(

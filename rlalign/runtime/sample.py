@@ -169,6 +169,13 @@ class RayEngine(Engine):
                 task.cancel()
             self.restarts = pool.restarts
 
+    def close(self) -> None:
+        """Waits for nobody any more: a worker that is still starting is not needed."""
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
 
 def create_actors(sample: Sample) -> tuple[list[Any], dict[str, list[Any]]]:
     """(rollout actors, reward title -> its actors), owned by this process."""
@@ -207,9 +214,11 @@ def sample_on_ray(sample: Sample, folder: Path, on_record: OnRecord, *, address:
         if dashboard:
             on_record({"note": f"Ray dashboard: {dashboard} (if it asks for a token: ray get-auth-token)"})
         workers, judges = create_actors(sample)
+        engine = RayEngine(sample, workers)
         try:
-            return run_sample(sample, folder, RayEngine(sample, workers), on_record)
+            return run_sample(sample, folder, engine, on_record)
         finally:
+            engine.close()
             for actor in [*workers, *(a for some in judges.values() for a in some)]:
                 ray.kill(actor)
     except (PoolLost, UnitFailed) as error:

@@ -1,0 +1,96 @@
+"""The shell scripts without a Ray: they parse, they help, and they refuse what is wrong before anything starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CLUSTER = Path(__file__).parents[2] / "cluster"
+
+SCRIPTS = ("start-head.sh", "start-worker.sh", "slurm.sbatch", "ray-env.sh")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_parse(name: str) -> None:
+    subprocess.run(["bash", "-n", CLUSTER / name], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "--external-sources", CLUSTER / name], check=True, cwd=CLUSTER)
+    if name != "ray-env.sh":
+        assert "set -euo pipefail" in (CLUSTER / name).read_text()
+    assert name in ("ray-env.sh", "slurm.sbatch") or os.access(CLUSTER / name, os.X_OK)
+
+
+def script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", CLUSTER / name, *arguments], env={**os.environ, **env}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_is_the_scripts_own_comment() -> None:
+    for name in ("start-head.sh", "start-worker.sh"):
+        told = script(name, "--help")
+        assert told.returncode == 0
+        assert "--node-ip" in told.stdout or "--role" in told.stdout
+        assert "set -" not in told.stdout and "#" not in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--role", "rollout"], "--head must be HOST:PORT, got ''"),
+        (["--head", "10.0.0.5:6379", "--role", "cook"], "--role must be rollout, reward or learner, got 'cook'"),
+        (
+            ["--head", "10.0.0.5:6379", "--role", "reward", "--places", "0"],
+            "--places must be a whole number >= 1, got '0'",
+        ),
+        (["--head", "127.0.0.1:6379", "--role", "reward"], "is a loopback address, which no worker can join"),
+        (["--hea", "10.0.0.5:6379"], "unknown argument --hea"),
+    ],
+)
+def test_workers_refuse_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o600)
+    refused = script("start-worker.sh", *arguments, RAY_AUTH_TOKEN_PATH=str(token))
+    assert refused.returncode == 2
+    assert message in refused.stderr
+
+
+def test_a_worker_without_the_token_or_with_an_open_one_is_refused(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    arguments = ("--head", "10.0.0.5:6379", "--role", "rollout")
+    refused = script("start-worker.sh", *arguments, RAY_AUTH_TOKEN_PATH=str(token))
+    assert refused.returncode == 2 and "no token at" in refused.stderr
+    token.write_text("secret")
+    token.chmod(0o644)
+    refused = script("start-worker.sh", *arguments, RAY_AUTH_TOKEN_PATH=str(token))
+    assert refused.returncode == 2 and "must have mode 0600 or 0400, got 0644" in refused.stderr
+
+
+def test_a_new_token_is_random_and_its_owners_alone(tmp_path: Path) -> None:
+    tokens = []
+    for name in ("one", "two"):
+        path = tmp_path / name / "token"
+        made = subprocess.run(
+            ["bash", "-euc", f"source {CLUSTER}/ray-env.sh; rlalign_new_token; rlalign_new_token; rlalign_require_token"],
+            env={**os.environ, "RAY_AUTH_TOKEN_PATH": str(path)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+        assert path.stat().st_mode & 0o777 == 0o600
+        tokens.append(path.read_text())
+        assert re.fullmatch(r"[0-9a-f]{64}", tokens[-1])
+        assert tokens[-1] not in made.stdout + made.stderr
+    assert tokens[0] != tokens[1]
+
+
+def test_cpus_are_counted_whatever_openmp_is_told() -> None:
+    counted = subprocess.run(
+        ["bash", "-euc", f"source {CLUSTER}/ray-env.sh; rlalign_cpus"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(counted.stdout) == len(os.sched_getaffinity(0))
