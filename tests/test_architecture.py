@@ -19,7 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # so the registry is the floor.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("registry",),
-    ("records", "objectives", "advantages", "particles", "lora", "pictures", "progress", "stage_checkpoints"),
+    (
+        "records",
+        "objectives",
+        "advantages",
+        "particles",
+        "lora",
+        "pictures",
+        "progress",
+        "stage_checkpoints",
+        "http_protocol",
+        "http_token",
+    ),
     ("batches",),
     ("diffusion", "arrow", "memory", "towers"),
     ("critic",),

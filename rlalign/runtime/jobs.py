@@ -119,19 +119,24 @@ class Cluster:
         self.ask("/api/version")
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it tells how it packs
+        for noisy in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)  # they tell how they pack
         headers = {"Authorization": f"Bearer {found}"} if (found := token()) else None
-        try:
-            client = JobSubmissionClient(self.address, headers=headers)
-            return client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=name or None,
-                metadata=dict(metadata),
-                runtime_env={"working_dir": str(folder)} if folder else None,
-            )
-        except (RuntimeError, ConnectionError, ValueError) as error:
-            said = str(error).strip().splitlines()
-            raise UserError(f"--address {self.address} did not take the job: {said[-1] if said else error}") from error
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while True:
+            try:
+                return JobSubmissionClient(self.address, headers=headers).submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=name or None,
+                    metadata=dict(metadata),
+                    runtime_env={"working_dir": str(folder)} if folder else None,
+                )
+            except (RuntimeError, ConnectionError, ValueError) as error:
+                said = str(error).strip().splitlines() or [""]
+                if "No available agent" in str(error) and time.monotonic() < deadline:
+                    time.sleep(1.0)  # the head has only just started
+                    continue
+                raise UserError(f"--address {self.address} did not take the job: {said[-1]}") from error
 
     def workers(self, job: Mapping[str, Any]) -> dict[str, dict[str, int]]:
         """Role -> state -> actors, of a job's driver."""
