@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from rlalign import __version__
-from rlalign.cli import fit, look, models, operate, sample, serve, train
+from rlalign.cli import fit, look, models, operate, rllib, sample, serve, train
 from rlalign.registry import UserError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -43,6 +43,7 @@ app.command()(train.pretrain)
 app.command()(fit.fit_reward)
 app.command()(sample.sample)
 app.command()(serve.serve_reward)
+app.command()(rllib.rllib)
 app.command()(models.evaluate)
 app.command()(models.export)
 app.command("list")(look.list_plugins)

@@ -70,7 +70,7 @@ def train(
     if final is None:
         print(f"stopped; go on with: rlalign train --resume {folder}", file=sys.stderr)
         raise typer.Exit(0 if asked(folder).stop else STOPPED)
-    print(_summary(final))
+    print(summary(final))
     if "stopped" in final:
         print(final["stopped"])
     print(f"policy: {folder / 'policy'}\nreport: {folder / 'report.html'}")
@@ -123,7 +123,7 @@ def _done(folder: Path) -> int:
     return max((int(n) for n in numbers if n.isdigit()), default=0)
 
 
-def _summary(final: Mapping[str, Any]) -> str:
+def summary(final: Mapping[str, Any]) -> str:
     """Every reward before and after."""
     from rlalign.report.numbers import gap, number, signed
 

@@ -10,6 +10,7 @@ train.py        the driver: runs the learner under Ray Train; fleet.py creates a
                 supervisor.py keeps them as wanted, scaling.py decides how many where that is automatic
 sample.py       test-time methods on the same pools
 gauges.py       what Ray's metrics are told
+rllib.py        RLlib's PPO on the environment of rlalign/environment.py
 serve.py        a reward behind HTTP on Ray Serve; http_server.py is its half without Ray
 jobs.py         runs as Ray jobs, over the cluster's HTTP interface; pack.py gathers what a job needs
 

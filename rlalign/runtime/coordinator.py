@@ -150,7 +150,11 @@ class Coordinator:
             await ledger.ordered.wait_for(lambda: ticket in ledger.tickets)
         try:
             results = await asyncio.gather(*(asyncio.shield(t) for t in ledger.tickets[ticket]))
-        except (UserError, PoolLost, UnitFailed, ObjectGone) as error:
+        except ObjectGone as error:
+            # said to the one who asks and not kept: the weights of a learner that has died are gone with it, and the next
+            # one will order anew
+            return Failure(message=str(error), is_users=False)
+        except (UserError, PoolLost, UnitFailed) as error:
             self._failure = self._failure or Failure(message=str(error), is_users=isinstance(error, UserError))
             return self._failure
         except asyncio.CancelledError:

@@ -35,6 +35,10 @@ class Worker:
         """The operating system's process."""
         return os.getpid()
 
+    def node_id(self) -> str:
+        """Ray's id of the node."""
+        return ray.get_runtime_context().get_node_id()
+
     def loading_seconds(self) -> float:
         """From the start of the process until it could work: imports and weights."""
         return self.ready_at - psutil.Process().create_time()

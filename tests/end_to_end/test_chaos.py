@@ -69,6 +69,7 @@ class Chaos:
         self._cluster, self._folder, self._random = cluster, folder, random.Random(SEED)
         self.took: dict[str, list[float]] = {kind: [] for kind in KILLS}
         self.loading: dict[str, list[float]] = {}
+        self.errors: list[BaseException] = []
         self.redone: list[int] = []
         self.lines: list[dict[str, Any]] = []
 
@@ -85,9 +86,10 @@ class Chaos:
 
         start = time.monotonic()
         if kind == "node":
-            nodes = list(self._cluster.worker_nodes)
-            self._cluster.remove_node(self._random.choice(nodes), allow_graceful=False)
-            self._until(lambda: self._all_answer(), 60)
+            self._until(self._all_answer, 60)
+            self._cluster.remove_node(self._busy_node(), allow_graceful=False)
+            start = time.monotonic()
+            self._until(self._all_answer, 60)
             self.took[kind].append(time.monotonic() - start)
             self._cluster.add_node(num_cpus=2)
             self._another_round()
@@ -109,6 +111,15 @@ class Chaos:
             self.took[kind].append(time.monotonic() - start)
             if kind != "coordinator":
                 self.loading.setdefault(kind, []).append(ray.get(actor.loading_seconds.remote(), timeout=60))
+
+    def _busy_node(self) -> Any:
+        """A node, not the head, that holds a worker; any other one where none does."""
+        import ray
+
+        actors = [actor for kind in ("rollout", "reward") for actor in self._actors(kind)]
+        homes = set(ray.get([actor.node_id.remote() for actor in actors], timeout=60))
+        nodes = sorted(self._cluster.worker_nodes, key=lambda node: node.node_id)
+        return self._random.choice([node for node in nodes if node.node_id in homes] or nodes)
 
     def _another_round(self) -> int:
         """Waits for a round after those recorded so far; which number its line has."""
@@ -137,6 +148,7 @@ class Chaos:
     def _until(self, true: Any, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not true():
+            assert not self.errors, f"the run ended: {self.errors[0]}"
             assert time.monotonic() < deadline, f"nothing worked again within {seconds} s"
             time.sleep(0.02)
 
@@ -147,7 +159,7 @@ def test_thirty_kills_change_nothing(cluster: Any, tmp_path: Path, capsys: pytes
 
     folder, run = tmp_path / "run", small_run(*SETTINGS)
     chaos = Chaos(cluster, folder)
-    errors: list[BaseException] = []
+    errors = chaos.errors
 
     def record(line: dict[str, Any]) -> None:
         if "round" in line:

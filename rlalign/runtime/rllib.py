@@ -1,0 +1,191 @@
+"""RLlib's own PPO on a run file: the denoising environment, an RLModule around a Policy, and the run.
+
+A tested reference, not the production path: RLlib sees each denoising step as a transition of its own. What it shares with
+rlalign's loop is the policy, the plan, the rewards and the evaluation's prompts and noise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchDiagGaussian
+from ray.rllib.core.rl_module.apis import ValueFunctionAPI
+from ray.rllib.core.rl_module.torch import TorchRLModule
+
+from rlalign import evaluate
+from rlalign.config import Run
+from rlalign.diffusion.rollout import rollout
+from rlalign.environment import Chain, Denoising
+from rlalign.metrics import Recorder
+from rlalign.policies.base import Policy
+from rlalign.records import Scored
+from rlalign.registry import UserError
+from rlalign.rewards.base import score, total
+
+ENVIRONMENT = "rlalign/denoising"
+OnRecord = Callable[[dict[str, Any]], None]
+
+
+def register() -> None:
+    """Makes the environment known to RLlib as ``rlalign/denoising``; its config has the Run under ``run``."""
+    from ray.tune.registry import register_env
+
+    register_env(ENVIRONMENT, lambda config: environment(config["run"]))
+
+
+def environment(run: Run) -> Denoising:
+    """The environment of a run: its policy's last step, its prompts, its plan, the weighted sum of its rewards."""
+    torch.set_num_threads(1)
+    scorers = [(reward, reward.load("cpu")) for reward in run.rewards]
+
+    def scored(media_BFCHW: torch.Tensor, prompts: Any) -> np.ndarray:
+        media = (media_BFCHW * 255.0).round().clamp(0, 255).to(torch.uint8).numpy()  # as everywhere: rewards see uint8
+        return total(run.rewards, {r.title: score(r, scorer, media, prompts) for r, scorer in scorers})
+
+    return Denoising(run.policy.load("cpu"), scored, prompts_of(run), run.plan)
+
+
+def prompts_of(run: Run) -> list[str]:
+    """The run's prompts, each once: an observation says by number which one it is."""
+    return list(dict.fromkeys(run.prompts.pool()))
+
+
+class DenoisingModule(TorchRLModule, ValueFunctionAPI):
+    """A policy whose action distribution is the denoising step's own Gaussian, and a small value network beside it."""
+
+    def setup(self) -> None:
+        run: Run = self.model_config["run"]  # type: ignore[index]
+        policy = run.policy.load("cpu")
+        self.chain = Chain(policy, prompts_of(run), run.plan)
+        self.denoiser = policy.network  # registered here, so its weights are the module's
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            size = int(self.observation_space.shape[0])  # type: ignore[index,union-attr]
+            self.value = torch.nn.Sequential(torch.nn.Linear(size, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+
+    def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+        gaussian = self.chain.gaussian(batch[Columns.OBS])
+        mean = gaussian.mean.flatten(1)
+        std = gaussian.std.expand_as(gaussian.mean).flatten(1)
+        return {Columns.ACTION_DIST_INPUTS: torch.cat([mean, std.log()], dim=1)}
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> torch.Tensor:
+        """(B,) what is expected of the state."""
+        return self.value(batch[Columns.OBS]).squeeze(-1)
+
+    def get_train_action_dist_cls(self) -> Any:
+        """The denoising step is a diagonal Gaussian."""
+        return TorchDiagGaussian
+
+    get_exploration_action_dist_cls = get_inference_action_dist_cls = get_train_action_dist_cls
+
+
+def ppo_config(run: Run, runners: int) -> Any:
+    """RLlib's PPO with a run's numbers: a round is an iteration, a sample an episode, the clip range that of joint log-probs."""
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+    env = environment(run)
+    decisions = env.chain.decisions
+    clip_range = getattr(run.algorithm, "clip_range", None)
+    if clip_range is None:
+        raise UserError(
+            f"rllib trains by PPO and takes the clip range of algorithm ddpo or grpo, got {run.algorithm.name}"
+        )
+    steps = run.samples_per_round * decisions
+    lanes = max(1, run.samples_per_round // max(runners, 1) // 2)
+    return (
+        PPOConfig()
+        .environment(ENVIRONMENT, env_config={"run": run}, normalize_actions=False, clip_actions=False)
+        .env_runners(
+            num_env_runners=runners,
+            num_envs_per_env_runner=lanes,
+            batch_mode="complete_episodes",
+            rollout_fragment_length="auto",
+        )
+        .rl_module(rl_module_spec=RLModuleSpec(module_class=DenoisingModule, model_config={"run": run}))
+        .training(
+            lr=run.learner.lr,
+            gamma=1.0,
+            lambda_=0.95,
+            train_batch_size_per_learner=steps,
+            minibatch_size=max(1, steps // run.learner.updates_per_round),
+            num_epochs=run.learner.epochs,
+            clip_param=float(clip_range) * env.chain.size,
+            vf_clip_param=float("inf"),
+            vf_loss_coeff=0.5,
+            entropy_coeff=0.0,
+            use_kl_loss=False,
+            grad_clip=run.learner.max_grad_norm,
+        )
+        .learners(num_learners=0)
+        .debugging(seed=run.seed, log_level="ERROR")
+    )
+
+
+def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> dict[str, Any]:
+    """Trains a run file by RLlib's PPO on a local Ray. Returns the comparison of base and trained, as evaluation.json has it."""
+    from rlalign.runtime import cluster
+
+    for held in (run.policy.lora_rank, run.preferences):
+        if held:
+            raise UserError(
+                "rllib trains all weights of a policy on samples of its own; lora_rank and preferences are for train"
+            )
+    cluster.connect(run, None)
+    import ray
+
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+
+    try:
+        register()
+        algorithm = ppo_config(run, runners).build_algo()
+        recorder = Recorder(folder, -1)
+        policy = run.policy.load("cpu")
+        base = evaluation(run, policy)
+        for number in range(1, run.rounds + 1):
+            result = algorithm.train()
+            line = {"round": number, "reward/total/mean": float(result["env_runners"]["episode_return_mean"])}
+            recorder.write(line)
+            on_record(line)
+        module = algorithm.get_module()
+        policy.network.load_state_dict(module.denoiser.state_dict())
+        trained = evaluation(run, policy)
+        algorithm.stop()
+        recorder.close()
+    finally:
+        ray.shutdown()
+    titles = [r.title for r in run.rewards]
+    found = evaluate.compare(base, trained, titles, [r.title for r in run.evaluate.rewards])
+    found["round"] = run.rounds
+    evaluate.write_json(folder / "evaluation.json", found)
+    policy.save(folder / "policy")
+    return found
+
+
+def evaluation(run: Run, policy: Policy) -> list[Scored]:
+    """The evaluation's prompts and noise under a policy's weights, scored: the same samples that a run of rlalign evaluates."""
+    held = run.prompts.held_out(run.evaluate.prompts)
+    units = evaluate.evaluation_units(held, run.plan, run.evaluate.seed, run.samples_per_unit)
+    scorers = [(reward, reward.load("cpu")) for reward in run.rewards_for("evaluate")]
+    found = []
+    for unit in units:
+        trajectory, media = rollout(policy, unit, 0)
+        raw = {r.title: score(r, scorer, media, unit.prompts) for r, scorer in scorers}
+        found.append(
+            Scored(
+                unit=unit,
+                policy_version=0,
+                raw=raw,
+                total_B=total(run.rewards, raw),
+                trajectory=trajectory,
+                media_BFCHW=media,
+            )
+        )
+    return found
