@@ -87,9 +87,11 @@ class Chaos:
         start = time.monotonic()
         if kind == "node":
             self._until(self._all_answer, 60)
-            self._cluster.remove_node(self._busy_node(), allow_graceful=False)
+            node, there = self._busy_node()
             start = time.monotonic()
-            self._until(self._all_answer, 60)
+            self._cluster.remove_node(node, allow_graceful=False)
+            for actor, process in there.items():  # a worker may outlive its node by a moment
+                self._until(lambda a=actor, p=process: self._process(a, wait=1.0) not in (None, p), 60)
             self.took[kind].append(time.monotonic() - start)
             self._cluster.add_node(num_cpus=2)
             self._another_round()
@@ -112,14 +114,16 @@ class Chaos:
             if kind != "coordinator":
                 self.loading.setdefault(kind, []).append(ray.get(actor.loading_seconds.remote(), timeout=60))
 
-    def _busy_node(self) -> Any:
-        """A node, not the head, that holds a worker; any other one where none does."""
+    def _busy_node(self) -> tuple[Any, dict[Any, int | None]]:
+        """(a node, not the head, that holds a worker, its workers with their processes); any node where none does."""
         import ray
 
         actors = [actor for kind in ("rollout", "reward") for actor in self._actors(kind)]
-        homes = set(ray.get([actor.node_id.remote() for actor in actors], timeout=60))
+        homes = ray.get([actor.node_id.remote() for actor in actors], timeout=60)
         nodes = sorted(self._cluster.worker_nodes, key=lambda node: node.node_id)
-        return self._random.choice([node for node in nodes if node.node_id in homes] or nodes)
+        node = self._random.choice([node for node in nodes if node.node_id in homes] or nodes)
+        held = [a for a, home in zip(actors, homes, strict=True) if home == node.node_id]
+        return node, {actor: self._process(actor) for actor in held}
 
     def _another_round(self) -> int:
         """Waits for a round after those recorded so far; which number its line has."""
