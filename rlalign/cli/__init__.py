@@ -3,6 +3,7 @@
 app.py    the commands by name, and what every one of them does with an error: exit codes and messages
 train.py  train and pretrain
 models.py evaluate and export: any model by folder or name; page.py writes the page of an evaluation
+columns.py two columns of names and values
 look.py   list, check and schema: what starts nothing
 rllib.py  rllib: a run file under RLlib's PPO
 serve.py  serve-reward: a reward behind HTTP

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlalign.cli.columns import say
 from rlalign.registry import SHELVES, Description, UserError, describe, nearest, shared_settings
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def check(
 
     data = load_mapping(config, overrides or [])
     if "sampler" in data:
-        _say(sample_facts(data))
+        say(sample_facts(data))
+        print("ok")
         return
     run = parse_run(data)
     run.prompts.units(run.seed, 1, run.plan)
@@ -119,7 +121,8 @@ def check(
         "run folder": str(Path("runs") / run.name),
         **(places(run, address) if address else {}),
     }
-    _say(rows)
+    say(rows)
+    print("ok")
 
 
 def reserved(wanted: Sequence[Bundle]) -> str:
@@ -143,13 +146,6 @@ def places(run: Run, address: str) -> dict[str, str]:
         return {f"at {title}": held for title, held in placement.table(nodes).items()}
     finally:
         leave()
-
-
-def _say(rows: Mapping[str, str]) -> None:
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
-    print("ok")
 
 
 def sample_facts(data: Mapping[str, Any]) -> dict[str, str]:

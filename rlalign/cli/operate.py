@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlalign.cli.columns import say
 from rlalign.registry import UserError, nearest
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def status(run: RunName, address: Address = "") -> None:
     rows |= _progress(progress, over=job["status"] != "RUNNING")
     for role, states in sorted(workers.items()):
         rows[role] = ", ".join(f"{n} {WORKER_STATES.get(s, s.lower())}" for s, n in sorted(states.items()))
-    _say(rows)
+    say(rows)
 
 
 def _say_folder(found: Mapping[str, Any]) -> None:
@@ -107,7 +108,7 @@ def _say_folder(found: Mapping[str, Any]) -> None:
     if found.get("dashboard"):
         rows["Ray dashboard"] = found["dashboard"]
     rows["said"] = f"{time.time() - found['updated']:.0f} s ago by process {found['process']} on {found['host']}"
-    _say(rows)
+    say(rows)
 
 
 def _progress(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:
@@ -126,12 +127,6 @@ def _clock(seconds: float) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s" if minutes else f"{left} s"
-
-
-def _say(rows: Mapping[str, str]) -> None:
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
 
 
 def logs(

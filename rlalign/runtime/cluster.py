@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlalign.config import Run
+from rlalign.http_token import is_loopback
 from rlalign.registry import UserError
 from rlalign.runtime import placement
 from rlalign.sample import Sample
@@ -36,7 +37,7 @@ def prepare_environment(address: str | None) -> None:
 def _on_loopback_only(address: str) -> bool:
     """Whether ``127.0.0.1:PORT`` is a head that keeps to loopback; Ray takes it for this machine's other address otherwise."""
     host, _, port = address.rpartition(":")
-    if not port.isdigit() or not (host.startswith("127.") or host == "localhost"):
+    if not port.isdigit() or not is_loopback(host):
         return False
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

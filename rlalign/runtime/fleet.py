@@ -36,7 +36,7 @@ class Fleet:
     """The actors of one run. Names tell role and number on the dashboard."""
 
     def __init__(self, run: Run, *, places_are_cores: bool) -> None:
-        """``places_are_cores`` False: a local Ray, where workers beyond the first ones reserve nothing."""
+        """``places_are_cores`` False: a local Ray, where workers beyond the first ones reserve a GPU's share at most."""
         self._run, self._mark, self._places_are_cores = run, uuid.uuid4().hex[:6], places_are_cores
         self._rewards: dict[str, Reward] = {reward_role(r.title): r for r in run.rewards_for("evaluate")}
         self.wanted = {ROLLOUT: run.runtime.rollout_workers}
@@ -100,19 +100,22 @@ class Fleet:
 
     def _worker(self, role: str, number: int) -> ActorHandle:
         runtime = self._run.runtime
-        free = not self._places_are_cores and number >= self._first[role]
+        counts = self._places_are_cores or number < self._first[role]
         if role == ROLLOUT:
             places = options(
-                0.0 if free else runtime.rollout_cpus,
+                runtime.rollout_cpus if counts else 0.0,
                 runtime.rollout_gpus,
-                runtime.rollout_resources,
+                runtime.rollout_resources if counts else {},
                 runtime.rollout_labels,
             )
             kind: Any = ray.remote(**places, **RESTART)(RolloutWorker)
             return kind.options(name=self._name(ROLLOUT, number)).remote(self._run, f"rollout {number}")
         reward = self._rewards[role]
         places = options(
-            0.0 if free else runtime.reward_cpus, runtime.reward_gpus, runtime.reward_resources, runtime.reward_labels
+            runtime.reward_cpus if counts else 0.0,
+            runtime.reward_gpus,
+            runtime.reward_resources if counts else {},
+            runtime.reward_labels,
         )
         kind = ray.remote(**places, **RESTART)(RewardWorker)
         return kind.options(name=self._name(f"reward-{reward.title}", number)).remote(

@@ -48,15 +48,13 @@ class Cluster:
                 f"--address must be the URL of the cluster's dashboard, as http://127.0.0.1:8265, got {self.address!r}"
             )
 
-    def ask(self, path: str, *, method: str = "GET", **more: Any) -> Any:
+    def ask(self, path: str) -> Any:
         """The JSON that the dashboard answers. Raises UserError where it refuses or does not answer; KeyError for a 404."""
         import requests
 
         headers = {"Authorization": f"Bearer {found}"} if (found := token()) else {}
         try:
-            answer = requests.request(
-                method, self.address + path, headers=headers, timeout=TIMEOUT_SECONDS, allow_redirects=False, **more
-            )
+            answer = requests.get(self.address + path, headers=headers, timeout=TIMEOUT_SECONDS, allow_redirects=False)
         except requests.RequestException as error:
             raise UserError(
                 f"--address {self.address}: no Ray dashboard answers there ({type(error).__name__}); "

@@ -19,12 +19,11 @@ from ray.rllib.core.rl_module.apis import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 
 from rlalign import evaluate
+from rlalign.collect import LocalCollect
 from rlalign.config import Run
-from rlalign.diffusion.rollout import rollout
 from rlalign.environment import Chain, Denoising
 from rlalign.metrics import Recorder
-from rlalign.policies.base import Policy
-from rlalign.records import Scored
+from rlalign.records import Scored, Weights
 from rlalign.registry import UserError
 from rlalign.rewards.base import score, total
 
@@ -133,11 +132,10 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
     """Trains a run file by RLlib's PPO on a local Ray. Returns the comparison of base and trained, as evaluation.json has it."""
     from rlalign.runtime import cluster
 
-    for held in (run.policy.lora_rank, run.preferences):
-        if held:
-            raise UserError(
-                "rllib trains all weights of a policy on samples of its own; lora_rank and preferences are for train"
-            )
+    if run.policy.lora_rank or run.preferences is not None:
+        raise UserError(
+            "rllib trains all weights of a policy on samples of its own; lora_rank and preferences are for train"
+        )
     cluster.connect(run, None)
     import ray
 
@@ -148,7 +146,14 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
         algorithm = ppo_config(run, runners).build_algo()
         recorder = Recorder(folder, -1)
         policy = run.policy.load("cpu")
-        base = evaluation(run, policy)
+        collect = LocalCollect(run)
+        held = run.prompts.held_out(run.evaluate.prompts)
+        units = evaluate.evaluation_units(held, run.plan, run.evaluate.seed, run.samples_per_unit)
+
+        def evaluated(kind: str) -> list[Scored]:
+            return collect.gather(collect.order(units, Weights(version=0, kind=kind, tensors=policy.weights())))
+
+        base = evaluated("base")
         for number in range(1, run.rounds + 1):
             result = algorithm.train()
             line = {"round": number, "reward/total/mean": float(result["env_runners"]["episode_return_mean"])}
@@ -156,7 +161,7 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
             on_record(line)
         module = algorithm.get_module()
         policy.network.load_state_dict(module.denoiser.state_dict())
-        trained = evaluation(run, policy)
+        trained = evaluated("current")
         algorithm.stop()
         recorder.close()
     finally:
@@ -166,26 +171,4 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
     found["round"] = run.rounds
     evaluate.write_json(folder / "evaluation.json", found)
     policy.save(folder / "policy")
-    return found
-
-
-def evaluation(run: Run, policy: Policy) -> list[Scored]:
-    """The evaluation's prompts and noise under a policy's weights, scored: the same samples that a run of rlalign evaluates."""
-    held = run.prompts.held_out(run.evaluate.prompts)
-    units = evaluate.evaluation_units(held, run.plan, run.evaluate.seed, run.samples_per_unit)
-    scorers = [(reward, reward.load("cpu")) for reward in run.rewards_for("evaluate")]
-    found = []
-    for unit in units:
-        trajectory, media = rollout(policy, unit, 0)
-        raw = {r.title: score(r, scorer, media, unit.prompts) for r, scorer in scorers}
-        found.append(
-            Scored(
-                unit=unit,
-                policy_version=0,
-                raw=raw,
-                total_B=total(run.rewards, raw),
-                trajectory=trajectory,
-                media_BFCHW=media,
-            )
-        )
     return found

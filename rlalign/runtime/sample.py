@@ -25,6 +25,7 @@ from rlalign.records import Plan
 from rlalign.registry import UserError
 from rlalign.rewards.base import Reward
 from rlalign.runtime import cluster
+from rlalign.runtime.fleet import RESTART, options
 from rlalign.runtime.pool import Pool, PoolLost, UnitFailed, awaited, tried
 from rlalign.runtime.workers import Worker
 from rlalign.sample import LiveRewards, Sample, perform, ready_policy, run_sample
@@ -182,8 +183,8 @@ def create_actors(sample: Sample) -> tuple[list[Any], dict[str, list[Any]]]:
     import ray
 
     runtime, mark = sample.runtime, uuid.uuid4().hex[:6]
-    restart: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
-    judge_class: Any = ray.remote(num_cpus=runtime.reward_cpus, num_gpus=runtime.reward_gpus, **restart)(JudgeWorker)
+    places = options(runtime.reward_cpus, runtime.reward_gpus, runtime.reward_resources, runtime.reward_labels)
+    judge_class: Any = ray.remote(**places, **RESTART)(JudgeWorker)
     judges = {
         reward.title: [
             judge_class.options(name=f"{sample.name}-{mark}/reward-{reward.title}-{i}").remote(
@@ -193,9 +194,8 @@ def create_actors(sample: Sample) -> tuple[list[Any], dict[str, list[Any]]]:
         ]
         for reward in sample.rewards_for("evaluate")
     }
-    worker_class: Any = ray.remote(num_cpus=runtime.rollout_cpus, num_gpus=runtime.rollout_gpus, **restart)(
-        SampleWorker
-    )
+    places = options(runtime.rollout_cpus, runtime.rollout_gpus, runtime.rollout_resources, runtime.rollout_labels)
+    worker_class: Any = ray.remote(**places, **RESTART)(SampleWorker)
     workers = [
         worker_class.options(name=f"{sample.name}-{mark}/rollout-{i}").remote(sample, judges, f"rollout {i}")
         for i in range(runtime.rollout_workers)
