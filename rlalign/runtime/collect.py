@@ -21,7 +21,8 @@ from rlalign.config import Run
 from rlalign.records import Scored, Unit, Weights
 from rlalign.registry import UserError
 from rlalign.rewards.base import total
-from rlalign.runtime.coordinator import Failure, UnitResult
+from rlalign.runtime.coordinator import Failure
+from rlalign.runtime.production import UnitResult
 
 Answer = TypeVar("Answer")
 

@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
-import pickle
 import traceback
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import ray
-import ray.exceptions
 from ray.actor import ActorHandle
 
 from rlalign.config import Run
 from rlalign.records import Unit
 from rlalign.registry import UserError
 from rlalign.runtime.gauges import Gauges
-from rlalign.runtime.pool import ObjectGone, Pool, PoolLost, PoolState, UnitFailed, awaited, tried
+from rlalign.runtime.pool import ObjectGone, PoolLost, PoolState, UnitFailed
+from rlalign.runtime.production import Production, UnitResult
 
 
 @dataclass(kw_only=True)
@@ -39,17 +38,6 @@ class Failure:
 
     message: str
     is_users: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitResult:
-    """What the coordinator knows of a finished unit."""
-
-    raw: Mapping[str, np.ndarray]
-    """Reward title -> (B,) float32."""
-    seconds: Mapping[str, float]
-    refs: tuple[ray.ObjectRef, ray.ObjectRef]
-    """Trajectory and media."""
 
 
 @dataclass(kw_only=True)
@@ -81,19 +69,15 @@ class Coordinator:
 
     def __init__(self, run: Run) -> None:
         self._run, self._epoch = run, uuid.uuid4().hex
-        patience, start = run.runtime.recovery_seconds, run.runtime.start_seconds
-        self._rollouts = Pool("rollout", patience_seconds=patience, start_seconds=start, in_flight=2)
-        self._rewards = {
-            r.title: Pool(f"reward {r.title}", patience_seconds=patience, start_seconds=start)
-            for r in run.rewards_for("evaluate")
-        }
-        self._titles = {s: [r.title for r in run.rewards_for(s)] for s in ("train", "evaluate")}
+        self._gauges = Gauges(run.name)
+        self._production = Production(run, self._gauges)
         self._ledger = _Ledger(name="")
         self._records: list[dict[str, Any]] = []
         self._news = asyncio.Condition()
         self._failure: Failure | None = None
-        self._handled_bytes, self._handled_samples, self._queue = 0, 0, 0
-        self._gauges = Gauges(run.name)
+        self._samples = 0
+        gc.collect()
+        gc.freeze()  # what is imported by now stays: a full collection over it takes a fifth of a second, amid a round
 
     def __repr__(self) -> str:
         return f"coordinator of {self._run.name}"
@@ -128,10 +112,11 @@ class Coordinator:
         ledger = self._ledger
         if incarnation != ledger.name or ticket in ledger.tickets:
             return
-        self._count(units)
-        ledger.tickets[ticket] = [asyncio.ensure_future(self._unit(u, tag, weights[0])) for u in units]
+        self._production.count(units)
+        make = self._production.unit
+        ledger.tickets[ticket] = [asyncio.ensure_future(make(u, tag, weights[0])) for u in units]
         samples = sum(len(u.prompts) for u in units)
-        self._handled_samples += samples
+        self._samples += samples
         self._gauges.count("rlalign_samples_total", samples)
         async with ledger.ordered:
             ledger.ordered.notify_all()
@@ -167,9 +152,9 @@ class Coordinator:
     def facts(self) -> dict[str, float]:
         """Counters for the metrics line."""
         return {
-            "restarts/rollout": self._rollouts.restarts,
-            "restarts/reward": sum(p.restarts for p in self._rewards.values()),
-            "driver_bytes_per_sample": round(self._handled_bytes / max(self._handled_samples, 1), 1),
+            "restarts/rollout": self._production.rollouts.restarts,
+            "restarts/reward": sum(p.restarts for p in self._production.rewards.values()),
+            "driver_bytes_per_sample": round(self._production.handled_bytes / max(self._samples, 1), 1),
         }
 
     async def record(self, line: dict[str, Any]) -> None:
@@ -198,91 +183,23 @@ class Coordinator:
 
     async def adopt(self, members: Mapping[str, Mapping[int, ActorHandle]]) -> None:
         """Role -> number -> actor: who belongs to the pools from now on. Who is missing leaves when its work is done."""
-        for role, pool in self._pools().items():
+        for role, pool in self._production.pools().items():
             pool.adopt(members[role])
 
     async def standing(self) -> Standing:
         """How the pools stand; also what Ray's metrics say of them."""
-        pools = {role: pool.state() for role, pool in self._pools().items()}
-        self._gauges.set("rlalign_queue_depth", self._queue)
+        self._gauges.flush()
+        pools = {role: pool.state() for role, pool in self._production.pools().items()}
+        self._gauges.set("rlalign_queue_depth", self._production.queue)
         for role, state in pools.items():
             for name in ("ready", "starting", "lost"):
                 self._gauges.set("rlalign_workers", getattr(state, name), role=role, state=name)
         return Standing(
             epoch=self._epoch,
             pools=pools,
-            numbers={role: tuple(sorted(pool.numbers())) for role, pool in self._pools().items()},
-            queue=self._queue,
+            numbers={role: tuple(sorted(pool.numbers())) for role, pool in self._production.pools().items()},
+            queue=self._production.queue,
         )
-
-    def _pools(self) -> dict[str, Pool]:
-        return {p.role: p for p in (self._rollouts, *self._rewards.values())}
-
-    # --- one unit -----------------------------------------------------------------------------------------------------
-
-    async def _unit(self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef) -> UnitResult:
-        """Produced and scored. What lay on a lost node between the two is produced again."""
-        self._queue += 1
-        try:
-            for attempt in range(self._run.runtime.max_attempts):
-                refs, rollout_seconds = await self._produced(unit, tag, weights)
-                try:
-                    raw, reward_seconds = await self._scored(unit, refs[1])
-                except ObjectGone:
-                    self._gauges.count("rlalign_units_retried_total", role="rollout")
-                    if attempt + 1 == self._run.runtime.max_attempts:
-                        raise
-                    continue
-                break
-            self._gauges.count("rlalign_units_total", stream=unit.key.stream)
-        finally:
-            self._queue -= 1
-        return UnitResult(raw=raw, seconds={"rollout": rollout_seconds, "reward": reward_seconds}, refs=refs)
-
-    async def _produced(
-        self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef
-    ) -> tuple[tuple[ray.ObjectRef, ray.ObjectRef], float]:
-        async def call(actor: ActorHandle) -> Any:
-            refs: list[ray.ObjectRef] = list(actor.produce.remote(unit, tag, weights))
-            trajectory, media, facts = refs
-            return (trajectory, media), await awaited(facts, self._run.runtime)
-
-        def again() -> None:
-            self._gauges.count("rlalign_units_retried_total", role="rollout")
-
-        refs, facts = await tried(f"unit {unit.key}", self._rollouts, call, self._run.runtime, again)
-        self._count(facts)
-        self._gauges.observe("rlalign_unit_seconds", facts["seconds"])
-        return refs, facts["seconds"]
-
-    async def _scored(self, unit: Unit, media: ray.ObjectRef) -> tuple[dict[str, np.ndarray], float]:
-        """(reward title -> raw scores, seconds of all of them)."""
-        runtime = self._run.runtime
-
-        async def ask(title: str) -> Any:
-            def again() -> None:
-                self._gauges.count("rlalign_units_retried_total", role=f"reward {title}")
-                self._gauges.count("rlalign_reward_errors_total", reward=title)
-
-            return await tried(
-                f"reward {title} of unit {unit.key}",
-                self._rewards[title],
-                lambda actor: awaited(actor.score.remote(media, unit.prompts), runtime),
-                runtime,
-                again,
-            )
-
-        titles = self._titles[unit.key.stream]
-        scored = await asyncio.gather(*(ask(title) for title in titles))
-        for title, (values, seconds) in zip(titles, scored, strict=True):
-            self._gauges.observe("rlalign_reward_seconds", seconds, reward=title)
-            self._gauges.count("rlalign_reward_errors_total", float(np.isnan(values).sum()), reward=title)
-        raw = {title: values for title, (values, _) in zip(titles, scored, strict=True)}
-        self._count(raw)
-        return raw, sum(s for _, s in scored)
-
-    def _count(self, message: Any) -> None:
-        self._handled_bytes += len(pickle.dumps(message))
 
 
 def failure_of(error: BaseException) -> Failure:

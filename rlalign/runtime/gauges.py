@@ -6,8 +6,12 @@ are made when they are first set, because Ray must run by then.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
+
+_Tagged = tuple[str, tuple[tuple[str, str], ...]]
+"""A metric's name and its tags but for the run."""
 
 COUNTERS = {
     "rlalign_samples_total": ("samples ordered from the rollout pool", ("run",)),
@@ -37,10 +41,12 @@ def metric_names() -> frozenset[str]:
 
 
 class Gauges:
-    """Ray's metrics of one run."""
+    """Ray's metrics of one run. Counts and observations wait for ``flush``, so that a unit does not wait for them."""
 
     def __init__(self, run: str) -> None:
         self._run, self._made = run, dict[str, Any]()
+        self._counted: defaultdict[_Tagged, float] = defaultdict(float)
+        self._observed: list[tuple[_Tagged, float]] = []
 
     def line(self, line: Mapping[str, Any]) -> None:
         """A metrics line, or an evaluation, whose keys get ``evaluation/`` in front."""
@@ -54,13 +60,16 @@ class Gauges:
                     name, Gauge(name, description=f"rlalign metric {key}", tag_keys=("run",))
                 )
                 gauge.set(value, tags={"run": self._run})
+        self.flush()
 
     def count(self, name: str, by: float = 1.0, **tags: str) -> None:
         """Adds to one of COUNTERS."""
-        from ray.util.metrics import Counter
-
         if by:
-            self._of(Counter, name, *COUNTERS[name]).inc(by, tags={"run": self._run, **tags})
+            self._counted[name, tuple(tags.items())] += by
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        """Adds to one of HISTOGRAMS."""
+        self._observed.append(((name, tuple(tags.items())), max(value, 0.0)))
 
     def set(self, name: str, value: float, **tags: str) -> None:
         """Sets one of POOL_GAUGES."""
@@ -68,16 +77,20 @@ class Gauges:
 
         self._of(Gauge, name, *POOL_GAUGES[name]).set(value, tags={"run": self._run, **tags})
 
-    def observe(self, name: str, value: float, **tags: str) -> None:
-        """Adds to one of HISTOGRAMS."""
-        from ray.util.metrics import Histogram
+    def flush(self) -> None:
+        """Hands over what was counted and observed."""
+        from ray.util import metrics
 
-        text, keys = HISTOGRAMS[name]
-        if name not in self._made:
-            self._made[name] = Histogram(name, description=text, boundaries=list(BOUNDARIES), tag_keys=keys)
-        self._made[name].observe(max(value, 0.0), tags={"run": self._run, **tags})
+        counted, self._counted = self._counted, defaultdict(float)
+        for (name, tags), by in counted.items():
+            self._of(metrics.Counter, name, *COUNTERS[name]).inc(by, tags={"run": self._run, **dict(tags)})
+        observed, self._observed = self._observed, []
+        for (name, tags), value in observed:
+            self._of(metrics.Histogram, name, *HISTOGRAMS[name], boundaries=list(BOUNDARIES)).observe(
+                value, tags={"run": self._run, **dict(tags)}
+            )
 
-    def _of(self, kind: Any, name: str, text: str, keys: tuple[str, ...]) -> Any:
+    def _of(self, kind: Any, name: str, text: str, keys: tuple[str, ...], **settings: Any) -> Any:
         if name not in self._made:
-            self._made[name] = kind(name, description=text, tag_keys=keys)
+            self._made[name] = kind(name, description=text, tag_keys=keys, **settings)
         return self._made[name]

@@ -194,7 +194,9 @@ class Pool:
 
     async def _answers(self, actor_id: int) -> bool | BaseException:
         try:
-            await asyncio.wait_for(_future(self._manager.actors()[actor_id].ping.remote()), timeout=10.0)
+            pong: Any = self._manager.actors()[actor_id].ping.remote()
+            async with asyncio.timeout(10.0):
+                await pong
             return True
         except (ray.exceptions.RayActorError, TimeoutError) as error:
             return error
@@ -206,13 +208,10 @@ class Pool:
             raise PoolLost(f"no {self.role} worker is left ({len(hopeless)} died for good); the last one said: {last}")
 
 
-async def _future(ref: ray.ObjectRef) -> Any:
-    return await ref
-
-
 async def awaited(ref: ray.ObjectRef, runtime: RuntimeSettings) -> Any:
     """The object; TimeoutError when it takes longer than a unit may."""
-    return await asyncio.wait_for(_future(ref), timeout=runtime.unit_timeout_seconds)
+    async with asyncio.timeout(runtime.unit_timeout_seconds):
+        return await ref
 
 
 async def tried(

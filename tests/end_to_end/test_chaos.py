@@ -4,7 +4,7 @@
 
 A cluster of one head and two nodes on this machine, with the health settings that cluster/ ships. Who is killed when is
 random with a seed. The run is then asked to stop, goes on locally for two rounds and must be, bit for bit, the run that
-nobody disturbed. Prints how long each kind took to work again.
+nobody disturbed. Prints how long each kind took to work again: the killed process, and the pool that it belongs to.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlalign import checkpoint, control
@@ -40,6 +41,7 @@ SETTINGS = (
     "plan.steps=5",
     "evaluate.every=0",
     "checkpoint.every=5",
+    "runtime.reward_workers=2",
     "runtime.max_attempts=60",
     "runtime.recovery_seconds=90",
 )
@@ -68,6 +70,8 @@ class Chaos:
     def __init__(self, cluster: Any, folder: Path) -> None:
         self._cluster, self._folder, self._random = cluster, folder, random.Random(SEED)
         self.took: dict[str, list[float]] = {kind: [] for kind in KILLS}
+        self.pool: dict[str, list[float]] = {}
+        """Seconds until a worker of the same pool works."""
         self.loading: dict[str, list[float]] = {}
         self.errors: list[BaseException] = []
         self.redone: list[int] = []
@@ -108,7 +112,11 @@ class Chaos:
             actor = self._random.choice(self._actors(kind))
             process, start = self._process(actor), time.monotonic()
             assert process is not None
+            name = next(n for n, a in self._named(kind).items() if a == actor)
             os.kill(process, signal.SIGKILL)
+            if kind == "reward":
+                self._until(lambda: self._scores(name.rpartition("-")[0]), 60)
+                self.pool.setdefault(kind, []).append(time.monotonic() - start)
             self._until(lambda: self._process(actor, wait=2.0) not in (None, process), 60)
             self.took[kind].append(time.monotonic() - start)
             if kind != "coordinator":
@@ -132,10 +140,30 @@ class Chaos:
         return have + 1
 
     def _actors(self, kind: str) -> list[Any]:
+        return list(self._named(kind).values())
+
+    def _named(self, kind: str) -> dict[str, Any]:
         import ray
 
         names = sorted(n for n in ray.util.list_named_actors() if f"/{kind}" in n)
-        return [ray.get_actor(name) for name in names]
+        return {name: ray.get_actor(name) for name in names}
+
+    def _scores(self, pool: str) -> bool:
+        """Whether some worker of a reward's pool scores a picture, now."""
+        import ray
+
+        pixels = np.zeros((1, 1, 3, 32, 32), np.uint8)
+        asked = [a.score.remote(pixels, ("a red circle",)) for n, a in self._named("reward").items() if pool in n]
+        while asked:
+            done, asked = ray.wait(asked, timeout=5.0)
+            for answer in done:
+                try:
+                    return bool(np.isfinite(ray.get(answer)[0]).all())
+                except ray.exceptions.RayActorError:
+                    continue
+            if not done:
+                return False
+        return False
 
     def _process(self, actor: Any, wait: float = 60.0) -> int | None:
         import ray
@@ -200,6 +228,8 @@ def test_thirty_kills_change_nothing(cluster: Any, tmp_path: Path, capsys: pytes
             of_it = f", of which loading {statistics.median(loading):.1f} s" if loading else ""
             took = f"{statistics.median(seconds):5.1f} s (at most {max(seconds):.1f} s){of_it}"
             print(f"{kind:12} {len(seconds):3} kills, works again after {took}")
+        for kind, seconds in chaos.pool.items():
+            print(f"{kind:12} pool works again after {statistics.median(seconds):.2f} s (at most {max(seconds):.2f} s)")
         print(f"rounds redone after a learner's death: {chaos.redone} (a checkpoint every {run.checkpoint.every})")
 
     longer = small_run(*SETTINGS, f"rounds={done + 2}")

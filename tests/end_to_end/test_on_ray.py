@@ -108,9 +108,19 @@ def test_a_rewards_own_error_is_shown(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_two_learners_equal_one(local_run: Path, tmp_path: Path) -> None:
-    train_on_ray(small_run("runtime.learner_workers=2"), tmp_path / "run", resume=False, on_record=quiet)
-    assert_same_run(tmp_path / "run", local_run)
+@pytest.mark.parametrize("victims", [{}, {1: "coordinator", 3: "learner"}])
+def test_two_learners_equal_one_killed_or_not(local_run: Path, tmp_path: Path, victims: dict[int, str]) -> None:
+    folder, left = tmp_path / "run", dict(victims)
+
+    def disturb(line: dict[str, Any]) -> None:
+        if victim := left.pop(line.get("round", 0), None):
+            process = checkpoint.writer(folder) if victim == "learner" else process_of(victim)
+            assert process is not None
+            os.kill(process, signal.SIGKILL)
+
+    train_on_ray(small_run("runtime.learner_workers=2"), folder, resume=False, on_record=disturb)
+    assert not left, f"never killed: {left}"
+    assert_same_run(folder, local_run)
 
 
 @pytest.mark.slow

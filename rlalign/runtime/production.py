@@ -1,0 +1,119 @@
+"""One unit's way: denoised by a worker of the rollout pool, scored by one of each reward's pool, tried again where one dies.
+
+Not an actor's methods but a plain object's: Ray wraps every method of an actor for tracing, private ones too, and this is
+where a coordinator spends its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from rlalign.config import Run
+from rlalign.records import Unit
+from rlalign.runtime.gauges import Gauges
+from rlalign.runtime.pool import ObjectGone, Pool, awaited, tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitResult:
+    """What the coordinator knows of a finished unit."""
+
+    raw: Mapping[str, np.ndarray]
+    """Reward title -> (B,) float32."""
+    seconds: Mapping[str, float]
+    refs: tuple[ray.ObjectRef, ray.ObjectRef]
+    """Trajectory and media."""
+
+
+class Production:
+    """The pools of a run, and what passes through them."""
+
+    def __init__(self, run: Run, gauges: Gauges) -> None:
+        self._runtime, self._gauges = run.runtime, gauges
+        patience, start = run.runtime.recovery_seconds, run.runtime.start_seconds
+        self.rollouts = Pool("rollout", patience_seconds=patience, start_seconds=start, in_flight=2)
+        self.rewards = {
+            r.title: Pool(f"reward {r.title}", patience_seconds=patience, start_seconds=start)
+            for r in run.rewards_for("evaluate")
+        }
+        self._titles = {s: [r.title for r in run.rewards_for(s)] for s in ("train", "evaluate")}
+        self.queue = 0
+        """Units ordered and not finished."""
+        self.handled_bytes = 0
+
+    def pools(self) -> dict[str, Pool]:
+        """Role -> pool."""
+        return {p.role: p for p in (self.rollouts, *self.rewards.values())}
+
+    def count(self, message: Any) -> None:
+        """Adds a message's size to what the coordinator has handled."""
+        self.handled_bytes += len(pickle.dumps(message))
+
+    async def unit(self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef) -> UnitResult:
+        """Produced and scored. What lay on a lost node between the two is produced again."""
+        self.queue += 1
+        try:
+            for attempt in range(self._runtime.max_attempts):
+                refs, rollout_seconds = await self._produced(unit, tag, weights)
+                try:
+                    raw, reward_seconds = await self._scored(unit, refs[1])
+                except ObjectGone:
+                    self._again("rollout")
+                    if attempt + 1 == self._runtime.max_attempts:
+                        raise
+                    continue
+                break
+            self._gauges.count("rlalign_units_total", stream=unit.key.stream)
+        finally:
+            self.queue -= 1
+        return UnitResult(raw=raw, seconds={"rollout": rollout_seconds, "reward": reward_seconds}, refs=refs)
+
+    async def _produced(
+        self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef
+    ) -> tuple[tuple[ray.ObjectRef, ray.ObjectRef], float]:
+        async def call(actor: ActorHandle) -> Any:
+            refs: list[ray.ObjectRef] = list(actor.produce.remote(unit, tag, weights))
+            trajectory, media, facts = refs
+            return (trajectory, media), await awaited(facts, self._runtime)
+
+        refs, facts = await tried(
+            f"unit {unit.key}", self.rollouts, call, self._runtime, lambda: self._again("rollout")
+        )
+        self.count(facts)
+        self._gauges.observe("rlalign_unit_seconds", facts["seconds"])
+        return refs, facts["seconds"]
+
+    async def _scored(self, unit: Unit, media: ray.ObjectRef) -> tuple[dict[str, np.ndarray], float]:
+        """(reward title -> raw scores, seconds of all of them)."""
+        asked = [self._score(title, unit, media) for title in self._titles[unit.key.stream]]
+        scored = await asyncio.gather(*asked) if len(asked) > 1 else [await one for one in asked]
+        raw = {title: values for title, values, _ in scored}
+        self.count(raw)
+        return raw, sum(seconds for _, _, seconds in scored)
+
+    async def _score(self, title: str, unit: Unit, media: ray.ObjectRef) -> tuple[str, np.ndarray, float]:
+        def again() -> None:
+            self._again(f"reward {title}")
+            self._gauges.count("rlalign_reward_errors_total", reward=title)
+
+        values, seconds = await tried(
+            f"reward {title} of unit {unit.key}",
+            self.rewards[title],
+            lambda actor: awaited(actor.score.remote(media, unit.prompts), self._runtime),
+            self._runtime,
+            again,
+        )
+        self._gauges.observe("rlalign_reward_seconds", seconds, reward=title)
+        self._gauges.count("rlalign_reward_errors_total", float(np.isnan(values).sum()), reward=title)
+        return title, values, seconds
+
+    def _again(self, role: str) -> None:
+        self._gauges.count("rlalign_units_retried_total", role=role)
