@@ -61,7 +61,8 @@ class SleepingReward(Idler):
 
 def fleet_of(run: Run, seconds: float, size: int) -> Any:
     """The run's own fleet, with workers that sleep."""
-    from rlalign.runtime.fleet import RESTART, ROLLOUT, Fleet
+    from rlalign.runtime.fleet import RESTART, Fleet
+    from rlalign.runtime.placement import ROLLOUT
 
     class SleepingFleet(Fleet):
         def _worker(self, role: str, number: int) -> Any:

@@ -21,15 +21,10 @@ from rlalign.control import Asked
 from rlalign.registry import UserError
 from rlalign.rewards.base import Reward
 from rlalign.runtime.coordinator import Coordinator, Standing
+from rlalign.runtime.placement import ROLLOUT, reward_role
 from rlalign.runtime.workers import RewardWorker, RolloutWorker
 
-ROLLOUT = "rollout"
 RESTART: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
-
-
-def reward_role(title: str) -> str:
-    """The pool of a reward."""
-    return f"reward {title}"
 
 
 class Fleet:
@@ -109,7 +104,7 @@ class Fleet:
                 runtime.rollout_labels,
             )
             kind: Any = ray.remote(**places, **RESTART)(RolloutWorker)
-            return kind.options(name=self._name(ROLLOUT, number)).remote(self._run, f"rollout {number}")
+            return kind.options(name=self._name(ROLLOUT, number)).remote(self._run, f"{ROLLOUT} {number}")
         reward = self._rewards[role]
         places = options(
             runtime.reward_cpus if counts else 0.0,
@@ -119,7 +114,7 @@ class Fleet:
         )
         kind = ray.remote(**places, **RESTART)(RewardWorker)
         return kind.options(name=self._name(f"reward-{reward.title}", number)).remote(
-            reward, runtime.device, runtime.rollout_threads, f"reward {reward.title} {number}"
+            reward, runtime.device, runtime.rollout_threads, f"{role} {number}"
         )
 
     def _name(self, role: str, number: int) -> str:

@@ -16,7 +16,13 @@ from rlalign.config import Run, RuntimeSettings
 from rlalign.registry import UserError
 from rlalign.sample import Sample
 
+ROLLOUT = "rollout"
 _EPSILON = 1e-6
+
+
+def reward_role(title: str) -> str:
+    """The role of the workers that serve a reward."""
+    return f"reward {title}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,7 @@ def bundles(run: Run | Sample) -> list[Bundle]:
     found += [rollout(runtime)] * runtime.rollout_workers
     for reward in run.rewards_for("evaluate"):
         one = _bundle(
-            f"reward {reward.title}",
+            reward_role(reward.title),
             runtime.reward_cpus,
             runtime.reward_gpus,
             runtime.reward_resources,
@@ -97,7 +103,7 @@ def bundles(run: Run | Sample) -> list[Bundle]:
 def rollout(runtime: RuntimeSettings) -> Bundle:
     """A rollout worker's bundle."""
     return _bundle(
-        "rollout", runtime.rollout_cpus, runtime.rollout_gpus, runtime.rollout_resources, runtime.rollout_labels
+        ROLLOUT, runtime.rollout_cpus, runtime.rollout_gpus, runtime.rollout_resources, runtime.rollout_labels
     )
 
 

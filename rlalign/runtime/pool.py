@@ -51,7 +51,7 @@ class PoolState:
 class Pool:
     """Actors of one role. ``acquire`` hands out an idle one; every one that is acquired is released or reported lost.
 
-    Members have numbers that their owner gives. Everything but the constructor belongs into one running event loop.
+    Members have numbers that their owner gives. All of it belongs into one running event loop.
     """
 
     def __init__(
@@ -78,13 +78,12 @@ class Pool:
         self._retiring: set[int] = set()
         self._started: set[int] = set()
         self.restarts = 0
-        self._first: Mapping[int, ActorHandle] = dict(enumerate(actors))
+        self.adopt(dict(enumerate(actors)))
 
     # --- who belongs to it --------------------------------------------------------------------------------------------
 
     def adopt(self, members: Mapping[int, ActorHandle]) -> None:
         """These and no others belong to the pool from now on: new ones start, missing ones leave when their work is done."""
-        self._first = {}
         for number in members.keys() - self._ids.keys():
             self._manager.add_actors([members[number]])
             actor_id = self._ids[number] = self._manager.actor_ids()[-1]
@@ -125,8 +124,6 @@ class Pool:
 
     async def acquire(self) -> tuple[int, ActorHandle]:
         """The next idle actor, first come first served. Raises PoolLost when none is left that could become idle."""
-        if self._first:
-            self.adopt(self._first)
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         try:

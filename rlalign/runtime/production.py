@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 from rlalign.config import Run
 from rlalign.records import Unit
 from rlalign.runtime.gauges import Gauges
+from rlalign.runtime.placement import ROLLOUT, reward_role
 from rlalign.runtime.pool import ObjectGone, Pool, awaited, tried
 
 
@@ -39,9 +40,9 @@ class Production:
     def __init__(self, run: Run, gauges: Gauges) -> None:
         self._runtime, self._gauges = run.runtime, gauges
         patience, start = run.runtime.recovery_seconds, run.runtime.start_seconds
-        self.rollouts = Pool("rollout", patience_seconds=patience, start_seconds=start, in_flight=2)
+        self.rollouts = Pool(ROLLOUT, patience_seconds=patience, start_seconds=start, in_flight=2)
         self.rewards = {
-            r.title: Pool(f"reward {r.title}", patience_seconds=patience, start_seconds=start)
+            r.title: Pool(reward_role(r.title), patience_seconds=patience, start_seconds=start)
             for r in run.rewards_for("evaluate")
         }
         self._titles = {s: [r.title for r in run.rewards_for(s)] for s in ("train", "evaluate")}
@@ -66,7 +67,7 @@ class Production:
                 try:
                     raw, reward_seconds = await self._scored(unit, refs[1])
                 except ObjectGone:
-                    self._again("rollout")
+                    self._again(ROLLOUT)
                     if attempt + 1 == self._runtime.max_attempts:
                         raise
                     continue
@@ -84,9 +85,7 @@ class Production:
             trajectory, media, facts = refs
             return (trajectory, media), await awaited(facts, self._runtime)
 
-        refs, facts = await tried(
-            f"unit {unit.key}", self.rollouts, call, self._runtime, lambda: self._again("rollout")
-        )
+        refs, facts = await tried(f"unit {unit.key}", self.rollouts, call, self._runtime, lambda: self._again(ROLLOUT))
         self.count(facts)
         self._gauges.observe("rlalign_unit_seconds", facts["seconds"])
         return refs, facts["seconds"]
@@ -101,7 +100,7 @@ class Production:
 
     async def _score(self, title: str, unit: Unit, media: ray.ObjectRef) -> tuple[str, np.ndarray, float]:
         def again() -> None:
-            self._again(f"reward {title}")
+            self._again(reward_role(title))
             self._gauges.count("rlalign_reward_errors_total", reward=title)
 
         values, seconds = await tried(

@@ -26,6 +26,7 @@ from rlalign.registry import UserError
 from rlalign.rewards.base import Reward
 from rlalign.runtime import cluster
 from rlalign.runtime.fleet import RESTART, options
+from rlalign.runtime.placement import ROLLOUT
 from rlalign.runtime.pool import Pool, PoolLost, UnitFailed, awaited, tried
 from rlalign.runtime.workers import Worker
 from rlalign.sample import LiveRewards, Sample, perform, ready_policy, run_sample
@@ -156,7 +157,7 @@ class RayEngine(Engine):
     async def _all(self, calls: Sequence[tuple[str, Any]]) -> list[Any]:
         if self._pool is None:  # its queue belongs to the loop
             patience = self._runtime.recovery_seconds
-            self._pool = Pool("rollout", self._actors, patience_seconds=patience, in_flight=2)
+            self._pool = Pool(ROLLOUT, self._actors, patience_seconds=patience, in_flight=2)
         pool = self._pool
 
         async def one(what: str, call: Any) -> Any:

@@ -16,7 +16,8 @@ import ray.exceptions
 from rlalign import control
 from rlalign.config import Run
 from rlalign.runtime.coordinator import Failure, Standing
-from rlalign.runtime.fleet import ROLLOUT, Fleet
+from rlalign.runtime.fleet import Fleet
+from rlalign.runtime.placement import ROLLOUT
 from rlalign.runtime.scaling import Balance
 
 OnRecord = Callable[[dict[str, Any]], None]
