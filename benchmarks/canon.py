@@ -1,6 +1,6 @@
 """Every algorithm on the embedded task with one budget: reward, held-out reward, diversity, KL to the base model, cost.
 
-    python benchmarks/canon.py [rounds] [seeds] [--jobs N]
+    python benchmarks/canon.py [rounds] [seeds] [--jobs N] [--over]
 
 Runs each contestant of ``canon_contestants.py`` under each seed as ``rlalign train ... --local`` on one core (``--jobs`` at a
 time), into runs/canon/; what is there already is not run again. Then it writes docs/canon.md and docs/images/canon*.png. An
@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from canon_contestants import CONTESTANTS, OVER_OPTIMISATION, Contestant
-from canon_page import write_page
+from canon_contestants import ALIGNED_BASE, CONTESTANTS, OVER_OPTIMISATION, Contestant
+from canon_page import write_over_optimisation, write_page
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "canon"
@@ -34,15 +34,26 @@ def main() -> None:
     parser.add_argument("seeds", nargs="?", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=None, help="contestants by name")
+    parser.add_argument("--over", action="store_true", help="only the part on over-optimisation")
     given = parser.parse_args()
     chosen = [c for c in CONTESTANTS if given.only is None or c.name in given.only]
-    jobs = [(c, seed, given.rounds) for seed in range(given.seeds) for c in chosen]
-    late = [(c, 0, c.rounds) for c in OVER_OPTIMISATION if given.only is None]  # they start from a contestant's policy
-    for some in (jobs, late):
-        with ThreadPoolExecutor(given.jobs) as pool:
-            list(pool.map(lambda job: train(*job), some))
-    results = [result(c, seed) for c in chosen for seed in range(given.seeds)]
-    write_page(ROOT / "docs", results, [RUNS / f"{c.name}-0" for c in OVER_OPTIMISATION], given.rounds)
+    seeds = range(given.seeds)
+    if not given.over:
+        run_all([(c, seed, given.rounds) for seed in seeds for c in chosen], given.jobs)
+        write_page(ROOT / "docs", [result(c, seed) for c in chosen for seed in seeds], given.rounds)
+    if given.only is None:
+        base = next(c for c in CONTESTANTS if c.name == ALIGNED_BASE)
+        run_all([(base, 0, given.rounds)], given.jobs)
+        run_all([(c, seed, c.rounds) for seed in seeds for c in OVER_OPTIMISATION], given.jobs)
+        write_over_optimisation(
+            ROOT / "docs", *([RUNS / f"{c.name}-{seed}" for seed in seeds] for c in OVER_OPTIMISATION)
+        )
+
+
+def run_all(jobs: list[tuple[Contestant, int, int]], at_a_time: int) -> None:
+    """Trains (contestant, seed, rounds)."""
+    with ThreadPoolExecutor(at_a_time) as pool:
+        list(pool.map(lambda job: train(*job), jobs))
 
 
 def train(contestant: Contestant, seed: int, rounds: int) -> None:

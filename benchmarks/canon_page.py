@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,32 +11,36 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from PIL import Image
-
-GAINS, SHOWN_GAIN = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35), 0.27
-"""kB saved a picture at which over-optimisation is compared, and at which pictures are shown."""
+from canon_over import section
 
 GAIN = 0.20
 """The gain in the verifier's score whose cost in reward queries is compared."""
 
 
-def write_page(docs: Path, results: Sequence[dict[str, Any]], over: Sequence[Path], rounds: int) -> None:
-    """The page with its table and pictures."""
+HEADING = "## Over-optimisation, and the KL against it"
+TEMPLATE = Path(__file__).with_name("canon_page.md")
+
+
+def write_page(docs: Path, results: Sequence[dict[str, Any]], rounds: int) -> None:
+    """The page with its table and pictures, up to the part on over-optimisation."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in results:
         groups.setdefault(one["contestant"].name, []).append(one)
-    images = docs / "images"
-    curves(groups, images / "canon.png")
-    text = Path(__file__).with_name("canon_page.md").read_text()
+    curves(groups, docs / "images" / "canon.png")
     parts = {"TABLE": table(groups), "COST": cost_to_reach(groups), "ROUNDS": str(rounds)}
-    parts["OVER"] = "It has not been run beside the table above."
     parts["SEEDS"] = str(max(len(g) for g in groups.values()))
-    if all((folder / "evaluation.json").is_file() for folder in over) and over:
-        parts["OVER"] = over_optimisation(over, images)
+    text = TEMPLATE.read_text().split(HEADING)[0]
     for key, value in parts.items():
         text = text.replace("{{" + key + "}}", value)
-    (docs / "canon.md").write_text(text)
-    print(text)
+    page = docs / "canon.md"
+    page.write_text(text + HEADING + page.read_text().split(HEADING)[1])
+
+
+def write_over_optimisation(docs: Path, ddpo: Sequence[Path], dpok: Sequence[Path]) -> None:
+    """The page's last part."""
+    page = docs / "canon.md"
+    text = TEMPLATE.read_text().split(HEADING)[1].replace("{{OVER}}", section(ddpo, dpok, docs / "images"))
+    page.write_text(page.read_text().split(HEADING)[0] + HEADING + text)
 
 
 def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
@@ -127,73 +129,3 @@ def curves(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def over_optimisation(folders: Sequence[Path], images: Path) -> str:
-    """The lecture's central figure: held-out score against the reward gained, with samples at equal gain; its numbers as text."""
-    tracks = {}
-    for folder in folders:
-        lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-        first = lines[0]["reward/jpeg/mean"]
-        tracks[folder.name] = [(e["round"], e["reward/jpeg/mean"] - first, e["held_out/shapes/mean"]) for e in lines]
-    (_, ddpo), (_, dpok) = tracks.items()
-    gain = SHOWN_GAIN
-    chosen = [min(track, key=lambda t: abs(t[1] - gain)) for track in (ddpo, dpok)]
-    figure, panel = plt.subplots(figsize=(5.6, 3.8))
-    for (name, track), colour in zip(tracks.items(), ("C3", "C0"), strict=True):
-        panel.plot(
-            [t[1] for t in track],
-            [t[2] for t in track],
-            "o-",
-            color=colour,
-            ms=3.5,
-            label=name.split("_")[1].split("-")[0].upper(),
-        )
-    panel.axvline(gain, color="0.7", lw=1, ls="--")
-    panel.set_xlabel("reward gained: kB saved per picture")
-    panel.set_ylabel("held-out shapes score")
-    panel.grid(alpha=0.25)
-    panel.legend(frameon=False)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(images / "canon-over-optimisation.png", dpi=130)
-    plt.close(figure)
-    sheets = [folders[0] / "samples" / "round-00000.png"]
-    sheets += [folder / "samples" / f"round-{one[0]:05d}.png" for folder, one in zip(folders, chosen, strict=True)]
-    stacked(sheets, images / "canon-samples.png")
-    rows = ["| kB gained | DDPO: held-out score left | DPOK: left | ratio |", "|---|---|---|---|"]
-    for level in GAINS:
-        without, with_kl = at_gain(ddpo, level), at_gain(dpok, level)
-        rows.append(f"| {level:.2f} | {without:.3f} | {with_kl:.3f} | {with_kl / max(without, 1e-9):.2f} |")
-    return (
-        f"DDPO alone: {ddpo[-1][1]:+.3f} kB gained in {ddpo[-1][0]} rounds, and the held-out score falls from "
-        f"{ddpo[0][2]:.3f} to {ddpo[-1][2]:.3f}. At equal gain, between evaluations:\n\n" + "\n".join(rows) + "\n\n"
-        f"The pictures show the same prompts and noise: before, DDPO after {chosen[0][0]} rounds ({chosen[0][1]:+.3f} kB), "
-        f"DPOK after {chosen[1][0]} rounds ({chosen[1][1]:+.3f} kB)."
-    )
-
-
-def at_gain(track: Sequence[tuple[int, float, float]], gain: float) -> float:
-    """The held-out score where the track first passes a gain, between its evaluations."""
-    for (_, x0, y0), (_, x1, y1) in itertools.pairwise(track):
-        if x0 <= gain <= x1:
-            return y0 + (y1 - y0) * (gain - x0) / (x1 - x0)
-    return track[-1][2]
-
-
-def stacked(sheets: Sequence[Path], path: Path) -> None:
-    """The first row of each grid, below one another."""
-    rows = []
-    for sheet in sheets:
-        with Image.open(sheet) as opened:
-            picture = opened.convert("RGB")
-        rows.append(picture.crop((0, 0, picture.width, picture.height // 2)))
-    whole = Image.new("RGB", (rows[0].width, sum(r.height for r in rows)), (250, 250, 248))
-    top = 0
-    for row in rows:
-        whole.paste(row, (0, top))
-        top += row.height
-    whole.save(path, optimize=True)
-
-
-__all__ = ["write_page"]
