@@ -1,6 +1,6 @@
 """The real coordinator, pools and hand-off with workers that sleep: what is left is coordination, on any machine.
 
-    python benchmarks/simulator.py [most workers] [seconds a unit]
+    python benchmarks/simulator.py [most workers] [seconds a unit] [units a worker]
 
 Workers are processes of their own that take no CPU: a rollout sleeps and hands over latents of a given size, a reward sleeps
 and answers zeros. The learner's side is rlalign's own too; only the update is a sleep. Ideal is what sleeping alone would
@@ -44,9 +44,9 @@ class SleepingRollout(Idler):
         self._seconds, self._latents = seconds, np.ones(size // 2, np.float16)
 
     @ray.method(num_returns=3)
-    def produce(self, unit: Any, tag: Any, tensors: Any) -> tuple[Any, Any, dict[str, float]]:
+    def produce(self, work: tuple[Unit, Any], tensors: Any = None) -> tuple[Any, Any, dict[str, float]]:
         time.sleep(self._seconds)
-        rows = len(unit.prompts)
+        rows = len(work[0].prompts)
         media = np.zeros((rows, 1, 3, 8, 8), np.uint8)
         return self._latents, media, {"seconds": self._seconds, "process": 0}
 
@@ -78,6 +78,7 @@ def fleet_of(run: Run, seconds: float, size: int) -> Any:
 def main() -> None:
     most = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0
+    each = int(sys.argv[3]) if len(sys.argv) > 3 else UNITS_A_WORKER
     from rlalign.runtime.cluster import prepare_environment
 
     prepare_environment(None)
@@ -88,8 +89,8 @@ def main() -> None:
     )
     rates: dict[int, float] = {}
     for workers in [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= most]:
-        units = UNITS_A_WORKER * workers
-        ideal = UNITS_A_WORKER * seconds + math.ceil(workers / REWARD_WORKERS) * REWARD_SECONDS
+        units = each * workers
+        ideal = each * seconds + math.ceil(workers / REWARD_WORKERS) * REWARD_SECONDS
         took = statistics.median(rounds(workers, units, seconds, 2_000))
         rates[workers] = units / took
         over = 1000 * (took - ideal)
@@ -159,7 +160,7 @@ def hand_off() -> list[tuple[float, float]]:
     took = []
     for number in range(15):
         start = time.monotonic()
-        latents, _, facts = maker.produce.remote(unit(run, 0, number), ("current", 0), None)
+        latents, _, facts = maker.produce.remote((unit(run, 0, number), ("current", 0)))
         ray.get(facts)
         done = time.monotonic()
         ray.get(reader.read.remote(latents))

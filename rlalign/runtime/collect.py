@@ -9,7 +9,7 @@ from its checkpoint instead.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -63,7 +63,7 @@ class RemoteCollect:
         self._is_main, self._learners = is_main, learners
         self._published: tuple[tuple[str, int], ray.ObjectRef] | None = None
         self._orders: dict[int, _Order] = {}
-        self._next = 0
+        self._next, self._life = 0, 0
         runtime = run.runtime
         self._patience = (
             runtime.max_attempts * (runtime.unit_timeout_seconds + runtime.recovery_seconds) + runtime.start_seconds
@@ -96,33 +96,41 @@ class RemoteCollect:
         tickets = {ticket: list(range(len(order.units)))}  # ticket -> places of its units
         while tickets:
             number, places = tickets.popitem()
-            results = self._results(number)
-            fetched = self._fetched(results)
-            missing = []
-            for place, result, content in zip(places, results, fetched, strict=True):
-                if content is None:
-                    missing.append(place)
-                else:
-                    found[place] = self._scored(order, order.units[place], result, content)
+            missing = set(places)
+            for some in self._results(number):
+                fetched = self._fetched([result for _, result in some])
+                for (at, result), content in zip(some, fetched, strict=True):
+                    if content is not None:
+                        place = places[at]
+                        found[place] = self._scored(order, order.units[place], result, content)
+                        missing.discard(place)
             del self._orders[number]
             if missing:
-                again = _Order(units=[order.units[p] for p in missing], tag=order.tag, weights=order.weights)
-                tickets[self._order(again)] = missing
+                left = sorted(missing)
+                again = _Order(units=[order.units[p] for p in left], tag=order.tag, weights=order.weights)
+                tickets[self._order(again)] = left
         return [found[place] for place in range(len(order.units))]
 
-    def _results(self, ticket: int) -> list[UnitResult]:
-        def ask() -> list[UnitResult] | Failure | None:
-            return ray.get(
-                self._coordinator.gather.remote(self._incarnation, ticket, self._learners), timeout=self._patience
-            )
+    def _results(self, ticket: int) -> Iterator[list[tuple[int, UnitResult]]]:
+        """A ticket's results as they are finished; once more from the start where the coordinator is a new one."""
+        since, life = 0, self._life
 
-        while True:
+        def ask() -> list[tuple[int, UnitResult]] | Failure | None:
+            nonlocal since, life
+            if life != self._life:
+                since, life = 0, self._life
+            asked = self._coordinator.gather.remote(self._incarnation, ticket, since, self._learners)
+            return ray.get(asked, timeout=self._patience)
+
+        while since < len(self._orders[ticket].units):
             results = self._survives(ask)
             if isinstance(results, Failure):
                 raise UserError(results.message) if results.is_users else RunFailed(results.message)
-            if results is not None:
-                return results
-            self._begin_again()
+            if results is None:
+                self._begin_again()
+                continue
+            since += len(results)
+            yield results
 
     def _fetched(self, results: Sequence[UnitResult]) -> list[Any]:
         """Per unit (trajectory, media); None where they lay on a node, or belonged to a process, that is gone."""
@@ -178,6 +186,7 @@ class RemoteCollect:
         """Tells a coordinator that has come back who orders, and what is waited for."""
         if self._learners > 1:
             raise CoordinatorLost("the coordinator died")
+        self._life += 1
         try:
             ray.get(self._coordinator.begin.remote(self._incarnation), timeout=self._patience)
             for ticket in self._orders:

@@ -40,15 +40,48 @@ class Failure:
     is_users: bool
 
 
+class _Ticket:
+    """Units that were ordered together."""
+
+    def __init__(self, tasks: Sequence[asyncio.Task[UnitResult]]) -> None:
+        self.tasks = tasks
+        self.finished: list[int] = []
+        """Places of units, in the order in which they were done."""
+        self.broken: asyncio.Task[UnitResult] | None = None
+        """The first that failed or was given up."""
+        self.learners = 0
+        """Those that have all of it."""
+        self._changed = asyncio.Event()
+        for place, task in enumerate(tasks):
+            task.add_done_callback(lambda done, p=place: self._note(p, done))
+
+    def _note(self, place: int, task: asyncio.Task[UnitResult]) -> None:
+        if task.cancelled() or task.exception():
+            self.broken = self.broken or task
+        self.finished.append(place)
+        self._changed.set()
+
+    async def after(self, since: int) -> list[tuple[int, UnitResult]]:
+        """(place, result) of what was finished after the first ``since``: an eighth of the ticket at least, or the rest of it.
+
+        Raises what a unit raised.
+        """
+        enough = min(since + max(1, len(self.tasks) // 8), len(self.tasks))
+        while len(self.finished) < enough and self.broken is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if self.broken is not None:
+            self.broken.result()
+        return [(place, self.tasks[place].result()) for place in self.finished[since:]]
+
+
 @dataclass(kw_only=True)
 class _Ledger:
     """What one incarnation of the learner has ordered."""
 
     name: str
-    tickets: dict[int, list[asyncio.Task[UnitResult]]] = field(default_factory=dict)
+    tickets: dict[int, _Ticket] = field(default_factory=dict)
     ordered: asyncio.Condition = field(default_factory=asyncio.Condition)
-    gathered: dict[int, int] = field(default_factory=dict)
-    """Ticket -> learners that have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +128,7 @@ class Coordinator:
         """
         if incarnation == self._ledger.name:
             return self._failure
-        for task in (t for tasks in self._ledger.tickets.values() for t in tasks):
+        for task in (task for ticket in self._ledger.tickets.values() for task in ticket.tasks):
             task.cancel()
         self._ledger = _Ledger(name=incarnation)
         return self._failure
@@ -114,15 +147,18 @@ class Coordinator:
             return
         self._production.count(units)
         make = self._production.unit
-        ledger.tickets[ticket] = [asyncio.ensure_future(make(u, tag, weights[0])) for u in units]
+        ledger.tickets[ticket] = _Ticket([asyncio.ensure_future(make(u, tag, weights[0])) for u in units])
         samples = sum(len(u.prompts) for u in units)
         self._samples += samples
         self._gauges.count("rlalign_samples_total", samples)
         async with ledger.ordered:
             ledger.ordered.notify_all()
 
-    async def gather(self, incarnation: str, ticket: int, learners: int) -> list[UnitResult] | Failure | None:
-        """A ticket's results in unit order, once for each of the ``learners`` processes; or why there will be none.
+    async def gather(
+        self, incarnation: str, ticket: int, since: int, learners: int
+    ) -> list[tuple[int, UnitResult]] | Failure | None:
+        """The next (place, result) of a ticket after the ``since`` that the caller has, as they are finished; or why there
+        will be none. A learner takes them over while others are still being made; all ``learners`` processes get all of them.
 
         None says that this coordinator has never heard of the learner: it is a new one.
         """
@@ -134,7 +170,8 @@ class Coordinator:
         async with ledger.ordered:
             await ledger.ordered.wait_for(lambda: ticket in ledger.tickets)
         try:
-            results = await asyncio.gather(*(asyncio.shield(t) for t in ledger.tickets[ticket]))
+            found = ledger.tickets[ticket]
+            results = await found.after(since)
         except ObjectGone as error:
             # said to the one who asks and not kept: the weights of a learner that has died are gone with it, and the next
             # one will order anew
@@ -144,10 +181,10 @@ class Coordinator:
             return self._failure
         except asyncio.CancelledError:
             return Failure(message="this learner has been replaced", is_users=False)
-        ledger.gathered[ticket] = ledger.gathered.get(ticket, 0) + 1
-        if ledger.gathered[ticket] == learners:
+        found.learners += since + len(results) == len(found.tasks)
+        if found.learners == learners:
             del ledger.tickets[ticket]
-        return list(results)
+        return results
 
     def facts(self) -> dict[str, float]:
         """Counters for the metrics line."""

@@ -119,6 +119,7 @@ class Pool:
         for known in (self._never, self._overdue):
             known.pop(actor_id, None)
         self._retiring.discard(actor_id)
+        self._serve()
 
     # --- who works ----------------------------------------------------------------------------------------------------
 
@@ -126,20 +127,22 @@ class Pool:
         """The next idle actor, first come first served. Raises PoolLost when none is left that could become idle."""
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
+        self._serve()
         try:
-            self._serve()
-            while not waiter.done():
-                self._raise_if_lost()
-                await asyncio.wait([waiter], timeout=1.0)
-        except BaseException:
-            if waiter.done():
+            actor_id = await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled() and waiter.exception() is None:
                 self.release(waiter.result())
-            waiter.cancel()
             raise
-        return waiter.result(), self._manager.actors()[waiter.result()]
+        return actor_id, self._manager.actors()[actor_id]
 
     def _serve(self) -> None:
-        """Gives the least busy actors to those who have waited longest."""
+        """Gives the least busy actors to those who have waited longest; tells all of them when none will ever be free."""
+        if lost := self._lost_for_good():
+            while self._waiters:
+                waiter = self._waiters.popleft()
+                if not waiter.done():
+                    waiter.set_exception(PoolLost(lost))
         while self._waiters:
             free = [i for i in self._manager.healthy_actor_ids() if self._out[i] < self._in_flight]
             free = [i for i in free if i not in self._retiring]
@@ -178,9 +181,11 @@ class Pool:
             if isinstance(found, ray.exceptions.ActorDiedError):  # its constructor failed: Ray will not try again
                 self._never[actor_id] = found
                 del self._waits[actor_id]
+                self._serve()
                 return
             if time.monotonic() > deadline:
                 self._overdue[actor_id] = error  # still asked: a node may come back
+                self._serve()
             await asyncio.sleep(PROBE_SECONDS)
         self.restarts += actor_id in self._started
         self._started.add(actor_id)
@@ -198,11 +203,13 @@ class Pool:
         except (ray.exceptions.RayActorError, TimeoutError) as error:
             return error
 
-    def _raise_if_lost(self) -> None:
+    def _lost_for_good(self) -> str:
+        """What to say when no actor will answer again; empty while one may."""
         hopeless = self._never.keys() | self._overdue.keys()
-        if self._ids and len(hopeless) == len(self._ids):
-            last = list({**self._overdue, **self._never}.values())[-1]
-            raise PoolLost(f"no {self.role} worker is left ({len(hopeless)} died for good); the last one said: {last}")
+        if not self._ids or len(hopeless) < len(self._ids):
+            return ""
+        last = list({**self._overdue, **self._never}.values())[-1]
+        return f"no {self.role} worker is left ({len(hopeless)} died for good); the last one said: {last}"
 
 
 async def awaited(ref: ray.ObjectRef, runtime: RuntimeSettings) -> Any:

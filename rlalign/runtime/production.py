@@ -49,6 +49,8 @@ class Production:
         self.queue = 0
         """Units ordered and not finished."""
         self.handled_bytes = 0
+        self._holds: dict[ActorHandle, tuple[str, int]] = {}
+        """Rollout worker -> tag of the weights it was last sent: they travel once, not with every unit."""
 
     def pools(self) -> dict[str, Pool]:
         """Role -> pool."""
@@ -80,10 +82,17 @@ class Production:
     async def _produced(
         self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef
     ) -> tuple[tuple[ray.ObjectRef, ray.ObjectRef], float]:
-        async def call(actor: ActorHandle) -> Any:
-            refs: list[ray.ObjectRef] = list(actor.produce.remote(unit, tag, weights))
+        async def ask(actor: ActorHandle, *given: ray.ObjectRef) -> Any:
+            self._holds[actor] = tag
+            refs: list[ray.ObjectRef] = list(actor.produce.remote((unit, tag), *given))
             trajectory, media, facts = refs
             return (trajectory, media), await awaited(facts, self._runtime)
+
+        async def call(actor: ActorHandle) -> Any:
+            # calls of one actor are carried out in order; one that was restarted meanwhile says that it has no weights
+            given = () if self._holds.get(actor) == tag else (weights,)
+            refs, facts = await ask(actor, *given)
+            return (refs, facts) if facts else await ask(actor, weights)
 
         refs, facts = await tried(f"unit {unit.key}", self.rollouts, call, self._runtime, lambda: self._again(ROLLOUT))
         self.count(facts)

@@ -61,15 +61,22 @@ class RolloutWorker(Worker):
 
     @ray.method(num_returns=3)
     def produce(
-        self, unit: Unit, tag: tuple[str, int], tensors: Mapping[str, np.ndarray]
-    ) -> tuple[Trajectory, np.ndarray, dict[str, Any]]:
-        """(trajectory, media uint8 BFCHW, facts): three objects, so that each goes only where it is needed."""
+        self, work: tuple[Unit, tuple[str, int]], tensors: Mapping[str, np.ndarray] | None = None
+    ) -> tuple[Trajectory | None, np.ndarray | None, dict[str, Any]]:
+        """(trajectory, media uint8 BFCHW, facts): three objects, so that each goes only where it is needed.
+
+        ``work`` is a unit and the tag of its weights. Without ``tensors`` the weights that the worker holds are meant; no
+        facts say that it holds others.
+        """
         import torch
 
         from rlalign.diffusion.rollout import rollout
 
         start = time.monotonic()
+        unit, tag = work
         if tag != self._tag:
+            if tensors is None:
+                return None, None, {}
             self._policy.set_weights({n: torch.from_numpy(np.array(a)) for n, a in tensors.items()})
             self._tag = tag
         trajectory, media = rollout(self._policy, unit, tag[1])
