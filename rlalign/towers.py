@@ -26,6 +26,8 @@ SCORE = "exp(logit_scale) * cos(image, text)"
 CONFIG, WEIGHTS, REWARD = "open_clip_config.json", "open_clip_model.safetensors", "reward.json"
 TINY = "tiny"
 """The architecture for 32x32 pictures that ships with rlalign."""
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's own normalisation of red, green and blue, which BLIP and PickScore keep."""
 _ASSETS = Path(__file__).parent / "assets"
 _RESIZE_MODES = ("shortest", "longest", "squash")
 

@@ -22,6 +22,7 @@ REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
     ("rewards", "aesthetic"): {"head": "head.safetensors"},
     ("rewards", "function"): {"call": "math:fsum"},
     ("rewards", "hpsv2"): {"weights": "hpsv2.safetensors"},
+    ("rewards", "imagereward"): {"weights": "ImageReward.safetensors"},
 }
 """The settings that cannot have a default, each with a value to build the recipe with."""
 

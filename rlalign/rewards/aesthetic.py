@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -60,12 +60,17 @@ def read_head(name: str, place: str) -> tuple[torch.Tensor, torch.Tensor]:
 
     file = hub_file(name, "model.safetensors", place)
     try:
-        found = load_file(file)
-        layers = [(found[f"layers.{n}.weight"].double(), found[f"layers.{n}.bias"].double()) for n in _LAYERS]
+        return affine_head(load_file(file))
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{place} must be a .safetensors file with layers.N.weight and layers.N.bias, N in {_LAYERS}, got {name!r}: {error}"
         ) from error
+
+
+def affine_head(tensors: Mapping[str, torch.Tensor], prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """The one affine map of ``{prefix}layers.N``: weight (D,) and bias, float32 through float64. A missing one is a KeyError."""
+    kinds = ("weight", "bias")
+    layers = [[tensors[f"{prefix}layers.{n}.{kind}"].double() for kind in kinds] for n in _LAYERS]
     weight, bias = layers[0]
     for w, b in layers[1:]:
         weight, bias = w @ weight, w @ bias + b

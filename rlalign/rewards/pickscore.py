@@ -12,10 +12,7 @@ from pydantic import Field
 
 from rlalign.registry import UserError
 from rlalign.rewards.base import Reward, Scorer
-from rlalign.towers import Preprocess
-
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's own normalisation."""
+from rlalign.towers import CLIP_MEAN, CLIP_STD, Preprocess
 
 
 class PickScore(Reward):
@@ -37,7 +34,7 @@ class PickScore(Reward):
         """The scorer, its weights frozen. A missing or damaged folder is a UserError."""
         model, words = self._loaded(device)
         side, reading = model.config.vision_config.image_size, threading.Lock()
-        preprocess = Preprocess(size=(side, side), mean=_MEAN, std=_STD)
+        preprocess = Preprocess(size=(side, side), mean=CLIP_MEAN, std=CLIP_STD)
 
         def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
             pixels = preprocess(media_BFCHW.flatten(0, 1).to(device))
@@ -57,7 +54,9 @@ class PickScore(Reward):
     def _loaded(self, device: str) -> tuple[Any, Any]:
         from safetensors import SafetensorError
         from transformers import AutoTokenizer, CLIPModel
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()  # it would tear the run's own
         place = f"rewards.{self.title}"
         try:
             here = Path(self.path).is_dir()

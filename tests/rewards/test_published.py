@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,127 @@ def test_pickscore_is_transformers_own_logits(tmp_path: Path) -> None:
     _gradient_reaches(scorer, media)
 
 
+class _Published(torch.nn.Module):
+    """ImageReward's network from timm's vision transformer and BERT, whose names of tensors are those of the checkpoint."""
+
+    def __init__(self, vocabulary: int) -> None:
+        from timm.models.vision_transformer import VisionTransformer
+        from transformers import BertConfig, BertModel
+
+        super().__init__()
+        self.blip: Any = torch.nn.Module()
+        self.blip.visual_encoder = VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=0, global_pool=""
+        )
+        config = BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=192,
+            max_position_embeddings=40,
+            is_decoder=True,
+            add_cross_attention=True,
+        )
+        self.blip.text_encoder = BertModel(config, add_pooling_layer=False)
+        self.blip.vision_proj = torch.nn.Linear(128, 16)
+        self.mlp: Any = torch.nn.Module()
+        widths = (128, 24, 16, 8, 6, 1)
+        linear = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+        drops = [torch.nn.Dropout(0.2) for _ in range(3)]
+        self.mlp.layers = torch.nn.Sequential(
+            linear[0], drops[0], linear[1], drops[1], linear[2], drops[2], linear[3], linear[4]
+        )
+        for name, tensor in self.named_parameters():  # so that every tensor, and each one's place, shows in the score
+            usual = 1.0 if name.lower().endswith(("norm.weight", "norm1.weight", "norm2.weight")) else 0.0
+            torch.nn.init.normal_(tensor, mean=usual, std=0.5 if name.startswith("mlp.") else 0.2)
+        torch.nn.init.zeros_(self.blip.text_encoder.embeddings.token_type_embeddings.weight)  # BLIP has none
+
+    def forward(self, pixels: torch.Tensor, tokens: Any) -> torch.Tensor:
+        seen = self.blip.visual_encoder(pixels)
+        attends = tokens.attention_mask[:, None, None, :].bool()  # four dimensions: taken as it is, not made causal
+        length = attends.shape[-1]
+        hidden = self.blip.text_encoder(
+            tokens.input_ids, attention_mask=attends.expand(-1, 1, length, -1), encoder_hidden_states=seen
+        ).last_hidden_state
+        return (self.mlp.layers(hidden[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+def _checkpoint(model: _Published) -> dict[str, torch.Tensor]:
+    return {n: t.contiguous() for n, t in model.state_dict().items() if "token_type" not in n}
+
+
+@pytest.fixture(scope="module")
+def image_reward(tmp_path_factory: Any) -> tuple[_Published, Any, dict[str, Any]]:
+    """The network, its tokenizer, and the settings that name their files."""
+    from transformers import BertTokenizer
+
+    folder = tmp_path_factory.mktemp("imagereward")
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    listed = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), "red", "circle"]
+    (folder / "vocab.txt").write_text("\n".join(listed) + "\n")
+    words = BertTokenizer(str(folder / "vocab.txt"))
+    words.save_pretrained(folder / "words")
+    torch.manual_seed(5)
+    model = _Published(len(words)).eval()
+    save_file(_checkpoint(model), folder / "ImageReward.safetensors")
+    settings = {"name": "imagereward", "weights": str(folder / "ImageReward.safetensors")}
+    return model, words, {**settings, "tokenizer": str(folder / "words")}
+
+
+def test_imagereward_is_the_network_of_the_checkpoint(image_reward: Any, media: torch.Tensor) -> None:
+    """Built here from timm's and BERT's own code, read there into BLIP's classes; captions shorter and longer than 35 tokens."""
+    model, words, settings = image_reward
+    scorer = build("rewards", settings).load("cpu")  # type: ignore[attr-defined]
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    pixels = (media[:, 0] - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    prompts = ["a red circle", "two blue squares above a white cross and a very long rest that is cut off"]
+    tokens = words(prompts, padding="max_length", max_length=35, truncation=True, return_tensors="pt")
+    assert tokens.attention_mask.sum(1).tolist() == [5, 35]
+    with torch.no_grad():
+        expected = model(pixels, tokens)
+        torch.testing.assert_close(scorer(media, prompts), expected, atol=1e-4, rtol=1e-5)
+        assert float((expected[0] - expected[1]).abs()) > 1.0
+        clip = media.expand(-1, 3, -1, -1, -1).clone()
+        clip[:, 1:] = 1 - clip[:, 1:]
+        frames = torch.stack([scorer(clip[:, f : f + 1], prompts) for f in range(3)], dim=1)
+        torch.testing.assert_close(scorer(clip, prompts), frames.mean(1), atol=1e-5, rtol=1e-5)
+    _gradient_reaches(scorer, media)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_documented_lines_turn_a_pickle_into_the_file(image_reward: Any, tmp_path: Path, wrapped: bool) -> None:
+    """docs/rewards.md; HPS wraps its tensors, the others do not."""
+    model, _, settings = image_reward
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (tmp_path / "to_safetensors.py").write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    tensors = _checkpoint(model)
+    torch.save({"epoch": 3, "state_dict": tensors} if wrapped else tensors, tmp_path / "ImageReward.pt")
+    command = [sys.executable, "to_safetensors.py", "ImageReward.pt", "ImageReward.safetensors"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    media = torch.rand(1, 1, 3, 32, 32)
+    made = {**settings, "weights": str(tmp_path / "ImageReward.safetensors")}
+    scores = [build("rewards", s).load("cpu")(media, PROMPTS[:1]) for s in (settings, made)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(scores[0], scores[1], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("blip.visual_encoder.blocks.1.norm1.weight", "has no 'encoder.layers.1.layer_norm1.weight'"),
+        ("blip.text_encoder.encoder.layer.1.crossattention.self.key.bias", "crossattention.self.key.bias"),
+        ("mlp.layers.6.bias", "has no 'mlp.layers.6.bias'"),
+        ("blip.visual_encoder.patch_embed.proj.weight", "has no 'patch_embed.proj.weight'"),
+    ],
+)
+def test_imagereward_without_a_tensor_is_refused(image_reward: Any, tmp_path: Path, lost: str, message: str) -> None:
+    model, _, settings = image_reward
+    save_file({n: t for n, t in _checkpoint(model).items() if n != lost}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="is of another model") as refusal:
+        build("rewards", {**settings, "weights": str(tmp_path / "a.safetensors")}).load("cpu")  # type: ignore[attr-defined]
+    assert message in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -169,6 +292,7 @@ def test_pickscore_is_transformers_own_logits(tmp_path: Path) -> None:
         ({"name": "hpsv2", "architecture": "tiny", "weights": "HPS_v2.1_compressed.pt"}, "nothing is unpickled"),
         ({"name": "clip", "architecture": "tiny"}, "from the hub"),
         ({"name": "pickscore"}, "rewards.pickscore: cannot load 'yuvalkirstain/PickScore_v1'"),
+        ({"name": "imagereward", "weights": "ImageReward.pt"}, "rewards.imagereward.weights must name an existing"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],
 )
