@@ -118,17 +118,19 @@ def learn(config: dict[str, Any]) -> None:
     learner = None
     try:
         learner = build_learner(run)
-        names = [uuid.uuid4().hex]
-        if learner.accelerator.num_processes > 1:
-            broadcast_object_list(names)
-        begun = learner.is_main and patient(lambda: coordinator.begin.remote(names[0]), 60)
-        if begun:
-            return  # the run is over; the driver knows why
-        learner.accelerator.wait_for_everyone()
+        incarnation, over = uuid.uuid4().hex, False
+        if learner.is_main:
+            over = patient(lambda: coordinator.begin.remote(incarnation), 60) is not None
+        if learner.accelerator.num_processes > 1:  # the others go on once it has begun, or end with it
+            said = [incarnation, over]
+            broadcast_object_list(said)
+            incarnation, over = said
+        if over:
+            return  # the driver knows why
         collect = RemoteCollect(
             run,
             coordinator,
-            incarnation=names[0],
+            incarnation=incarnation,
             is_main=learner.is_main,
             learners=learner.accelerator.num_processes,
         )
@@ -142,10 +144,21 @@ def learn(config: dict[str, Any]) -> None:
     except CoordinatorLost:  # Ray Train starts the group again, from the newest checkpoint
         raise
     except Exception as error:  # told to the driver in full; Ray Train would only try the same again
+        if lost_a_peer(error):
+            raise  # it tells so of the one that died; the group starts again, from the newest checkpoint
         failure = failure_of(error)
         patient(lambda: coordinator.abort.remote(failure), 60)
         if learner is not None and learner.accelerator.num_processes > 1:
             raise  # the other learners wait in a collective: the whole group has to end
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an exception is a collective's own, as every learner of a group gets it when another one's process ends."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
+    return isinstance(error, RuntimeError) and where.startswith("torch.distributed")
 
 
 def _pair_reader(run: Run) -> Any:

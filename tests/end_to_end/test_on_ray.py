@@ -123,6 +123,64 @@ def test_two_learners_equal_one_killed_or_not(local_run: Path, tmp_path: Path, v
     assert_same_run(folder, local_run)
 
 
+DYING = """
+import os
+from rlalign.algorithms.ddpo import DDPO
+
+class Dying(DDPO):
+    \"\"\"DDPO in which one learner's process ends while the others wait for its gradient, once, or raises every time.
+
+    Source: none.
+    \"\"\"
+
+    mark: str = ""
+    victim: str = "0"
+
+    def loss(self, batch, policy, scorer=None):
+        if os.environ["RANK"] == self.victim:
+            if not self.mark:
+                raise ArithmeticError("there is no such number")
+            try:
+                os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL))
+                os.kill(os.getpid(), 9)
+            except FileExistsError:
+                pass
+        return super().loss(batch, policy, scorer)
+"""
+
+
+@pytest.fixture
+def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An override that names a learner that dies, two of them at work."""
+    (tmp_path / "dying.py").write_text(DYING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "algorithm.name='dying:Dying'"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_a_learner_that_dies_while_another_waits_for_it_changes_nothing(
+    local_run: Path, tmp_path: Path, dying: str, victim: str
+) -> None:
+    """The other one's collective fails: that is the group's loss, and no error of the run."""
+    mark = tmp_path / "mark"
+    run = small_run(dying, f"algorithm.mark={mark}", f"algorithm.victim='{victim}'", "runtime.learner_workers=2")
+    train_on_ray(run, tmp_path / "run", resume=False, on_record=quiet)
+    assert mark.exists()
+    assert_same_run(tmp_path / "run", local_run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_an_error_in_one_of_two_learners_ends_the_run(tmp_path: Path, dying: str, victim: str) -> None:
+    run = small_run(dying, f"algorithm.victim='{victim}'", "runtime.learner_workers=2")
+    with pytest.raises(RunFailed, match="there is no such number"):
+        train_on_ray(run, tmp_path / "run", resume=False, on_record=quiet)
+
+
 @pytest.mark.slow
 def test_staleness_on_ray_equals_local(tmp_path: Path) -> None:
     from rlalign.loop import train_local
