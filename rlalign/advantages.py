@@ -22,11 +22,11 @@ def over_round(reward_B: np.ndarray, eps: float = 1e-8) -> np.ndarray:
 
 
 def within_groups(reward_B: np.ndarray, group_B: Sequence[int], *, std: str = "group", eps: float = 1e-4) -> np.ndarray:
-    """(B,) float64 (r - group mean) / (std + eps); std of the group or of the round ("group" / "global").
+    """(B,) float64 (r - group mean) / (std + eps); std of the group or of the round ("group" / "global"), or r - mean ("none").
 
     A group of one, or without spread, gives 0 (GRPO: Shao 2024, arXiv:2402.03300; Flow-GRPO uses the global std).
     """
-    assert std in ("group", "global"), std
+    assert std in ("group", "global", "none"), std
     wide, groups = reward_B.astype(np.float64), np.asarray(group_B)
     kept = np.isfinite(wide)
     out = np.zeros_like(wide)
@@ -36,8 +36,8 @@ def within_groups(reward_B: np.ndarray, group_B: Sequence[int], *, std: str = "g
     for group in np.unique(groups):
         mine = (groups == group) & kept
         if mine.any():
-            spread = wide[mine].std() if std == "group" else scale
-            out[mine] = (wide[mine] - wide[mine].mean()) / (spread + eps)
+            spread = 1.0 if std == "none" else (wide[mine].std() if std == "group" else scale) + eps
+            out[mine] = (wide[mine] - wide[mine].mean()) / spread
     return out
 
 

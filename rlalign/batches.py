@@ -56,6 +56,12 @@ def moved(one: Dataclass, device: str) -> Dataclass:
     return replace(one, **{n: v.to(device) for n, v in own.items() if isinstance(v, torch.Tensor)})  # type: ignore[type-var]
 
 
+def _wide(log_prob: torch.Tensor) -> None:
+    """Refuses log-probs that are coarser than a clip range: float16 near |log p| = 1.4 has a spacing of 9.8e-4."""
+    if log_prob.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"log_prob must be float32 or float64, got {log_prob.dtype}; take it in float32 and keep it so")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
     """Denoising steps with advantages: what policy-gradient algorithms eat. Whole units, so that a replay can use the
@@ -72,6 +78,10 @@ class StepBatch:
     """Per unit (B,) float32; 0 for a dropped sample."""
     reward: tuple[torch.Tensor, ...]
     """Per unit (B,) float32 weighted totals; NaN for a dropped sample."""
+
+    def __post_init__(self) -> None:
+        for one in self.log_prob:
+            _wide(one)
 
     def __len__(self) -> int:
         return sum(len(u.prompts) for u in self.units)
@@ -117,9 +127,13 @@ class StepPass:
     """Steps of the unit that are learned from, over all its passes."""
     latents_BK1: torch.Tensor
     log_prob_BS: torch.Tensor
+    """(B, S) float32 behaviour log-probs, nats per element."""
     advantage_B: torch.Tensor
     reward_B: torch.Tensor
     weight: float
+
+    def __post_init__(self) -> None:
+        _wide(self.log_prob_BS)
 
 
 @dataclass(frozen=True, kw_only=True)

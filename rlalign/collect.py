@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from rlalign.config import Run
+from rlalign.devices import usable
 from rlalign.diffusion.rollout import rollout
 from rlalign.policies.base import Policy
 from rlalign.records import Scored, Unit, Weights
@@ -37,13 +38,15 @@ class Collect(Protocol):
 
 
 class LocalCollect:
-    """Units on threads of this process, each with a replica of the policy and ``threads`` threads inside an operation."""
+    """Units on threads of this process, each with a replica of the policy and ``rollout_threads`` inside an operation."""
 
     def __init__(self, run: Run) -> None:
+        """Raises UserError where this machine does not have the run's device."""
         self._rewards = {stream: run.rewards_for(stream) for stream in ("train", "evaluate")}
-        self._scorers: dict[str, Scorer] = {r.title: r.load(run.runtime.device) for r in self._rewards["evaluate"]}
-        lanes = run.runtime.rollout_workers if run.runtime.device == "cpu" else 1
-        first = run.policy.load(run.runtime.device)
+        device, reward_device = usable(run.runtime.device, "runtime.device"), run.runtime.reward_device
+        self._scorers: dict[str, Scorer] = {r.title: r.load(reward_device) for r in self._rewards["evaluate"]}
+        lanes = run.runtime.rollout_workers if device == "cpu" else 1
+        first = run.policy.load(device)
         self._idle: deque[Policy] = deque([first, *(first.replica() for _ in range(lanes - 1))])
         self._first, self._tag = first, ("", -1)
         self._pool = ThreadPoolExecutor(

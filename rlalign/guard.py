@@ -2,11 +2,13 @@
 
 At each evaluation: where the held-out reward is more than ``drop`` below its best so far, while the trained total is above
 what it was at that best, the evaluation counts against the run; any other evaluation sets the count to 0. At ``patience``
-counts the run stops, or its learning rate is halved and the count starts again.
+counts the run stops, or its learning rate is halved and the count starts again. An evaluation in which either reward has no
+number (every sample was dropped) says nothing: it is no best, it does not count, and the count stays.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -46,6 +48,11 @@ class Guard:
         if not settings.held_out or self.stopped:
             return ""
         trained, held_out = summary["reward/total/mean"], summary[f"held_out/{settings.held_out}/mean"]
+        if not (math.isfinite(trained) and math.isfinite(held_out)):
+            return (
+                f"guard: after round {round} the trained reward is {trained:g} and the held-out reward {settings.held_out} "
+                f"{held_out:g}; this evaluation is left out"
+            )
         if self._best is None or held_out > self._best[0]:
             self._best = (held_out, trained)
         best, trained_then = self._best

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rlalign.batches import Batch, Pass, moved
 from rlalign.diffusion.noise import generator
 from rlalign.policies.base import Policy
+from rlalign.precision import explained, here, start_thread
 from rlalign.records import Weights
 from rlalign.registry import UserError
 
@@ -112,7 +113,8 @@ class Learner:
         self._own_shards = range(rank, settings.shards, world)
         lanes = len(self._own_shards) if policy.device == "cpu" else 1
         self._lanes = [policy, *(policy.replica() for _ in range(lanes - 1))]
-        self._pool = ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(threads,))
+        begin = (threads, here(policy.device))
+        self._pool = ThreadPoolExecutor(lanes, "lane", initializer=start_thread, initargs=begin)
 
     @property
     def is_main(self) -> bool:
@@ -172,8 +174,9 @@ class Learner:
         means: dict[str, float] = {}
         maxima: dict[str, float] = {}
         for one in passes:
-            loss = self.loss(moved(one, lane.device), lane)
-            (loss.value * one.weight).backward()
+            with explained():
+                loss = self.loss(moved(one, lane.device), lane)
+                (loss.value * one.weight).backward()
             for name, value in {"loss": loss.value, **loss.means}.items():
                 means[name] = means.get(name, 0.0) + float(value.detach()) * one.weight
             for name, value in loss.maxima.items():
@@ -208,16 +211,12 @@ class Learner:
         from accelerate.utils import gather_object
 
         numbered = [(shard, dict(o)) for shard, o in zip(self._own_shards, own, strict=True)]
-        if self._spread:
+        if self.accelerator.num_processes > 1:
             numbered = sorted(gather_object(numbered), key=lambda pair: pair[0])  # shard order, as in one process
         merged = [o for _, o in numbered]
         names = sorted({name for o in merged for name in o})
         fold = max if how == "max" else sum
         return {name: float(fold([o[name] for o in merged if name in o])) for name in names}
-
-    @property
-    def _spread(self) -> bool:
-        return self.accelerator.num_processes > 1
 
     @torch.no_grad()
     def _track_average(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from rlalign import checkpoint, control, evaluate
+from rlalign import checkpoint, control, costs, evaluate
 from rlalign.arrow import write_pairs
 from rlalign.assemble import build_learner, preference_pairs
 from rlalign.batches import Batch, PromptBatch
@@ -85,7 +85,7 @@ class _Alignment:
         self.run, self.folder, self.collect, self.learner, self.on_record = run, folder, collect, learner, on_record
         self.memory, self.guard = Memory(), Guard(run.guard)
         self.done = 0
-        self.counts = {"samples": 0, "denoiser_calls": 0, "reward_queries": 0}
+        self.counts = costs.NONE.copy()
         self.tickets: deque[tuple[int, int]] = deque()  # (ticket, rounds that its weights had learned)
         self.ordered = 0
         self.shown: tuple[tuple[str, int], list[Scored]] = (("", -1), [])
@@ -113,7 +113,7 @@ class _Alignment:
 
     def one_round(self) -> None:
         """Gathers the next round, learns from it, and starts what may start."""
-        start = time.monotonic()
+        start, version = time.monotonic(), self.learner.version
         sync, scored, staleness = self.order_ahead(), list[Scored](), 0
         if self.run.rolls_out:
             ticket, made_in = self.tickets.popleft()
@@ -124,6 +124,7 @@ class _Alignment:
         self.check_ratio(learned, staleness)
         self.done += 1
         updated = time.monotonic()
+        costs.add(self.counts, self.run, learned, updates=self.learner.version - version)
         waited = gathered - start - sync
         seconds = {"sync": sync, "update": updated - gathered, "round": updated - start}
         self.record(scored, learned, staleness, waited, seconds)
@@ -185,8 +186,9 @@ class _Alignment:
 
     def check_ratio(self, learned: Mapping[str, float], staleness: int) -> None:
         """Refuses to go on when the first batch of an on-policy run replays to other numbers than it was made with."""
-        limit, found = self.run.algorithm.ratio_limit, learned.get("ratio/first_update", 0.0)
-        if limit is not None and staleness == 0 and found > limit:
+        algorithm, found = self.run.algorithm, learned.get("ratio/first_update", 0.0)
+        limit, fresh = algorithm.ratio_limit, staleness == 0 and not (self.done and algorithm.replays)
+        if limit is not None and fresh and found > limit:
             raise UserError(
                 f"max|ratio - 1| before the first update must be <= {limit:g} (a tenth of the clip range), got {found:g}; "
                 "give rollout and learner the same device and threads, set learner.steps_per_pass to 1, or widen the clip range"
@@ -201,13 +203,9 @@ class _Alignment:
         seconds: Mapping[str, float],
     ) -> None:
         """Writes the metrics line of a round."""
-        samples = self.run.samples_per_round if self.run.samples_itself else 0
-        self.counts["samples"] += samples
-        self.counts["denoiser_calls"] += samples * self.run.plan.steps
-        self.counts["reward_queries"] += samples * len(self.run.rewards)
         if scored:  # samples so far by the rounds that their policy lagged behind: a histogram
             behind = f"staleness/samples_{staleness}_behind"
-            self.counts[behind] = self.counts.get(behind, 0) + samples
+            self.counts[behind] = self.counts.get(behind, 0) + self.run.samples_per_round
         work = {phase: sum(s.seconds.get(phase, 0.0) for s in scored) for phase in ("rollout", "reward")}
         share = waited / max(sum(work.values()), 1e-9)
         line: dict[str, Any] = {"round": self.done, "policy_version": self.learner.version, **self.counts}

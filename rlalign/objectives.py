@@ -121,7 +121,10 @@ def forward_reinforcement(
 
 
 def reward_weights(reward_B: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(B,) softmax(reward / temperature), rescaled to mean 1 (Lee 2023, arXiv:2302.12192; Black 2023 for RWR)."""
+    """(B,) softmax(reward / temperature), rescaled to mean 1 (Lee 2023, arXiv:2302.12192; Black 2023 for RWR).
+
+    The temperature is in units of reward and divides it: at 0.2 a reward of 1 more weighs e^5 times as much.
+    """
     return torch.softmax(reward_B / temperature, dim=0) * len(reward_B)
 
 

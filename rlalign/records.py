@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,15 @@ class Plan(BaseModel):
     window: int = Field(
         default=0, ge=0, description="noise in this many neighbouring steps of the first half only; 0 is in all steps"
     )
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Plan:
+        if self.window > self.steps // 2:
+            raise ValueError(
+                f"window must be <= {self.steps // 2}, the first half of {self.steps} steps, got {self.window}; "
+                "0 makes every step noisy"
+            )
+        return self
 
 
 class UnitKey(NamedTuple):
@@ -81,7 +90,10 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         # float16 near |log p| = 1.4 has a spacing of 9.8e-4: coarser than any published clip range
-        assert self.log_prob_BK.dtype == np.float32, f"log_prob must be float32, got {self.log_prob_BK.dtype}"
+        if self.log_prob_BK.dtype != np.float32:
+            raise TypeError(
+                f"log_prob must be float32, got {self.log_prob_BK.dtype}; take it in float32 and keep it so"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

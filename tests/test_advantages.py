@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from rlalign.advantages import PromptStatistics, over_round, within_groups
+from rlalign.algorithms.base import AdvantageOver, rewards_of, standardised
+from rlalign.collect import LocalCollect
+from rlalign.config import parse_run
+from rlalign.memory import Memory
+from rlalign.records import Weights
+from tests.toy import PROMPTS
 
 RNG = np.random.default_rng(0)
 REWARD_B = RNG.normal(3.0, 2.0, 24)
@@ -38,6 +46,16 @@ def test_a_shift_changes_nothing(form: Callable[..., np.ndarray]) -> None:
 def test_a_positive_scale_changes_nothing(form: Callable[..., np.ndarray]) -> None:
     assert np.allclose(form(REWARD_B * 250.0, eps=0.0), form(REWARD_B, eps=0.0), rtol=0, atol=1e-12)
     assert np.allclose(form(REWARD_B * -1.0, eps=0.0), -form(REWARD_B, eps=0.0), rtol=0, atol=1e-12)
+
+
+def test_centred_keeps_the_rewards_units() -> None:
+    """r - group mean: shift-invariant, linear in scale, sums to 0 within a group, and a lone sample has none."""
+    ids = GROUP_B.tolist()
+    plain = within_groups(REWARD_B, ids, std="none")
+    assert np.allclose(plain.reshape(6, 4), REWARD_B.reshape(6, 4) - REWARD_B.reshape(6, 4).mean(1, keepdims=True))
+    assert np.allclose(within_groups(REWARD_B * 250.0 + 17.0, ids, std="none"), 250.0 * plain, rtol=0, atol=1e-9)
+    assert np.allclose(plain.reshape(6, 4).sum(1), 0.0, atol=1e-12)
+    assert within_groups(np.array([3.0]), [0], std="none").tolist() == [0.0]
 
 
 def test_eps_is_all_that_breaks_scale() -> None:
@@ -94,12 +112,47 @@ def test_group_and_global_std_weigh_prompts_differently() -> None:
     )
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
-def test_the_number_of_workers_changes_no_bit(workers: int) -> None:
-    """A round's rewards are gathered before anything is computed, so every split gives the same bits."""
-    gathered = np.concatenate(np.array_split(REWARD_B, workers))
-    for form in FORMS.values():
-        assert np.array_equal(form(gathered), form(REWARD_B))
+def redness(media_BFCHW: np.ndarray, prompts: Sequence[str]) -> list[float]:
+    """Mean red in [0, 1], later for some pictures than for others, so that units end in another order than they began."""
+    value_B = media_BFCHW[:, 0, 0].mean((-1, -2)) / 255.0
+    time.sleep(float(value_B[0] * 1000 % 1) / 100)
+    return value_B.tolist()
+
+
+def advantages_of(workers: int, rounds: int = 3) -> list[np.ndarray]:
+    """Per round and form, the advantages of a run's own samples, made and scored by so many workers."""
+    run = parse_run(
+        {
+            "name": "sharded",
+            "policy": {"name": "tests.toy:Toy"},
+            "prompts": {
+                "name": "list",
+                "prompts": list(PROMPTS),
+                "per_round": 8,
+                "per_unit": 1,
+                "samples_per_prompt": 3,
+            },
+            "rewards": [{"name": "function", "call": "tests.test_advantages:redness"}],
+            "algorithm": {"name": "ddpo"},
+            "runtime": {"rollout_workers": workers},
+        }
+    )
+    collect, memory, found = LocalCollect(run), Memory(), []
+    weights = Weights(version=0, kind="current", tensors=run.policy.load("cpu").weights())
+    for round in range(1, rounds + 1):
+        scored = collect.gather(collect.order(run.prompts.units(0, round, run.plan), weights))
+        found += [standardised(scored, memory, over, min_count=8) for over in get_args(AdvantageOver)]
+        found.append(within_groups(*rewards_of(scored), std="global"))
+    return found
+
+
+def test_the_number_of_workers_changes_no_bit() -> None:
+    """O18: three rounds of eight units, made by 1, 2, 3 and 4 workers that end in any order: every form gives the same bits."""
+    alone = advantages_of(1)
+    assert all(np.abs(a).max() > 1e-3 for a in alone), "there is something to compare"
+    for workers in (2, 3, 4):
+        for mine, theirs in zip(advantages_of(workers), alone, strict=True):
+            assert np.array_equal(mine, theirs)
 
 
 @every_form

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -74,3 +76,17 @@ def test_a_pass_is_a_slice_of_one_unit():
 
 def test_without_a_density_there_is_nothing_to_learn():
     assert list(batch_of([[False, False]], [2]).passes(1)) == []
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.int64])
+def test_a_log_prob_in_half_precision_cannot_be_in_a_batch_or_a_pass(kind):
+    """O20: an error of type, also under ``python -O``. float64 is for comparisons."""
+    batch = batch_of([[True, True]], [2])
+    one = next(batch.passes(1))
+    for wide in (torch.float32, torch.float64):
+        assert replace(batch, log_prob=(batch.log_prob[0].to(wide),)).log_prob[0].dtype == wide
+        assert replace(one, log_prob_BS=one.log_prob_BS.to(wide)).log_prob_BS.dtype == wide
+    with pytest.raises(TypeError, match=f"log_prob must be float32 or float64, got {kind}"):
+        replace(batch, log_prob=(batch.log_prob[0].to(kind),))
+    with pytest.raises(TypeError, match=f"log_prob must be float32 or float64, got {kind}"):
+        replace(one, log_prob_BS=one.log_prob_BS.to(kind))

@@ -174,11 +174,37 @@ def test_an_override_inside_an_empty_list():
         ("learner.updates_per_round=3", "learner.updates_per_round must divide the units of a round (4 = "),
         ("runtime.learner_workers=2", "learner.shards must be a multiple of runtime.learner_workers (2), got 1"),
         ("runtime.device=tpu", "runtime.device must match "),
+        (
+            "runtime.rollout_gpus=1.5",
+            "runtime.rollout_gpus must be a share of one GPU or a whole number of them, got 1.5",
+        ),
+        (
+            "runtime.learner_gpus=2.25",
+            "runtime.learner_gpus must be a share of one GPU or a whole number of them, got 2.",
+        ),
+        ("runtime.reward_gpus=.inf", "runtime.reward_gpus must be 0 or a finite number >= 0.0001, got inf"),
+        ("runtime.reward_cpus=1e-5", "runtime.reward_cpus must be 0 or a finite number >= 0.0001, got 1e-05"),
+        (
+            "runtime.rollout_resources={a: -1}",
+            "runtime.rollout_resources must be 0 or a finite number >= 0.0001, got -1",
+        ),
+        ("runtime.reward_resources={GPU: 1}", "runtime.reward_resources must have names of their own, got 'GPU'"),
         ("algorithm.form=score_function", "algorithm.form score_function is strictly on-policy: learner.updates_per"),
     ],
 )
 def test_a_mistake_is_one_sentence(one, expected):
     assert refused(one).startswith(expected)
+
+
+@pytest.mark.parametrize("amount", [0, 0.25, 0.75, 1, 2, 8])
+def test_gpus_are_shares_of_one_or_whole_ones(amount):
+    assert least(f"runtime.rollout_gpus={amount}").runtime.rollout_gpus == amount
+
+
+def test_rewards_compute_on_the_cpu_unless_they_reserve_gpus():
+    assert least("runtime.device=cuda").runtime.reward_device == "cpu"
+    assert least("runtime.device=cuda:1", "runtime.reward_gpus=0.5").runtime.reward_device == "cuda:1"
+    assert least("runtime.reward_gpus=0.5").runtime.reward_device == "cpu"
 
 
 def test_the_score_function_takes_no_stale_samples():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from rlalign.guard import Guard, GuardSettings
 
 
@@ -42,6 +44,17 @@ def test_halving_goes_on_and_halves_again() -> None:
     assert "learning rate is now 0.5 of" in guard.observe(1, summary(0.1, 0.2))
     assert "learning rate is now 0.25 of" in guard.observe(2, summary(0.2, 0.1))
     assert not guard.stopped
+
+
+@pytest.mark.parametrize("wrong", [summary(0.0, float("nan")), summary(float("nan"), 0.5)])
+def test_an_evaluation_without_a_number_is_left_out_and_said(wrong: dict[str, float]) -> None:
+    """Also the first one: what follows is judged as if it had not been; between two falls it takes none back."""
+    guard = Guard(GuardSettings(held_out="shapes", drop=0.1, patience=2))
+    assert "after round 0" in guard.observe(0, wrong) and "is left out" in guard.observe(0, wrong)
+    assert guard.observe(1, summary(0.0, 0.5)) == ""
+    assert guard.observe(2, summary(0.2, 0.3)) == "", "counts once"
+    guard.observe(3, wrong)
+    assert "the run stops" in guard.observe(4, summary(0.3, 0.3))
 
 
 def test_no_title_is_no_guard() -> None:

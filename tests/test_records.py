@@ -52,6 +52,14 @@ def test_records_are_frozen_and_keyword_only(record):
             "plan.rule must be 'ddim', 'ddpm', 'flow_ode', 'flow_sde', 'flow_dance' or 'flow_cps', got 'dimm'",
         ),
         ({"step": 3}, "plan.step: unknown setting; did you mean 'steps'?"),
+        (
+            {"steps": 10, "window": 6},
+            "plan.window must be <= 5, the first half of 10 steps, got 6; 0 makes every step noisy",
+        ),
+        (
+            {"steps": 1, "window": 1},
+            "plan.window must be <= 0, the first half of 1 steps, got 1; 0 makes every step noisy",
+        ),
     ],
 )
 def test_a_plan_is_checked(settings, message):
@@ -75,7 +83,7 @@ def test_a_log_prob_in_half_precision_is_rejected():
     """Near |log p| = 1.4 float16 has a spacing of 9.8e-4: coarser than a clip range of 1e-4."""
     assert float(np.spacing(np.float16(1.4))) > 9e-4
     for kind in (np.float16, np.float64):
-        with pytest.raises(AssertionError, match="log_prob must be float32, got float"):
+        with pytest.raises(TypeError, match="log_prob must be float32, got float"):
             trajectory(log_prob_BK=np.zeros((3, 2), dtype=kind))
     assert trajectory().latents_BK1.dtype == np.float16, "latents may be"
 

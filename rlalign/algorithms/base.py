@@ -11,11 +11,12 @@ import torch
 
 from rlalign.advantages import over_round, within_groups
 from rlalign.batches import Batch, Key, Pairs, StepBatch
-from rlalign.diffusion.noise import generator, normal
+from rlalign.diffusion.noise import generator, noise_masks, normal
+from rlalign.diffusion.steps import is_stochastic
 from rlalign.memory import Memory
 from rlalign.policies.base import Policy
-from rlalign.records import Plan, Scored
-from rlalign.registry import Recipe
+from rlalign.records import Plan, Scored, Unit
+from rlalign.registry import Recipe, UserError
 
 
 class DifferentiableScorer(Protocol):
@@ -36,6 +37,18 @@ class Loss:
     """Metric -> scalar maximum over the pass; the learner takes the largest."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What an algorithm is to learn with, which it looks at before the first round."""
+
+    policy: Policy
+    plan: Plan
+    units: Sequence[Unit] = ()
+    """The units of the first round; none where a set of preferences takes their place."""
+    ties: Literal["", "drop", "half"] = ""
+    """What that set does with ties; empty where there is none."""
+
+
 class Algorithm(Recipe):
     """Base of an algorithm: settings, what it eats, how the batch is made, and the loss."""
 
@@ -51,6 +64,26 @@ class Algorithm(Recipe):
     def uses(self) -> int:
         """Passes that a unit's samples make through the network in an epoch, where they are not one per denoising step."""
         return 1
+
+    @property
+    def replays(self) -> bool:
+        """Whether a round's batch holds earlier rounds' steps too, whose ratios are not 1."""
+        return False
+
+    @property
+    def queries(self) -> int:
+        """Pictures that each reward is asked about for a sample, where the algorithm samples by itself."""
+        return 1
+
+    @property
+    def left_out(self) -> int:
+        """Final denoising steps that the loss leaves out, where it is one of steps."""
+        return 0
+
+    @property
+    def compares(self) -> Literal["", "unit", "round"]:
+        """Within what a prompt's samples are compared with one another; empty where a sample may be its prompt's only one."""
+        return ""
 
     @property
     def strictly_on_policy(self) -> bool:
@@ -72,6 +105,12 @@ class Algorithm(Recipe):
         """Round -> decay of the slow copy of the weights that rollouts use; None: they use the current weights."""
         return None
 
+    def check(self, given: Given) -> None:
+        """Raises UserError where there would be nothing to learn, or where the loss is not defined."""
+        _check_company(self, given)
+        if self.eats == "steps":
+            _check_steps(self, given)
+
     def critic(self, policy: Policy, plan: Plan) -> tuple[torch.nn.Module, float] | None:
         """A value network to be trained beside the policy, and its learning rate; the loss finds it as ``policy.critic``."""
         return None
@@ -89,7 +128,49 @@ class Algorithm(Recipe):
         raise NotImplementedError
 
 
-AdvantageOver = Literal["prompt", "group", "global"]
+def _check_company(algorithm: Algorithm, given: Given) -> None:
+    """Refuses lone samples where samples of a prompt are compared: their advantage is 0, and they make no pair."""
+    if not algorithm.compares or not given.units:
+        return
+    rooms = [u.prompt_ids for u in given.units]
+    if algorithm.compares == "round":
+        rooms = [tuple(p for ids in rooms for p in ids)]
+    if all(len(set(ids)) == len(ids) for ids in rooms):
+        raise UserError(
+            f"prompts.samples_per_prompt must be >= 2 for {algorithm.name}, which compares the samples of a prompt, got 1; "
+            "or take an algorithm that needs no company (ddpo with advantage prompt or global)"
+        )
+
+
+def _check_steps(algorithm: Algorithm, given: Given) -> None:
+    """Refuses a plan under which some round would have no step to learn from, wherever its window is."""
+    plan, path, name = given.plan, given.policy.path, algorithm.name
+    stochastic_K = is_stochastic(path, path.levels(plan.steps), rule=plan.rule, eta=plan.eta).tolist()
+    if plan.eta == 0:
+        raise UserError(f"plan.eta must be > 0 for {name}, got {plan.eta}: no step would have a density")
+    if plan.rule == "flow_ode":
+        raise UserError(
+            f"plan.rule must have noise for {name}, got 'flow_ode', whose steps have no density; use flow_sde"
+        )
+    if not any(stochastic_K):
+        raise UserError(
+            f"plan.steps must be >= 2 for {name}, got {plan.steps}: the step to the clean sample has no density"
+        )
+    firsts = [[s and m for s, m in zip(stochastic_K, mask, strict=True)].index(True) for mask in noise_masks(plan)]
+    most = plan.steps - 1 - max(firsts)
+    if algorithm.left_out > most:
+        window = f" and a window of {plan.window}" if plan.window else ""
+        raise UserError(
+            f"algorithm.skip_last must be <= {most} with {plan.steps} steps{window}, got {algorithm.left_out}: "
+            "a round would have no step to learn from; lower it, or raise plan.steps"
+        )
+
+
+AdvantageOver = Literal["prompt", "group", "global", "centred"]
+ADVANTAGE = (
+    "whose statistics: running per prompt, the round's samples of a prompt, or the round; centred takes a prompt's mean away "
+    "and leaves the reward's units"
+)
 
 
 def rewards_of(scored: Sequence[Scored]) -> tuple[np.ndarray, list[int]]:
@@ -104,7 +185,9 @@ def standardised(
     reward_B, prompt_B = rewards_of(scored)
     if over == "prompt":
         return memory.statistics.advantages(reward_B, prompt_B, size=size, min_count=min_count)
-    return within_groups(reward_B, prompt_B) if over == "group" else over_round(reward_B)
+    if over == "global":
+        return over_round(reward_B)
+    return within_groups(reward_B, prompt_B, std="none" if over == "centred" else "group")
 
 
 def per_unit(scored: Sequence[Scored], value_B: np.ndarray) -> tuple[torch.Tensor, ...]:

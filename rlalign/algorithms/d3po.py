@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,10 @@ class D3PO(Algorithm):
     refresh_every: int = Field(
         default=0, ge=0, description="rounds after which the reference becomes the current policy; 0 never"
     )
+
+    @property
+    def compares(self) -> Literal["", "unit", "round"]:
+        return "unit"
 
     @property
     def reference_rounds(self) -> int:

@@ -10,7 +10,15 @@ import torch
 from pydantic import Field, model_validator
 
 from rlalign import objectives
-from rlalign.algorithms.base import AdvantageOver, Algorithm, DifferentiableScorer, Loss, standardised, step_batch
+from rlalign.algorithms.base import (
+    ADVANTAGE,
+    AdvantageOver,
+    Algorithm,
+    DifferentiableScorer,
+    Loss,
+    standardised,
+    step_batch,
+)
 from rlalign.batches import StepBatch, StepPass
 from rlalign.diffusion.rollout import replay_log_prob
 from rlalign.memory import Memory
@@ -34,10 +42,7 @@ class DDPO(Algorithm):
         default="importance_sampling", description="score_function needs one update and one epoch a round"
     )
     clip_range: float = Field(default=1e-4, gt=0, lt=1, description="c, on the ratio of per-element log-probs")
-    advantage: AdvantageOver = Field(
-        default="prompt",
-        description="whose statistics: running per prompt, the round's samples of a prompt, or the round",
-    )
+    advantage: AdvantageOver = Field(default="prompt", description=ADVANTAGE)
     advantage_clip: float = Field(default=5.0, gt=0, description="advantages are clipped to +- this")
     buffer_size: int = Field(default=16, ge=1, description="rewards remembered per prompt")
     min_count: int = Field(default=16, ge=1, description="rewards of a prompt before its own statistics are used")
@@ -61,6 +66,14 @@ class DDPO(Algorithm):
     @property
     def ratio_limit(self) -> float | None:
         return self.clip_range / 10 if self.form == "importance_sampling" else None
+
+    @property
+    def left_out(self) -> int:
+        return self.skip_last
+
+    @property
+    def compares(self) -> Literal["", "unit", "round"]:
+        return "round" if self.advantage in ("group", "centred") else ""
 
     @property
     def strictly_on_policy(self) -> bool:

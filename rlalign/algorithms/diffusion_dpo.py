@@ -10,12 +10,21 @@ import torch
 from pydantic import Field
 
 from rlalign import objectives
-from rlalign.algorithms.base import Algorithm, DifferentiableScorer, Loss, best_and_worst, final_latents, noised
+from rlalign.algorithms.base import (
+    Algorithm,
+    DifferentiableScorer,
+    Given,
+    Loss,
+    best_and_worst,
+    final_latents,
+    noised,
+)
 from rlalign.batches import PairBatch, PairPass, Pairs
 from rlalign.diffusion.paths import elbo_weight
 from rlalign.memory import Memory
 from rlalign.policies.base import Policy
 from rlalign.records import Scored
+from rlalign.registry import UserError
 
 
 class DiffusionDPO(Algorithm):
@@ -25,7 +34,8 @@ class DiffusionDPO(Algorithm):
     s = beta / 2, the published code's form; elbo writes the bound out, s = beta T w(t) with w(t) the exact weight of the
     variational bound at that level, so beta counts nats per element.
 
-    Pairs come from the run's ``preferences`` (offline), or from the round's samples: best against worst of each prompt.
+    Pairs come from the run's ``preferences`` (offline), or from the round's samples: best against worst of each prompt. ``ties``
+    is about the latter; what a set's ties count is said by ``preferences.ties``.
 
     Source: Wallace 2023, arXiv:2311.12908, eq. 14; Rafailov 2023, arXiv:2305.18290.
     """
@@ -37,11 +47,24 @@ class DiffusionDPO(Algorithm):
     draws: int = Field(default=4, ge=1, description="times that each pair is noised")
     caption_dropout: float = Field(default=0.2, ge=0, le=1, description="share of empty captions, for guidance")
     ties: Literal["drop", "half"] = Field(
-        default="drop", description="pairs of one's own samples with equal rewards: left out, or half for each side"
+        default="drop",
+        description="own samples with equal rewards: left out, or half for each side (of a set: preferences.ties)",
     )
     refresh_every: int = Field(
         default=0, ge=0, description="rounds after which the reference becomes the current policy; 0 never"
     )
+
+    @property
+    def compares(self) -> Literal["", "unit", "round"]:
+        return "unit"
+
+    def check(self, given: Given) -> None:
+        super().check(given)
+        if given.ties == "drop" and self.ties == "half":
+            raise UserError(
+                "algorithm.ties must be drop where the pairs are a set's, got 'half': it is about samples of one's own; "
+                "set preferences.ties to half"
+            )
 
     @property
     def reference_rounds(self) -> int:

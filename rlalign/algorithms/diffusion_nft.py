@@ -11,13 +11,22 @@ from pydantic import Field
 
 from rlalign import objectives
 from rlalign.advantages import within_groups
-from rlalign.algorithms.base import Algorithm, DifferentiableScorer, Loss, final_latents, per_unit, rewards_of
+from rlalign.algorithms.base import (
+    Algorithm,
+    DifferentiableScorer,
+    Given,
+    Loss,
+    final_latents,
+    per_unit,
+    rewards_of,
+)
 from rlalign.batches import ImageBatch, ImagePass
 from rlalign.diffusion.noise import generator, normal
 from rlalign.diffusion.paths import coefficients
 from rlalign.memory import Memory
 from rlalign.policies.base import Policy
 from rlalign.records import Scored
+from rlalign.registry import UserError
 
 
 class DiffusionNFT(Algorithm):
@@ -50,6 +59,18 @@ class DiffusionNFT(Algorithm):
     def behaviour_decay(self) -> Callable[[int], float]:
         slope, most = self.decay_slope, self.decay_most
         return lambda round: min(slope * round, most)
+
+    @property
+    def compares(self) -> Literal["", "unit", "round"]:
+        return "round"
+
+    def check(self, given: Given) -> None:
+        super().check(given)
+        if given.plan.guidance != 1.0:
+            raise UserError(
+                f"plan.guidance must be 1 for {self.name}, whose loss compares unguided predictions, got "
+                f"{given.plan.guidance:g}: guided samples are another policy's than the one it improves"
+            )
 
     @property
     def uses(self) -> int:

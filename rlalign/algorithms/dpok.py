@@ -10,7 +10,15 @@ import torch
 from pydantic import Field
 
 from rlalign import objectives
-from rlalign.algorithms.base import AdvantageOver, Algorithm, DifferentiableScorer, Loss, standardised, step_batch
+from rlalign.algorithms.base import (
+    ADVANTAGE,
+    AdvantageOver,
+    Algorithm,
+    DifferentiableScorer,
+    Loss,
+    standardised,
+    step_batch,
+)
 from rlalign.batches import StepBatch, StepPass
 from rlalign.diffusion.rollout import Denoised, replay, taken
 from rlalign.memory import Memory
@@ -37,10 +45,7 @@ class DPOK(Algorithm):
     clip: Literal["ratio", "surrogate"] = Field(
         default="ratio", description="clip the ratio itself, as published, or PPO's pessimistic surrogate"
     )
-    advantage: AdvantageOver = Field(
-        default="group",
-        description="whose statistics: running per prompt, the round's samples of a prompt, or the round",
-    )
+    advantage: AdvantageOver = Field(default="group", description=ADVANTAGE)
     advantage_clip: float = Field(default=5.0, gt=0, description="advantages are clipped to +- this")
     value_lr: float = Field(
         default=0.0, ge=0, description="learning rate of a value network V(x_t, t, caption) as baseline; 0 is none"
@@ -50,7 +55,15 @@ class DPOK(Algorithm):
 
     @property
     def ratio_limit(self) -> float | None:
-        return None if self.replay else self.clip_range / 10  # replayed transitions have other ratios, rightly
+        return self.clip_range / 10
+
+    @property
+    def replays(self) -> bool:
+        return self.replay > 0
+
+    @property
+    def compares(self) -> Literal["", "unit", "round"]:
+        return "round" if self.advantage in ("group", "centred") else ""
 
     def critic(self, policy: Policy, plan: Plan) -> tuple[torch.nn.Module, float] | None:
         if not self.value_lr:

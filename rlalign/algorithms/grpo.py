@@ -25,7 +25,8 @@ class GRPO(Algorithm):
 
     plan.window makes a few steps stochastic and trains only those (Flow-GRPO-Fast). ``guard`` is GRPO-Guard: the ratio is
     exp((log ratio + |mean - mean_old|^2 / (2 std^2)) std), whose exponent is centred at every step, and each step's loss is
-    divided by its distance on the grid of levels. ``kl_form`` coded drops that distance from the KL, as Flow-GRPO's code does.
+    divided by its time step |dt|. ``kl_form`` coded takes the KL times |dt|, as Flow-GRPO's code does: |mean - mean_ref|^2 /
+    (2 g^2) with g^2 = std^2 / |dt|. Time is a flow's own, from 1 to 0; on a UNet's path timesteps count as shares of all of them.
 
     Source: Liu 2025 (Flow-GRPO), arXiv:2505.05470, eq. 4-9; Shao 2024, arXiv:2402.03300; Wang 2025 (GRPO-Guard),
     arXiv:2510.22319.
@@ -38,7 +39,7 @@ class GRPO(Algorithm):
     advantage_clip: float = Field(default=5.0, gt=0, description="advantages are clipped to +- this")
     kl_weight: float = Field(default=0.0, ge=0, description="weight of the KL to the pretrained model")
     kl_form: Literal["gaussian", "coded"] = Field(
-        default="gaussian", description="exact per-step Gaussian KL, or Flow-GRPO's, times the level distance"
+        default="gaussian", description="exact per-step Gaussian KL, or Flow-GRPO's, which is times the time step"
     )
     guard: bool = Field(default=False, description="GRPO-Guard's centred ratio and per-step weight")
     skip_last: int = Field(
@@ -48,6 +49,14 @@ class GRPO(Algorithm):
     @property
     def ratio_limit(self) -> float | None:
         return self.clip_range / 10
+
+    @property
+    def left_out(self) -> int:
+        return self.skip_last
+
+    @property
+    def compares(self) -> Literal["", "unit", "round"]:
+        return "round"
 
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> StepBatch:
         reward_B, group_B = rewards_of(scored)
@@ -65,8 +74,7 @@ class GRPO(Algorithm):
         drawn = taken(batch.latents_BK1, steps)
         log_ratio = mine.log_prob(drawn) - batch.log_prob_BS.transpose(0, 1).flatten()
         ratio, scale = objectives.ratio(log_ratio, torch.zeros_like(log_ratio)), torch.ones(())
-        levels = policy.path.levels(batch.unit.plan.steps)
-        gap = (levels[:-1] - levels[1:]).abs()[steps].repeat_interleave(rows).to(log_ratio)
+        gap = time_steps(policy, batch.unit.plan.steps)[steps].repeat_interleave(rows).to(log_ratio)
         if self.guard:
             shape = mine.mean.shape[1:]
             noise = torch.cat([unit_noise(batch.unit, k + 1, shape) for k in steps]).to(drawn)
@@ -82,3 +90,9 @@ class GRPO(Algorithm):
             value = value + self.kl_weight * (kl if self.kl_form == "gaussian" else kl * gap).mean()
             metrics["means"]["kl/per_step_gaussian"] = kl.detach().mean()
         return Loss(value=value, **metrics)
+
+
+def time_steps(policy: Policy, steps: int) -> torch.Tensor:
+    """(K,) float64 |dt| of each denoising step, with the whole path as the unit of time: a flow's own, or timesteps / T."""
+    levels = policy.path.levels(steps)
+    return (levels[:-1] - levels[1:]).abs() / (policy.path.level_gap * policy.path.train_steps)

@@ -49,6 +49,10 @@ class RewardBackprop(Algorithm):
             raise ValueError(f"resamples needs form draft and last_steps 1, got {self.form} and {self.last_steps}")
         return self
 
+    @property
+    def queries(self) -> int:
+        return self.resamples or 1
+
     def loss(self, batch: PromptPass, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
         assert scorer is not None, "reward backpropagation needs the rewards' scorers"
         unit, condition = batch.unit, policy.encode(batch.unit.prompts)

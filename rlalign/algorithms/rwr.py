@@ -28,14 +28,17 @@ from rlalign.records import Scored
 class RWR(Algorithm):
     """The denoising loss on the round's samples, each weighted by softmax(reward / temperature), or 1 above a quantile.
 
-    Minimises sum of w_i |target - prediction|^2 at uniform noise levels; weights have mean 1.
+    Minimises sum of w_i |target - prediction|^2 at uniform noise levels; weights have mean 1. ``temperature`` divides the
+    reward: 0.2 is softmax(5 r). The published code's number of that name multiplies it: its 0.2 is a temperature of 5 here.
 
     Source: Lee 2023, arXiv:2302.12192; Black 2023, arXiv:2305.13301, section 4.2 (RWR and its sparse form).
     """
 
     eats = "images"
 
-    temperature: float = Field(default=0.2, gt=0, description="reward units; small trusts the best samples only")
+    temperature: float = Field(
+        default=0.2, gt=0, description="divides the reward: 0.2 is softmax(5 r); small trusts the best samples only"
+    )
     sparse: float = Field(
         default=0.0,
         ge=0,
@@ -45,6 +48,10 @@ class RWR(Algorithm):
     over: Literal["round", "prompt"] = Field(default="round", description="whose rewards are compared")
     draws: int = Field(default=4, ge=1, description="times that each sample is noised")
     caption_dropout: float = Field(default=0.1, ge=0, le=1, description="share of empty captions, for guidance")
+
+    @property
+    def compares(self) -> Literal["", "unit", "round"]:
+        return "round" if self.over == "prompt" else ""
 
     @property
     def uses(self) -> int:

@@ -72,6 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0  # whoever read has seen enough
+    except RuntimeError as error:
+        from rlalign.precision import unrepeatable
+
+        if message := unrepeatable(error):
+            return _refused(message)
+        raise
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

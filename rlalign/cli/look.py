@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlalign.cli import memory
 from rlalign.cli.columns import say
 from rlalign.registry import SHELVES, Description, UserError, describe, nearest, shared_settings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rlalign.config import Run
+    from rlalign.config import Run, RuntimeSettings
     from rlalign.policies.base import Policy
     from rlalign.runtime.placement import Bundle
+    from rlalign.sample import Sample
 
 _WIDE = 1000
 """Columns where nobody looks at a terminal: one line per plug-in."""
@@ -93,33 +96,34 @@ def check(
 
     data = load_mapping(config, overrides or [])
     if "sampler" in data:
-        say(sample_facts(data))
+        say(sample_facts(data, address))
         print("ok")
         return
     run = parse_run(data)
     run.prompts.units(run.seed, 1, run.plan)
     run.prompts.held_out(run.evaluate.prompts)
-    for reward in run.rewards_for("evaluate"):
-        reward.load("cpu")
-    policy = run.policy.load("cpu")
+    rewards = {r.title: memory.held(partial(r.load, "cpu"))[1] for r in run.rewards_for("evaluate")}
+    policy, loaded = memory.held(partial(run.policy.load, "cpu"))
     check_plan(run, policy)
     if run.algorithm.eats == "prompts":
-        differentiable_scorer(run)
+        differentiable_scorer(run, "cpu")
     if run.preferences is not None:
         from rlalign.data.preferences import PairReader
 
         PairReader(run.preferences, run.seed)
-    runtime = run.runtime
+    runtime, needs = run.runtime, memory.needs_of(run, policy, loaded, rewards)
+    serving = (runtime.reward_workers + runtime.reward_spares) * len(rewards)
     rows = {
         "run": f"{run.name}: {run.policy.name} with {run.algorithm.name} on "
         + ", ".join(f"{reward.weight:g} x {reward.title}" for reward in run.rewards),
         **derived(run),
-        **memory(run, policy),
-        "workers": f"{runtime.rollout_workers} rollout, {runtime.reward_workers * len(run.rewards_for('evaluate'))} reward, "
-        f"{runtime.learner_workers} learner; policies and rewards on {runtime.device}",
+        "parameters": parameters(policy),
+        **memory.rows(needs),
+        "workers": f"{runtime.rollout_workers} rollout, {serving} reward, {runtime.learner_workers} learner; "
+        f"{on_which_devices(runtime)}",
         "Ray reserves": reserved(bundles(run)),
         "run folder": str(Path("runs") / run.name),
-        **(places(run, address) if address else {}),
+        **(places(run, needs, address) if address else on_this_machine(run, needs)),
     }
     say(rows)
     print("ok")
@@ -134,7 +138,36 @@ def reserved(wanted: Sequence[Bundle]) -> str:
     return "; ".join(f"{n} {role} of {each[role]}" for role, n in count.items()) + f"; in all {total}"
 
 
-def places(run: Run, address: str) -> dict[str, str]:
+def on_which_devices(runtime: RuntimeSettings) -> str:
+    """Where policies and rewards compute, in words."""
+    policies, rewards = runtime.device, runtime.reward_device
+    return (
+        f"policies and rewards on {policies}"
+        if policies == rewards
+        else f"policies on {policies}, rewards on {rewards}"
+    )
+
+
+def on_this_machine(run: Run | Sample, needs: memory.Needs) -> dict[str, str]:
+    """Memory, and whether it can be run here. Raises UserError with the reason where it can neither be run here nor on Ray."""
+    from rlalign.devices import gpus, lacking
+    from rlalign.runtime import cluster, placement
+
+    local = lacking(run.runtime.device, "runtime.device")
+    try:
+        cluster.refuse_device(run)
+    except UserError as error:
+        if local:
+            raise UserError(f"{local}; on a cluster {error}") from error
+        return {**memory.here(run, needs), "on Ray": f"refused: {error}"}
+    try:
+        cluster.refuse_what_is_not_here(run, placement.this_machine(run, gpus()))
+    except UserError as error:
+        return {**memory.here(run, needs), "on Ray": f"on a cluster; here it is refused: {error}"}
+    return memory.here(run, needs)
+
+
+def places(run: Run | Sample, needs: memory.Needs, address: str) -> dict[str, str]:
     """Which node gets what. Raises UserError with what is short; joins the cluster and starts nothing there."""
     from rlalign.runtime import placement
     from rlalign.runtime.cluster import connect, leave
@@ -143,21 +176,24 @@ def places(run: Run, address: str) -> dict[str, str]:
     try:
         nodes = placement.cluster_nodes()
         placement.place(placement.bundles(run), nodes)
-        return {f"at {title}": held for title, held in placement.table(nodes).items()}
+        beside = [memory.on_node(node, needs) for node in nodes if node.exists or node.holds]
+        table = placement.table(nodes).items()
+        return {f"at {title}": f"{told}{more}" for (title, told), more in zip(table, beside, strict=True)}
     finally:
         leave()
 
 
-def sample_facts(data: Mapping[str, Any]) -> dict[str, str]:
+def sample_facts(data: Mapping[str, Any], address: str | None) -> dict[str, str]:
     """What a sample file comes to. Loads the policy and the rewards once, so that what they lack shows here."""
     from rlalign.runtime.placement import bundles
     from rlalign.sample import check as check_sample
     from rlalign.sample import parse_sample, ready_policy
 
     sample = parse_sample(data)
-    for reward in sample.rewards_for("evaluate"):
-        reward.load("cpu")
-    check_sample(sample, ready_policy(sample.model, "cpu", sample.interpolation).path)
+    rewards = {r.title: memory.held(partial(r.load, "cpu"))[1] for r in sample.rewards_for("evaluate")}
+    policy, loaded = memory.held(partial(ready_policy, sample.model, "cpu", sample.interpolation))
+    check_sample(sample, policy.path)
+    needs = memory.Needs(rollout=loaded, rewards=rewards, on_gpu=memory.on_gpu(sample.runtime))
     method, runtime, plan = sample.method, sample.runtime, sample.plan
     settings = ", ".join(f"{n} {v}" for n, v in method.model_dump(exclude={"name"}, exclude_defaults=True).items())
     return {
@@ -169,35 +205,19 @@ def sample_facts(data: Mapping[str, Any]) -> dict[str, str]:
         "in all": f"{sample.pictures:,} pictures, about {sample.pictures * method.calls(plan):,} denoiser calls"
         + (", and as much again for best-of-N" if sample.compare else ""),
         "pieces": f"of {sample.rows} rows",
+        **memory.rows(needs),
         "workers": f"{runtime.rollout_workers} rollout, {runtime.reward_workers * len(sample.rewards_for('evaluate'))} reward; "
-        f"policies and rewards on {runtime.device}",
+        f"{on_which_devices(runtime)}",
         "Ray reserves": reserved(bundles(sample)),
         "folder": str(Path("runs") / sample.name),
+        **(places(sample, needs, address) if address else on_this_machine(sample, needs)),
     }
 
 
-def memory(run: Run, policy: Policy) -> dict[str, str]:
-    """Parameters and bytes by what is held: weights, moments, gradients and kept copies; activations come on top."""
-    trained = sum(p.numel() * p.element_size() for p in policy.trainable().values())
+def parameters(policy: Policy) -> str:
+    """How many numbers are trained, of how many."""
     count = sum(p.numel() for p in policy.trainable().values())
-    whole = sum(p.numel() * p.element_size() for p in policy.network.parameters())
-    lanes = run.learner.shards // run.runtime.learner_workers if run.runtime.device == "cpu" else 1
-    # beside the network: the base weights, Adam's two moments, a gradient and its flat copy per shard
-    copies = 1 + 2 + 2 * lanes + bool(policy.reference) + bool(run.learner.ema_decay)
-    latent = 4
-    for size in policy.latent_shape(run.plan):
-        latent *= size
-    trajectories = run.samples_per_round * (run.plan.steps + 1) * latent
-    return {
-        "parameters": f"{count:,} trained of {sum(p.numel() for p in policy.network.parameters()):,} in the denoiser",
-        "memory": f"learner about {megabytes(whole + copies * trained)} and {megabytes(trajectories)} of latents a round, "
-        f"rollout worker about {megabytes(whole)}; activations and decoders come on top",
-    }
-
-
-def megabytes(count: float) -> str:
-    """Bytes for people: 1 MB is 10^6."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    return f"{count:,} trained of {sum(p.numel() for p in policy.network.parameters()):,} in the denoiser"
 
 
 def schema() -> None:

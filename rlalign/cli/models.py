@@ -103,11 +103,12 @@ def sample(model: Model, run: Run) -> tuple[list[Scored], float | None]:
     """The evaluation's prompts and noise under a model, scored; and a trained model's distance from where it started."""
     from rlalign.assemble import check_plan
     from rlalign.collect import LocalCollect
+    from rlalign.devices import usable
     from rlalign.evaluate import evaluation_units, kl_to_reference
     from rlalign.records import Weights
 
     run = run.model_copy(update={"policy": model.recipe})
-    policy = model.load(run.runtime.device)
+    policy = model.load(usable(run.runtime.device, "runtime.device"))
     check_plan(run, policy, learns=False)
     prompts = run.prompts.held_out(run.evaluate.prompts)
     units = evaluation_units(prompts, run.plan, run.evaluate.seed, run.samples_per_unit)

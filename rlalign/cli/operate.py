@@ -84,9 +84,7 @@ def status(run: RunName, address: Address = "") -> None:
         return
     cluster = _cluster(address)
     job = cluster.job(run)
-    from rlalign.runtime.jobs import progress_of
-
-    progress = progress_of(cluster.logs(run))
+    progress = cluster.progress(job)
     workers = cluster.workers(job) if job["status"] == "RUNNING" else {}
     rows = {"job": f"{run}: {job['status'].lower()}" + (f" ({job['message']})" if job["status"] == "FAILED" else "")}
     rows["run folder"] = (job.get("metadata") or {}).get("folder", "")
@@ -140,8 +138,7 @@ def logs(
     if not follow:
         print(cluster.logs(run), end="")
         return
-    for piece in cluster.follow(run):
-        print(piece, end="", flush=True)
+    cluster.follow(run, lambda piece: print(piece, end="", flush=True))
 
 
 def stop(

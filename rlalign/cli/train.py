@@ -43,11 +43,14 @@ def train(
     run, folder = _resumed(resume, config or []) if resume is not None else _new(config or [], out)
 
     from rlalign.control import asked
+    from rlalign.devices import usable
     from rlalign.evaluate import read_final
     from rlalign.metrics import Console
 
     if local:
         from rlalign.loop import train_local as work
+
+        usable(run.runtime.device, "runtime.device")
     else:
         from rlalign.runtime import train_on_ray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -19,9 +20,17 @@ from rlalign.records import Plan
 from rlalign.registry import UserError, build
 from rlalign.rewards.base import Reward
 
+SMALLEST_SHARE = 1e-4
+"""Of a resource: Ray counts in ten-thousandths."""
+_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+
 
 class RuntimeSettings(BaseModel):
-    """Who does the work and where. None of it changes the numbers, except ``max_staleness``."""
+    """Who does the work and where. None of it changes the numbers, except ``max_staleness`` and where things compute.
+
+    Policies, in rollout and learner workers alike, compute on ``device``; rewards do where ``reward_gpus`` is above 0, and on
+    the CPU otherwise. That holds in one process and on a cluster, so both give the same numbers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,6 +38,11 @@ class RuntimeSettings(BaseModel):
         default=2, ge=1, description="actors that denoise (threads of the process with --local)"
     )
     reward_workers: int = Field(default=1, ge=1, description="actors per reward")
+    reward_spares: int = Field(
+        default=0,
+        ge=0,
+        description="more actors per reward, loaded, that take over at once where one dies (runs on Ray)",
+    )
     learner_workers: int = Field(default=1, ge=1, description="Ray Train workers; must divide learner.shards")
     max_staleness: int = Field(
         default=0, ge=0, description="rounds that the samples' policy may lag behind; 0 is synchronous"
@@ -36,11 +50,21 @@ class RuntimeSettings(BaseModel):
     rollout_threads: int = Field(default=1, ge=1, description="torch threads in a rollout or reward worker")
     learner_threads: int = Field(default=1, ge=1, description="torch threads for each shard of the learner")
     rollout_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for a rollout worker")
-    rollout_gpus: float = Field(default=0.0, ge=0, description="GPUs, or a share of one, for a rollout worker")
+    rollout_gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs, or a share of one, for a rollout worker; on Ray above 0 where device is cuda",
+    )
     reward_cpus: float = Field(default=0.25, ge=0, description="CPUs that Ray reserves for a reward worker")
-    reward_gpus: float = Field(default=0.0, ge=0, description="GPUs, or a share of one, for a reward worker")
+    reward_gpus: float = Field(
+        default=0.0, ge=0, description="GPUs, or a share of one, for a reward worker; 0 keeps rewards on the CPU"
+    )
     learner_cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for a learner worker")
-    learner_gpus: float = Field(default=0.0, ge=0, description="GPUs for a learner worker")
+    learner_gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs, or a share of one, for a learner worker; on Ray above 0 where device is cuda",
+    )
     rollout_resources: dict[str, float] = Field(
         default_factory=dict,
         description="custom resources of a rollout worker, as {rollout: 1}: which nodes it may use",
@@ -65,8 +89,40 @@ class RuntimeSettings(BaseModel):
         default=600.0, gt=0, description="how long a pool's first worker may wait for a place on the cluster, and load"
     )
     device: str = Field(
-        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="torch device of policies and rewards"
+        default="cpu",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="torch device of policies, and of rewards where reward_gpus is above 0",
     )
+
+    @property
+    def reward_device(self) -> str:
+        """Where rewards compute."""
+        return self.device if self.reward_gpus else "cpu"
+
+    @model_validator(mode="after")
+    def _ray_can_reserve_it(self) -> RuntimeSettings:
+        gpus = {"rollout": self.rollout_gpus, "reward": self.reward_gpus, "learner": self.learner_gpus}
+        cpus = {"rollout": self.rollout_cpus, "reward": self.reward_cpus, "learner": self.learner_cpus}
+        custom = {"rollout": self.rollout_resources, "reward": self.reward_resources, "learner": self.learner_resources}
+        for role in gpus:
+            refuse_share(f"{role}_cpus", cpus[role])
+            refuse_share(f"{role}_gpus", gpus[role], of_gpus=True)
+            for name, amount in custom[role].items():
+                if name in _RAYS_OWN:
+                    raise UserError(
+                        f"{role}_resources must have names of their own, got {name!r}, which is Ray's; "
+                        f"CPUs and GPUs are {role}_cpus and {role}_gpus"
+                    )
+                refuse_share(f"{role}_resources", amount)
+        return self
+
+
+def refuse_share(setting: str, amount: float, *, of_gpus: bool = False) -> None:
+    """Raises UserError for an amount of a resource that Ray refuses: negative, too fine, or several GPUs and a bit."""
+    if not math.isfinite(amount) or amount < 0 or 0 < amount < SMALLEST_SHARE:
+        raise UserError(f"{setting} must be 0 or a finite number >= {SMALLEST_SHARE:g}, got {amount:g}")
+    if of_gpus and amount > 1 and amount != int(amount):
+        raise UserError(f"{setting} must be a share of one GPU or a whole number of them, got {amount:g}")
 
 
 PLUGINS = {"policy": "policies", "prompts": "prompts", "algorithm": "algorithms"}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rlalign.records import Unit
+from rlalign.records import Plan, Unit
 
 
 def generator(*key: int | str) -> np.random.Generator:
@@ -38,12 +38,15 @@ def unit_noise(unit: Unit, step: int, shape: Sequence[int]) -> torch.Tensor:
 def noisy_steps(unit: Unit) -> list[bool]:
     """Per denoising step of a unit's plan: whether it may be stochastic.
 
-    All of them, or a window of neighbouring steps whose start is drawn from the first half of the plan, the same for every
-    unit of a round (Flow-GRPO-Fast; MixGRPO, Li 2025, arXiv:2507.21802).
+    All of them, or a window of neighbouring steps that lies in the first half of the plan, at a place that is drawn for the
+    round and the same for all its units (Flow-GRPO-Fast; MixGRPO, Li 2025, arXiv:2507.21802).
     """
-    plan = unit.plan
-    if not plan.window:
-        return [True] * plan.steps
-    last_start = max(plan.steps // 2 - plan.window, 0)
-    start = int(generator("window", unit.seed, unit.key.stream, unit.key.round).integers(last_start + 1))
-    return [start <= k < start + plan.window for k in range(plan.steps)]
+    masks = noise_masks(unit.plan)
+    return masks[int(generator("window", unit.seed, unit.key.stream, unit.key.round).integers(len(masks)))]
+
+
+def noise_masks(plan: Plan) -> list[list[bool]]:
+    """Every mask that ``noisy_steps`` may say: one for each place of the plan's window, or all steps without one."""
+    window = plan.window or plan.steps
+    starts = range(plan.steps // 2 - window + 1) if plan.window else range(1)
+    return [[start <= k < start + window for k in range(plan.steps)] for start in starts]

@@ -51,7 +51,7 @@ def rollout(
     trajectory = Trajectory(
         unit=unit,
         policy_version=version,
-        latents_BK1=torch.stack(latents, dim=1).cpu().numpy().astype(store),
+        latents_BK1=torch.stack(latents, dim=1).cpu().numpy().astype(store, copy=False),
         log_prob_BK=torch.stack(log_probs, dim=1).float().cpu().numpy(),
         stochastic_K=schedule.stochastic_K.numpy(),
     )

@@ -13,6 +13,7 @@ import torch
 
 from rlalign.data.preferences import PairReader
 from rlalign.data.prompts.base import prompt_id
+from rlalign.devices import usable
 from rlalign.fit_reward.losses import Losses, contrastive_losses, pair_losses
 from rlalign.fit_reward.report import measure, write_report
 from rlalign.fit_reward.settings import FitReward, Optimisation
@@ -31,8 +32,9 @@ def fit_reward(config: FitReward, *, resume: bool = True, progress: Report | Non
     """Fits a reward on pairs, measures it on held-out prompts and writes it; returns its folder, ``out/reward``.
 
     With ``resume`` it goes on from the newest checkpoint of ``out``; without, earlier checkpoints and simulated pairs are
-    deleted. Raises UserError when they were made under other settings.
+    deleted. Raises UserError when they were made under other settings, or this machine does not have the device.
     """
+    usable(config.device, "device")
     settings = config.model_dump(mode="json", exclude={"out", "checkpoint_every", "threads"})
     checkpoints = StageCheckpoints(config.out / "checkpoints", settings, every=config.checkpoint_every, grows="")
     saved = checkpoints.newest() if resume else checkpoints.clear()

@@ -13,6 +13,7 @@ import torch
 
 from rlalign.data.preferences import PairReader
 from rlalign.fit_reward.losses import pair_loss, scores
+from rlalign.objectives import rao_kupper
 from rlalign.registry import UserError
 from rlalign.towers import Towers
 
@@ -41,24 +42,31 @@ def measure(towers: Towers, reader: PairReader, device: str, theta: float) -> di
     table = np.array(rows, dtype=np.float64).reshape(-1, 3)
     if not (table[:, 1] != 0.5).any():
         raise UserError("held_out: no held-out pair has a winner; raise held_out, or give more pairs")
-    return summary(table[:, 0], table[:, 1], table[:, 2], prompts, sources)
+    return summary(table[:, 0], table[:, 1], table[:, 2], prompts, sources, theta=theta)
 
 
 def summary(
-    difference_N: np.ndarray, label_N: np.ndarray, loss_N: np.ndarray, prompts: list[str], sources: list[str]
+    difference_N: np.ndarray,
+    label_N: np.ndarray,
+    loss_N: np.ndarray,
+    prompts: list[str],
+    sources: list[str],
+    *,
+    theta: float = 1.0,
 ) -> dict[str, Any]:
     """The numbers of a report from score differences (picture 0 minus 1), labels of picture 0 and losses, (N,) each.
 
     accuracy: share of decided pairs whose winner has the higher score (equal scores count half); its standard error treats a
-    prompt's pairs as one draw. reliability: pairs by the predicted probability that picture 0 wins; calibration_error is the
-    mean gap between prediction and outcome (Guo 2017, arXiv:1706.04599, eq. 3). margins: accuracy by quarter of |difference|.
+    prompt's pairs as one draw. reliability: decided pairs by the predicted probability that picture 0 wins, given that one
+    wins; calibration_error is the mean gap between prediction and outcome (Guo 2017, arXiv:1706.04599, eq. 3). margins: accuracy
+    by quarter of |difference|. ``theta`` is Rao-Kupper's threshold for ties, 1 where none was modelled.
     """
     decided_N = label_N != 0.5
     d, won = difference_N[decided_N], label_N[decided_N] > 0.5
     right = np.where(d == 0.0, 0.5, (d > 0) == won)
     groups = np.array(prompts)[decided_N]
     made = np.array(sources)[decided_N]
-    predicted = 1.0 / (1.0 + np.exp(-d))
+    predicted = win_probability(d, theta)
     bins = _reliability(predicted, won)
     return {
         "pairs": len(label_N),
@@ -74,6 +82,12 @@ def summary(
             for s in np.unique(made)
         },
     }
+
+
+def win_probability(difference_N: np.ndarray, theta: float) -> np.ndarray:
+    """(N,) P(0 wins | no tie) = P(0) / (P(0) + P(1)) at score difference d under Rao-Kupper's model; theta 1 is sigmoid(d)."""
+    first_N, second_N, _ = rao_kupper(torch.from_numpy(difference_N), theta)
+    return (first_N / (first_N + second_N)).numpy()
 
 
 def clustered_error(values_N: np.ndarray, groups_N: np.ndarray) -> float:

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from pydantic import Field
 
 from rlalign.diffusion.paths import NoisePath, coefficients
 from rlalign.diffusion.predictions import PredictionType, target, to_clean_and_noise
+from rlalign.precision import Precision, autocast, keep_frozen, settle
 from rlalign.records import Plan
 from rlalign.registry import Recipe, UserError
 
@@ -50,6 +51,9 @@ class Condition:
         return replace(self, embeds_BLD=embeds_BLD, pooled_BD=pooled_BD)
 
 
+AnyPolicy = TypeVar("AnyPolicy", bound="Policy")
+
+
 class PolicyRecipe(Recipe):
     """Base of a model family: settings of the checkpoint and of what is trained in it."""
 
@@ -57,10 +61,29 @@ class PolicyRecipe(Recipe):
 
     lora_rank: int = Field(default=0, ge=0, description="LoRA rank; 0 trains all weights of the denoiser")
     lora_alpha: float = Field(default=0.0, ge=0.0, description="LoRA scale numerator; 0 means equal to the rank")
+    precision: Precision = Field(
+        default="float32",
+        description="in which the denoiser computes; trained weights and log-probs are float32 in any",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations twice and keep few: less memory, a third more time in training"
+    )
+    deterministic: bool = Field(
+        default=True, description="on CUDA, only kernels that repeat their numbers; false is faster, and no run repeats"
+    )
 
     def load(self, device: str) -> Policy:
-        """The live policy on ``device``, in evaluation mode, float32."""
+        """The live policy on ``device``, in evaluation mode."""
         raise NotImplementedError
+
+    def ready(self, policy: AnyPolicy) -> AnyPolicy:
+        """What ``load`` does last: precision and checkpointing as the settings say."""
+        settle(policy.device, self.precision, deterministic=self.deterministic)
+        policy.precision = self.precision
+        keep_frozen(policy.network, self.precision)
+        if self.gradient_checkpointing:
+            policy.checkpoint_gradients()
+        return policy
 
 
 class Policy(ABC):
@@ -71,6 +94,8 @@ class Policy(ABC):
     network: torch.nn.Module
     """The denoiser: what is trained."""
     device: str
+    precision: Precision = "float32"
+    """In which the network computes; ``denoise`` and ``error`` see to it."""
     critic: torch.nn.Module | None = None
     """A value network that an algorithm trains beside the policy; no part of its weights."""
     snapshots: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({})
@@ -148,16 +173,28 @@ class Policy(ABC):
         self.backward_calls += asked if x.requires_grad else 0
         timestep_B = self.path.timestep(level).to(x.device).expand(rows)
         if guidance == 1.0:
-            prediction = self.predict(x, timestep_B, condition.embeds_BLD, condition.pooled_BD)
+            prediction = self._output(x, timestep_B, condition.embeds_BLD, condition.pooled_BD)
         else:
             both, pooled = torch.cat([condition.uncond_BLD, condition.embeds_BLD]), None
             if condition.pooled_BD is not None and condition.uncond_pooled_BD is not None:
                 pooled = torch.cat([condition.uncond_pooled_BD, condition.pooled_BD])
-            output = self.predict(torch.cat([x, x]), torch.cat([timestep_B, timestep_B]), both, pooled)
+            output = self._output(torch.cat([x, x]), torch.cat([timestep_B, timestep_B]), both, pooled)
             uncond, cond = output.chunk(2)
             prediction = uncond + guidance * (cond - uncond)
         alpha, sigma = coefficients(self.path, level, x)
         return to_clean_and_noise(prediction, x, alpha, sigma, self.prediction)
+
+    def _output(
+        self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor, pooled_BD: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``predict`` in the policy's precision; what came out in bfloat16 is given back in the latent's."""
+        with autocast(self.device, self.precision):
+            output = self.predict(x, timestep_B, embeds_BLD, pooled_BD)
+        return output.to(x.dtype) if output.dtype == torch.bfloat16 else output
+
+    def checkpoint_gradients(self) -> None:
+        """From now on the backward pass computes most activations again instead of keeping them."""
+        raise UserError(f"policy.gradient_checkpointing must be false for {type(self).__name__}, which cannot do it")
 
     def as_latents(self, pictures: torch.Tensor) -> torch.Tensor:
         """Clean latents (B, C, H, W) of what may be latents already, or media (B, F, 3, H, W) uint8."""
@@ -173,7 +210,7 @@ class Policy(ABC):
         alpha, sigma = coefficients(self.path, level, clean)
         timestep_B = self.path.timestep(level).to(clean.device).expand(len(clean))
         self.calls += len(clean)
-        output = self.predict(alpha * clean + sigma * noise, timestep_B, condition.embeds_BLD, condition.pooled_BD)
+        output = self._output(alpha * clean + sigma * noise, timestep_B, condition.embeds_BLD, condition.pooled_BD)
         return ((output - target(clean, noise, alpha, sigma, self.prediction)) ** 2).flatten(1).mean(1)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:

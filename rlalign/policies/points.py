@@ -44,7 +44,7 @@ class Points(PolicyRecipe):
         policy = PointsPolicy(device, self.hidden, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
         if self.path:
             policy.read(Path(self.path))
-        return policy
+        return self.ready(policy)
 
 
 class Residual(torch.nn.Module):

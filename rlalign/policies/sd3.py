@@ -49,8 +49,10 @@ class StableDiffusion3(PolicyRecipe):
     def load(self, device: str) -> StableDiffusion3Policy:
         """Loads safetensors weights alone; a missing or damaged checkpoint is a UserError."""
         pipeline = load_pipeline(self.path, "StableDiffusion3Pipeline")
-        return StableDiffusion3Policy(
-            pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha, t5_tokens=self.t5_tokens
+        return self.ready(
+            StableDiffusion3Policy(
+                pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha, t5_tokens=self.t5_tokens
+            )
         )
 
 

@@ -36,7 +36,7 @@ class StableDiffusion(PolicyRecipe):
     def load(self, device: str) -> StableDiffusionPolicy:
         """Loads safetensors weights alone; a missing or damaged checkpoint is a UserError."""
         pipeline = load_pipeline(self.path, safety_checker=None)
-        return StableDiffusionPolicy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+        return self.ready(StableDiffusionPolicy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha))
 
 
 def load_pipeline(path: str, kind: str = "StableDiffusionPipeline", **settings: Any) -> Any:
@@ -140,6 +140,9 @@ class StableDiffusionPolicy(Policy):
             embeds, empty = [self._embed(p) for p in prompts], self._embed("")
         return Condition(embeds_BLD=torch.stack(embeds), uncond_BLD=torch.stack([empty] * len(prompts)))
 
+    def checkpoint_gradients(self) -> None:
+        self.network.enable_gradient_checkpointing()
+
     def predict(
         self,
         x: torch.Tensor,
@@ -187,7 +190,7 @@ class StableDiffusionPolicy(Policy):
         if not lora.is_attached(self.network):
             return self
         plain = copy.copy(self)
-        merged = copy.deepcopy(self.network)
+        merged = copy.deepcopy(self.network).float()  # an adapter is finer than bfloat16 weights can hold
         lora.merge(merged)
         fresh = type(self.network).from_config(self.network.config)
         fresh.load_state_dict(lora.plain_state_dict(merged))

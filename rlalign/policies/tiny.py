@@ -23,4 +23,4 @@ class Tiny(PolicyRecipe):
     def load(self, device: str) -> StableDiffusionPolicy:
         """The shipped weights, float32."""
         pipeline = load_pipeline(self.path or str(ASSET), safety_checker=None)
-        return StableDiffusionPolicy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+        return self.ready(StableDiffusionPolicy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha))

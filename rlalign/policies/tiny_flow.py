@@ -26,4 +26,6 @@ class TinyFlow(PolicyRecipe):
     def load(self, device: str) -> StableDiffusion3Policy:
         """The shipped weights, float32; captions are read by the two CLIP encoders alone."""
         pipeline = load_pipeline(self.path or str(ASSET), "StableDiffusion3Pipeline")
-        return StableDiffusion3Policy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+        return self.ready(
+            StableDiffusion3Policy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+        )

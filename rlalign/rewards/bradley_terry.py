@@ -18,7 +18,8 @@ ASSET = Path(__file__).parent.parent / "assets" / "tiny_reward"
 class BradleyTerry(Reward):
     """A picture's strength in paired comparisons: exp(logit_scale) * cos(image, text) of a fitted open_clip model.
 
-    The difference of two scores is the log odds that the first picture is preferred. Gradients reach the picture.
+    The difference of two scores is the log odds that the first picture is preferred. Where ties were modelled (fit.theta > 1)
+    decided pairs have longer odds, up to twice that logarithm; the order is the same. Gradients reach the picture.
 
     Source: Bradley & Terry 1952, Biometrika 39 (the model); Kirstain 2023, arXiv:2305.01569 (the form of the score).
     """

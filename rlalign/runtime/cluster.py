@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
+from rlalign import devices
 from rlalign.config import Run
 from rlalign.http_token import is_loopback
 from rlalign.registry import UserError
@@ -63,38 +63,52 @@ def _has_token() -> bool:
 def connect(run: Run | Sample, address: str | None) -> str:
     """Starts or joins Ray and returns the dashboard's URL ("" when there is none).
 
-    A local Ray gets as many logical CPUs as the run reserves: they are places, not cores. On a cluster, resources that are
-    missing or taken are a UserError that says which.
+    A local Ray gets as many logical CPUs as the run reserves: they are places, not cores. Its GPUs are those of the machine.
+    Resources that are missing, or on a cluster taken, are a UserError that says which.
     """
+    refuse_device(run)
     prepare_environment(address)
+    context = _started(run) if address is None else _joined(run, address)
+    url = context.dashboard_url
+    return f"http://{url}" if url else ""
+
+
+def _started(run: Run | Sample) -> Any:
+    here = placement.this_machine(run, devices.gpus())
+    refuse_what_is_not_here(run, here)
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if address is None:
-        cpus = max(os.cpu_count() or 1, math.ceil(placement.needed(run, "CPU")))
+    return ray.init(
+        address="local",
+        num_cpus=int(here.total["CPU"]),
+        num_gpus=int(here.total["GPU"]),
+        resources=placement.custom(run),
+        labels=dict(here.labels),
+        include_dashboard=_dashboard_installed(),
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _joined(run: Run | Sample, address: str) -> Any:
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    refuse_what_does_not_answer(address)
+    try:
         context: Any = ray.init(
-            address="local",
-            num_cpus=cpus,
-            resources=placement.custom(run),
-            labels=placement.pretended_labels(run),
-            include_dashboard=_dashboard_installed(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+            address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True
         )
-    else:
-        refuse_what_does_not_answer(address)
-        try:
-            context: Any = ray.init(
-                address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--address {address}: cannot join a Ray cluster there ({reason}); is it started?"
-            ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--address {address}: cannot join a Ray cluster there ({reason}); is it started?") from error
+    try:
         refuse_what_cannot_fit(run, address)
-    url = context.dashboard_url
-    return f"http://{url}" if url else ""
+    except UserError:
+        leave()
+        raise
+    return context
 
 
 def leave() -> None:
@@ -119,10 +133,34 @@ def refuse_what_does_not_answer(address: str) -> None:
         ) from error
 
 
+def refuse_device(run: Run | Sample) -> None:
+    """Raises UserError where Ray could not give the run's policies the device that they are to compute on."""
+    runtime = run.runtime
+    if runtime.device == "cpu":
+        return
+    if runtime.device != "cuda":
+        raise UserError(
+            f"runtime.device must be cpu or cuda on Ray, which chooses every worker's GPU, got {runtime.device}; "
+            "leave the number out, or run with --local"
+        )
+    reserved = {"rollout": runtime.rollout_gpus} | ({"learner": runtime.learner_gpus} if isinstance(run, Run) else {})
+    for role, gpus in reserved.items():
+        if not gpus:
+            raise UserError(
+                f"runtime.{role}_gpus must be > 0 on Ray where runtime.device is cuda, got 0; "
+                "a share of a GPU is enough, and --local needs none"
+            )
+
+
+def refuse_what_is_not_here(run: Run | Sample, here: placement.Node) -> None:
+    """Raises UserError when this machine alone lacks what the run reserves: GPUs, or labels that no node can have together."""
+    placement.refuse(placement.place(placement.bundles(run), [here]), [here], placement.HERE)
+
+
 def refuse_what_cannot_fit(run: Run | Sample, address: str) -> None:
     """Raises UserError when the cluster lacks, or others hold, what the run reserves; its autoscaler's nodes count as there."""
     nodes = placement.cluster_nodes()
-    placement.refuse(placement.place(placement.bundles(run), nodes), nodes, address)
+    placement.refuse(placement.place(placement.bundles(run), nodes), nodes, f"on the cluster at {address}")
 
 
 def _dashboard_installed() -> bool:

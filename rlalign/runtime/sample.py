@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from rlalign.config import RuntimeSettings
+from rlalign.devices import usable
 from rlalign.records import Plan
 from rlalign.registry import UserError
 from rlalign.rewards.base import Reward
 from rlalign.runtime import cluster
 from rlalign.runtime.fleet import RESTART, options
 from rlalign.runtime.placement import ROLLOUT
-from rlalign.runtime.pool import Pool, PoolLost, UnitFailed, awaited, tried
+from rlalign.runtime.pool import Pool, PoolLost, UnitFailed, tried
 from rlalign.runtime.workers import Worker
 from rlalign.sample import LiveRewards, Sample, perform, ready_policy, run_sample
 from rlalign.sample.engine import Done, as_uint8
@@ -45,7 +46,7 @@ class JudgeWorker(Worker):
     def __init__(self, reward: Reward, device: str, threads: int, label: str) -> None:
         torch.set_num_threads(threads)
         self.label, self._reward = label, reward
-        self._rewards = LiveRewards([reward], scorers={reward.title: reward.load(device)})
+        self._rewards = LiveRewards([reward], scorers={reward.title: reward.load(usable(device, "runtime.device"))})
 
     def scores(self, media_BFCHW: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, str]:
         """(raw scores (B,) of uint8 media, what the scorer last said when it failed)."""
@@ -117,7 +118,7 @@ class SampleWorker(Worker):
     def __init__(self, sample: Sample, judges: Mapping[str, Sequence[Any]], label: str) -> None:
         torch.set_num_threads(sample.runtime.rollout_threads)
         self.label = label
-        self._policy = ready_policy(sample.model, sample.runtime.device, sample.interpolation)
+        self._policy = ready_policy(sample.model, usable(sample.runtime.device, "runtime.device"), sample.interpolation)
         self._rewards = RemoteRewards(sample, judges)
 
     def do(self, work: Work) -> Done:
@@ -161,7 +162,8 @@ class RayEngine(Engine):
         pool = self._pool
 
         async def one(what: str, call: Any) -> Any:
-            return await tried(what, pool, lambda actor: awaited(call(actor), self._runtime), self._runtime)
+            seconds = self._runtime.unit_timeout_seconds
+            return await tried(what, pool, lambda actor: pool.answer(actor, call(actor), seconds), self._runtime)
 
         tasks = [asyncio.ensure_future(one(what, call)) for what, call in calls]
         try:
@@ -189,7 +191,7 @@ def create_actors(sample: Sample) -> tuple[list[Any], dict[str, list[Any]]]:
     judges = {
         reward.title: [
             judge_class.options(name=f"{sample.name}-{mark}/reward-{reward.title}-{i}").remote(
-                reward, runtime.device, runtime.rollout_threads, f"reward {reward.title} {i}"
+                reward, runtime.reward_device, runtime.rollout_threads, f"reward {reward.title} {i}"
             )
             for i in range(runtime.reward_workers)
         ]

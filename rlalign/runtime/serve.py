@@ -18,17 +18,21 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlalign import devices
+from rlalign.config.settings import refuse_share
+from rlalign.devices import usable
 from rlalign.http_protocol import error_body
 from rlalign.http_token import TOKEN_ENV, digest, is_loopback, read_token
 from rlalign.registry import UserError
 from rlalign.rewards.base import Reward
 from rlalign.runtime.cluster import prepare_environment, refuse_what_does_not_answer
 from rlalign.runtime.http_server import MAX_WAITING, Front, answer, bound, listen, url_of
+from rlalign.runtime.placement import HERE, Bundle, Node, cluster_nodes, place
 
 APPLICATION = "rlalign-reward"
 
@@ -62,6 +66,17 @@ class ServeSettings(BaseModel):
         default=600.0, gt=0, description="how long the replicas may take to find a place and load"
     )
 
+    @model_validator(mode="after")
+    def _device_and_gpus_go_together(self) -> ServeSettings:
+        refuse_share("server.gpus", self.gpus, of_gpus=True)
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(
+                f"server.device must be cpu or cuda, got {self.device}: Ray gives every replica a GPU of its own"
+            )
+        if self.device == "cuda" and not self.gpus:
+            raise UserError("server.gpus must be > 0 where server.device is cuda, got 0; shares of a GPU are fine")
+        return self
+
 
 class Replica:
     """Holds one reward's scorer and answers one request after the other. Ray Serve replaces it where it is not healthy."""
@@ -76,7 +91,7 @@ class Replica:
         self._since = math.inf
         self._mistake = ""
         try:
-            self._scorer: Any = reward.load(device)
+            self._scorer: Any = reward.load(usable(device, "server.device"))
         except UserError as error:
             self._mistake = str(error)  # said by the driver; an exception here would be tried again and again
 
@@ -186,7 +201,9 @@ def _start_ray(settings: ServeSettings, address: str | None) -> None:
         return
     more: dict[str, Any] = {}
     if address is None:
-        more = {"num_cpus": max(os.cpu_count() or 1, settings.replicas), "include_dashboard": False}
+        has = {"CPU": float(max(os.cpu_count() or 1, settings.replicas)), "GPU": float(devices.gpus())}
+        _refuse_what_cannot_fit(settings, [Node(title="", free=dict(has), total=has)], HERE)
+        more = {"num_cpus": int(has["CPU"]), "num_gpus": int(has["GPU"]), "include_dashboard": False}
     else:
         refuse_what_does_not_answer(address)
     try:
@@ -196,6 +213,18 @@ def _start_ray(settings: ServeSettings, address: str | None) -> None:
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--address {address}: cannot join a Ray cluster there ({reason}); is it started?") from error
+    if address is not None:
+        _refuse_what_cannot_fit(settings, cluster_nodes(), f"on the cluster at {address}")
+
+
+def _refuse_what_cannot_fit(settings: ServeSettings, nodes: Sequence[Node], where: str) -> None:
+    needs = {"CPU": 1.0} | ({"GPU": settings.gpus} if settings.gpus else {})
+    one = Bundle(role="replica", needs=needs)
+    if left := place([one] * settings.replicas, nodes):
+        raise UserError(
+            f"--replicas: {len(left)} of {settings.replicas} replicas, of {one} each, find no place {where}; "
+            "lower --replicas or server.gpus, or name a larger cluster with --address"
+        )
 
 
 def _deploy(reward: Reward, settings: ServeSettings) -> Any:

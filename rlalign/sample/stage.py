@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlalign.devices import usable
 from rlalign.diffusion.paths import NoisePath, RectifiedFlow
 from rlalign.diffusion.rollout import schedule_of
 from rlalign.policies.base import Policy
@@ -120,11 +121,12 @@ def _save_so_far(sample: Sample, folder: Path, engine: Engine, outcomes: list[Ou
 
 
 def sample_local(sample: Sample, folder: Path, on_record: OnRecord) -> dict[str, Any]:
-    """In this process, on ``rollout_workers`` threads."""
+    """In this process, on ``rollout_workers`` threads. Raises UserError where this machine does not have the device."""
     runtime = sample.runtime
-    policy = ready_policy(sample.model, runtime.device, sample.interpolation)
-    scorers = {r.title: r.load(runtime.device) for r in sample.rewards_for("evaluate")}
-    lanes = runtime.rollout_workers if runtime.device == "cpu" else 1
+    device = usable(runtime.device, "runtime.device")
+    policy = ready_policy(sample.model, device, sample.interpolation)
+    scorers = {r.title: r.load(runtime.reward_device) for r in sample.rewards_for("evaluate")}
+    lanes = runtime.rollout_workers if device == "cpu" else 1
     rewards = [LiveRewards(sample.rewards, sample.held_out, scorers) for _ in range(lanes)]
     engine = LocalEngine(policy, rewards, rows=sample.rows, threads=runtime.rollout_threads)
     return run_sample(sample, folder, engine, on_record)

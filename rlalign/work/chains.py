@@ -177,7 +177,7 @@ def in_precision(policy: Policy, dtype: torch.dtype) -> Policy:
     kept = policy.copies
     if dtype not in kept:
         twin = copy.copy(policy)
-        twin.network = copy.deepcopy(policy.network).to(dtype)
+        twin.network, twin.precision = copy.deepcopy(policy.network).to(dtype), "float32"
         twin.reference = {n: t.to(dtype) for n, t in policy.reference.items()}
         twin.copies = None
         kept[dtype] = twin

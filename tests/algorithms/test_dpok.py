@@ -12,6 +12,7 @@ from rlalign import objectives
 from rlalign.algorithms.ddpo import DDPO
 from rlalign.algorithms.dpok import DPOK
 from rlalign.diffusion.rollout import replay
+from rlalign.diffusion.steps import Gaussian
 from rlalign.memory import Memory
 from rlalign.records import Plan
 from tests.algorithms.helpers import in_float64, numeric_gradient, scored_of
@@ -60,6 +61,26 @@ def test_o7_a_shift_of_the_slope() -> None:
     marginal = 0.5 * (variance / VARIANCE - 1 - math.log(variance / VARIANCE))
     assert path == pytest.approx(0.75949, abs=5e-6)
     assert marginal == pytest.approx(0.29021, abs=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("shift", "slope", "expected"), [((0.1, -0.05, 0.2, 0.02, 0.03), 0.0, 0.30003), ((0.0,) * 5, 0.1, 0.75949)]
+)
+def test_o7_the_mean_log_ratio_of_sampled_paths_is_the_path_kl(
+    shift: tuple[float, ...], slope: float, expected: float
+) -> None:
+    """200 000 paths of the shifted chain, seed 0: mean of sum log p - log p_ref within 4 of its standard errors (< .005)."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((200_000, 1)))
+    log_ratio = torch.zeros(len(x), dtype=torch.float64)
+    for a, b, s in zip(A, shift, S, strict=True):
+        std = torch.tensor(s, dtype=torch.float64)
+        mine, theirs = Gaussian(mean=(a + slope) * x + b, std=std), Gaussian(mean=a * x, std=std)
+        x = mine.sample(torch.from_numpy(rng.standard_normal(x.shape)))
+        log_ratio += mine.log_prob(x) - theirs.log_prob(x)
+    error = log_ratio.std().item() / math.sqrt(len(x))
+    assert error < 0.005
+    assert log_ratio.mean().item() == pytest.approx(expected, abs=4 * error)
 
 
 def test_o6_the_optimum_of_the_path_kl_is_not_the_tilt() -> None:
@@ -126,6 +147,54 @@ def test_the_noise_form_is_another_number() -> None:
         assert torch.allclose(exact, factor * noise, rtol=1e-6)
 
 
+def test_the_noise_forms_gradient_by_differences() -> None:
+    """kl_form noise, reward term off: loss = kl_weight |noise - noise_ref|^2, no gradient through the reference (float64)."""
+    policy = moved(ToyPolicy(dtype=torch.float64))
+    algorithm = DPOK(kl_weight=0.7, kl_form="noise")
+    one = in_float64(next(iter(algorithm.make_batch(scored_of(policy, PLAN), Memory()).passes(2))))
+    one = type(one)(**{**vars(one), "advantage_B": torch.zeros_like(one.advantage_B)})
+    loss = algorithm.loss(one, policy)
+    gaussian = DPOK(kl_weight=0.7).loss(one, policy).value.item()
+    assert loss.value.item() != pytest.approx(gaussian, rel=0.1), "another number than the Gaussian form's"
+    assert loss.means["kl/per_step_gaussian"].item() == pytest.approx(gaussian / 0.7, rel=1e-10), (
+        "which is what is logged"
+    )
+    found = gradient(loss.value, policy)
+    differences = numeric_gradient(lambda: algorithm.loss(one, policy).value, policy)
+    assert differences.abs().max() > 1e-4
+    assert torch.allclose(found, differences, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("clip", ["ratio", "surrogate"])
+def test_the_reward_terms_gradient_in_range_by_differences(clip: str) -> None:
+    """No KL, ratios within the range: -reward_weight A r, its gradient by central differences (float64)."""
+    policy = ToyPolicy(dtype=torch.float64)
+    algorithm = DPOK(kl_weight=0.0, clip=clip, clip_range=0.2, reward_weight=3.0)
+    one = in_float64(next(iter(algorithm.make_batch(scored_of(policy, PLAN), Memory()).passes(2))))
+    moved(policy, 2e-3)
+    loss = algorithm.loss(one, policy)
+    assert 1e-4 < loss.maxima["ratio/max_deviation"].item() < 0.2
+    assert loss.means["ratio/clip_fraction"].item() == 0.0
+    found = gradient(loss.value, policy)
+    differences = numeric_gradient(lambda: algorithm.loss(one, policy).value, policy)
+    assert differences.abs().max() > 1e-3
+    assert torch.allclose(found, differences, rtol=1e-5, atol=1e-8)
+
+
+def test_beyond_the_range_the_class_has_no_gradient() -> None:
+    """By default (clip ratio): every ratio pushed out by e^+-0.5 at c = .2 leaves exactly nothing, for either sign of A."""
+    policy = ToyPolicy(dtype=torch.float64)
+    algorithm = DPOK(kl_weight=0.0, clip_range=0.2)
+    assert algorithm.clip == "ratio"
+    one = in_float64(next(iter(algorithm.make_batch(scored_of(policy, PLAN), Memory()).passes(2))))
+    assert {-1.0, 1.0} == {float(np.sign(a)) for a in one.advantage_B}
+    for shift in (-0.5, 0.5):
+        out = type(one)(**{**vars(one), "log_prob_BS": one.log_prob_BS - shift})
+        loss = algorithm.loss(out, policy)
+        assert loss.means["ratio/clip_fraction"].item() == 1.0
+        assert gradient(loss.value, policy).abs().max().item() == 0.0
+
+
 def test_at_the_reference_without_a_weight_it_is_ddpo() -> None:
     """kl_weight 0 and the surrogate's clip: the same value and gradient as DDPO with the same advantages (float64, 1e-12)."""
     policy = ToyPolicy(dtype=torch.float64)
@@ -168,6 +237,54 @@ def test_the_value_network_starts_at_nothing_and_learns_the_advantage() -> None:
     assert np.mean(last) < 0.5 * np.mean(first)
 
 
+def test_the_critics_value_is_taken_off_and_learned_apart() -> None:
+    """With V: the policy's gradient is that of A - V held fixed, V's that of (V - A)^2 alone (float64, differences)."""
+    policy = ToyPolicy(dtype=torch.float64)
+    algorithm = DPOK(kl_weight=0.0, clip="surrogate", clip_range=0.2, value_lr=1e-3)
+    made = algorithm.critic(policy, PLAN)
+    assert made is not None
+    policy.critic = made[0].double()
+    with torch.no_grad():
+        for parameter in policy.critic.head.parameters():
+            parameter += 0.02 * torch.sin(torch.arange(parameter.numel(), dtype=torch.float64)).view_as(parameter)
+    one = in_float64(next(iter(algorithm.make_batch(scored_of(policy, PLAN), Memory()).passes(2))))
+    rows, steps = one.latents_BK1.shape[0], list(one.steps)
+    condition = policy.encode(one.unit.prompts)
+    values = [
+        policy.critic(one.latents_BK1[:, k], torch.full((rows,), k), condition.embeds_BLD).detach() for k in steps
+    ]
+    assert torch.stack(values).std() > 1e-4
+    # the policy's part: per step DDPO's own loss on advantages less the values
+    plain, total = DDPO(clip_range=0.2), torch.zeros((), dtype=torch.float64)
+    for number, value_B in enumerate(values):
+        alone = type(one)(
+            **{
+                **vars(one),
+                "steps": (steps[number],),
+                "log_prob_BS": one.log_prob_BS[:, [number]],
+                "advantage_B": one.advantage_B - value_B,
+            }
+        )
+        total = total + plain.loss(alone, policy).value / len(steps)
+    wanted = gradient(total, policy)
+    assert wanted.abs().max() > 1e-3
+    loss = algorithm.loss(one, policy)
+    assert torch.allclose(gradient(loss.value, policy), wanted, rtol=0, atol=1e-10)
+    # the critic's part
+    error = torch.stack([(v - one.advantage_B) ** 2 for v in values]).mean()
+    assert loss.means["value/error"].item() == pytest.approx(error.item(), rel=1e-10)
+    head = policy.critic.head.weight
+    (found,) = torch.autograd.grad(algorithm.loss(one, policy).value, head)
+    for entry in (0, 100, 255):
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                head[0, entry] += sign * 1e-6
+                ends.append(algorithm.loss(one, policy).means["value/error"].item())
+                head[0, entry] -= sign * 1e-6
+        assert found[0, entry].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-9)
+
+
 def test_replay_joins_earlier_rounds_with_their_own_log_probs() -> None:
     policy, algorithm, memory = ToyPolicy(), DPOK(replay=1, clip_range=0.1), Memory()
     first = algorithm.make_batch(scored_of(policy, PLAN), memory)
@@ -179,4 +296,5 @@ def test_replay_joins_earlier_rounds_with_their_own_log_probs() -> None:
     deviations = [algorithm.loss(p, policy).maxima["ratio/max_deviation"].item() for p in second.passes(1)]
     assert max(deviations[8:]) == 0.0, "the fresh half"
     assert max(deviations[:8]) > 1e-4, "the half that another policy made"
-    assert algorithm.ratio_limit is None
+    assert algorithm.replays and not DPOK().replays
+    assert algorithm.ratio_limit == 0.01, "which the loop holds the first round to, when all is fresh"

@@ -15,6 +15,7 @@ from rlalign.algorithms.reinforce import Reinforce
 from rlalign.algorithms.rwr import RWR
 from rlalign.batches import ImagePass
 from rlalign.memory import Memory
+from rlalign.policies.base import Condition
 from rlalign.records import Plan
 from tests.algorithms.helpers import FlowToy, in_float64, numeric_gradient, scored_of
 from tests.algorithms.test_dpok import moved
@@ -50,6 +51,18 @@ def test_o5_the_weights_tilt() -> None:
     assert float((weight * (x - mean) ** 2).sum() / weight.sum()) == pytest.approx(0.2, abs=1e-9)
 
 
+def test_o5_a_linear_reward_moves_a_gaussian_and_keeps_its_std() -> None:
+    """p exp(r / beta) of N(m, s^2) with r = a x is N(m + a s^2 / beta, s^2): all moments by quadrature (1e-9)."""
+    m, s, a, beta = 0.3, 0.8, -1.7, 0.6
+    x = torch.linspace(m - 14 * s, m + 14 * s, 200_001, dtype=torch.float64)
+    weight = objectives.reward_weights(a * x, beta) * torch.exp(-(((x - m) / s) ** 2) / 2)
+    weight = weight / weight.sum()
+    mean = float((weight * x).sum())
+    assert mean == pytest.approx(m + a * s**2 / beta, abs=1e-9)
+    moments = [float((weight * ((x - mean) / s) ** k).sum()) for k in (2, 3, 4)]
+    assert moments == pytest.approx([1.0, 0.0, 3.0], abs=1e-8)
+
+
 def test_rwr_weights_by_prompt_and_by_quantile() -> None:
     (scored,) = scored_of(ToyPolicy(), ODE, count=1)
     rewards = np.array([0, 1, 2, 3, 4, 5, 6, np.nan], dtype=np.float32)
@@ -81,6 +94,38 @@ def test_rwr_is_the_denoising_loss_weighted(make: type[ToyPolicy]) -> None:
     even = replace(one, weight_B=torch.ones_like(one.weight_B))
     loss = algorithm.loss(even, policy)
     assert loss.value.item() == pytest.approx(loss.means["denoising_error"].item(), rel=1e-12)
+
+
+def test_a_dropped_condition_is_the_empty_one_in_all_its_parts() -> None:
+    """Token embeddings and the pooled vector, row by row; families without a pooled vector have none after it either."""
+    parts = {"embeds_BLD": (3, 2, 4), "uncond_BLD": (3, 2, 4), "pooled_BD": (3, 5), "uncond_pooled_BD": (3, 5)}
+    whole = Condition(**{name: torch.randn(shape) for name, shape in parts.items()})
+    empty_B = torch.tensor([True, False, True])
+    found = whole.dropped(empty_B)
+    for own, empty in (("embeds_BLD", "uncond_BLD"), ("pooled_BD", "uncond_pooled_BD")):
+        assert torch.equal(getattr(found, own)[empty_B], getattr(whole, empty)[empty_B])
+        assert torch.equal(getattr(found, own)[~empty_B], getattr(whole, own)[~empty_B])
+    assert replace(whole, pooled_BD=None, uncond_pooled_BD=None).dropped(empty_B).pooled_BD is None
+
+
+@pytest.mark.parametrize(("share", "empty"), [(0.0, 0), (1.0, 8), (0.5, 3)])
+def test_dropped_captions_are_asked_with_the_empty_one(share: float, empty: int) -> None:
+    """RWR's caption dropout: the rows that are dropped get ``uncond``, the others their own; how many, by the pass's key."""
+
+    class Watched(ToyPolicy):
+        def error(self, clean, noise, level, condition):  # type: ignore[no-untyped-def]
+            self.asked = condition
+            return super().error(clean, noise, level, condition)
+
+    policy = Watched()
+    algorithm = RWR(caption_dropout=share)
+    one = next(iter(algorithm.make_batch(scored_of(policy, ODE), Memory()).passes(1, (1, 0))))
+    algorithm.loss(one, policy)
+    own = policy.encode(one.unit.prompts)
+    dropped = [bool((policy.asked.embeds_BLD[i] == own.uncond_BLD[i]).all()) for i in range(8)]
+    kept = [bool((policy.asked.embeds_BLD[i] == own.embeds_BLD[i]).all()) for i in range(8)]
+    assert [not k for k in kept] == dropped
+    assert sum(dropped) == empty
 
 
 def test_o12_the_gradient_at_the_old_policy() -> None:
@@ -124,6 +169,55 @@ def test_nft_by_finite_differences(make: type[ToyPolicy]) -> None:
     differences = numeric_gradient(lambda: algorithm.loss(one, policy).value, policy)
     assert differences.abs().max() > 1e-4
     assert torch.allclose(found, differences, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_nfts_own_scale_is_not_differentiated(beta: float) -> None:
+    """By default each side is divided by w = mean |x - clean|, which is held fixed.
+
+    d/dnew = 2 (r (x+ - clean) / w+ - (1 - r) (x- - clean) / w-) / D, written out (1e-12); beta cancels but for x+ and x-.
+    """
+    rng = np.random.default_rng(0)
+    old, clean = (torch.from_numpy(rng.standard_normal((4, 6))) for _ in range(2))
+    new = (old + 0.2 * torch.from_numpy(rng.standard_normal((4, 6)))).requires_grad_(True)
+    share_B = torch.tensor([0.0, 0.35, 0.5, 1.0], dtype=torch.float64)
+    value_B = objectives.forward_reinforcement(new, old, clean, share_B, beta=beta)
+    (found,) = torch.autograd.grad(value_B.sum(), new)
+    with torch.no_grad():
+        towards, away = ((1 - beta) * old + beta * new - clean), ((1 + beta) * old - beta * new - clean)
+        r = share_B[:, None]
+        wanted = 2 / 6 * (r * towards / towards.abs().mean(1, keepdim=True))
+        wanted -= 2 / 6 * (1 - r) * away / away.abs().mean(1, keepdim=True)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_nft_by_default_is_that_gradient_through_the_network() -> None:
+    """The class with beta 1 and its own scale, as by default: the written-out pull on what the network says (float64, 1e-10)."""
+    seen: list[torch.Tensor] = []
+
+    class Watched(FlowToy):
+        def denoise(self, x, level, condition, guidance):  # type: ignore[no-untyped-def]
+            clean, noise = super().denoise(x, level, condition, guidance)
+            seen.append(clean)
+            return clean, noise
+
+    policy = Watched(dtype=torch.float64)
+    policy.snapshots = {"behaviour": policy.weights()}
+    algorithm = DiffusionNFT(kl_weight=0.0)
+    one = wide(next(iter(algorithm.make_batch(scored_of(FlowToy(), ODE), Memory()).passes(1, (1, 0)))))
+    moved(policy, 0.02)
+    found = gradient(algorithm.loss(one, policy).value, policy)
+    seen.clear()
+    algorithm.loss(one, policy)
+    old, new = seen  # in this order: the behaviour copy without gradient, then the policy
+    assert not old.requires_grad and new.requires_grad
+    towards, away = (new - one.clean_BCHW).detach(), (2 * old - new - one.clean_BCHW).detach()
+    r = one.weight_B[:, None, None, None]
+    scales = [side.flatten(1).abs().mean(1)[:, None, None, None] for side in (towards, away)]
+    pull = algorithm.advantage_clip * 2 / (2 * len(new)) * (r * towards / scales[0] - (1 - r) * away / scales[1])
+    wanted = gradient((pull * new).sum(), policy)
+    assert wanted.abs().max() > 1e-3
+    assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_nft_draws_take_different_levels_of_the_plan() -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from rlalign import objectives
-from rlalign.algorithms.grpo import GRPO
+from rlalign.algorithms.grpo import GRPO, time_steps
+from rlalign.diffusion.rollout import replay
 from rlalign.memory import Memory
 from rlalign.records import Plan
 from tests.algorithms.helpers import FlowToy, in_float64, numeric_gradient, scored_of
 from tests.algorithms.test_dpok import moved
-from tests.toy import gradient
+from tests.toy import ToyPolicy, gradient
 
 PLAN = Plan(steps=5, rule="flow_sde", eta=0.7)
 
@@ -41,6 +42,42 @@ def test_the_coded_kl_is_the_exact_one_times_the_level_distance() -> None:
         levels = policy.path.levels(PLAN.steps)
         gap = float(levels[one.steps[0]] - levels[one.steps[0] + 1])
         assert coded == pytest.approx(exact * gap, rel=1e-9)
+
+
+@pytest.mark.parametrize(("make", "plan"), [(FlowToy, PLAN), (ToyPolicy, Plan(steps=5))])
+def test_the_coded_kl_divides_by_the_diffusion_per_unit_of_time(make: type[ToyPolicy], plan: Plan) -> None:
+    """|mean - mean_ref|^2 / (2 g^2), g^2 = std^2 / |dt|, dt of a path of length 1: on timesteps too (200 of 1000 are 0.2)."""
+    policy = moved(make(dtype=torch.float64))
+    levels = policy.path.levels(plan.steps)
+    longest = 1000.0 if make is ToyPolicy else 1.0
+    for one in GRPO().make_batch(scored_of(policy, plan), Memory()).passes(1):
+        one = in_float64(one)
+        one = type(one)(**{**vars(one), "advantage_B": torch.zeros_like(one.advantage_B)})
+        (k,) = one.steps
+        step = (levels[k] - levels[k + 1]) / longest
+        assert 0 < step < 1
+        with torch.no_grad():
+            mine = replay(policy, one.unit, one.latents_BK1, one.steps, policy.encode(one.unit.prompts)).gaussian
+            with policy.as_reference():
+                theirs = replay(policy, one.unit, one.latents_BK1, one.steps, policy.encode(one.unit.prompts)).gaussian
+        wanted = ((mine.mean - theirs.mean) ** 2 / (2 * mine.std**2 / step)).mean()
+        found = GRPO(kl_weight=1.0, kl_form="coded").loss(one, policy).value
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("make", "plan"), [(FlowToy, PLAN), (ToyPolicy, Plan(steps=5))])
+def test_guard_divides_by_the_time_step(make: type[ToyPolicy], plan: Plan) -> None:
+    """At ratio 1 each step's loss is -A / |dt|; five steps of a path of length 1 have a mean weight of at least 5."""
+    policy = make(dtype=torch.float64)
+    steps = time_steps(policy, plan.steps)
+    assert steps.sum().item() == pytest.approx(1.0, abs=0.2)
+    values = []
+    for one in GRPO(guard=True, skip_last=0).make_batch(scored_of(policy, plan), Memory()).passes(1):
+        one = in_float64(one)
+        one = type(one)(**{**vars(one), "advantage_B": torch.ones_like(one.advantage_B)})
+        values.append(-GRPO(guard=True).loss(one, policy).value.item())
+        assert values[-1] == pytest.approx(1.0 / steps[one.steps[0]].item(), rel=1e-3), "the ratio is 1 up to float32"
+    assert np.mean(values) >= 5.0
 
 
 def test_o3_guard_centres_the_log_ratio() -> None:

@@ -62,6 +62,69 @@ def test_o9_the_slope_at_the_reference_is_beta_over_4() -> None:
     assert gap.grad.item() == pytest.approx(1250.0)
 
 
+class Told(ToyPolicy):
+    """Its errors are what a test says: those of the policy where a gradient is wanted, those of the reference otherwise."""
+
+    mine: torch.Tensor
+    theirs: torch.Tensor
+
+    def error(
+        self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        self.level_B = level[: len(level) // 2]
+        return self.mine if torch.is_grad_enabled() else self.theirs
+
+
+def told(mine: list[float], theirs: list[float]) -> tuple[Told, PairPass]:
+    """A policy with these errors of winners, then losers; and a pass of as many pairs."""
+    policy = Told(dtype=torch.float64)
+    policy.mine = torch.tensor(mine, dtype=torch.float64, requires_grad=True)
+    policy.theirs = torch.tensor(theirs, dtype=torch.float64)
+    one, count = a_pass(), len(mine) // 2
+    cut = {name: getattr(one, name)[:count] for name in ("prompts", "first", "second", "label_B")}
+    return policy, replace(one, **cut)
+
+
+def test_o9_the_classes_own_slope_at_beta_5000_is_1250() -> None:
+    """One pair at the reference: dL/dd_w = beta / 4 = 1250 and dL/dd_l = -1250, so 1250 along d_w - d_l (1e-9)."""
+    policy, one = told([0.31, 0.47], [0.31, 0.47])
+    algorithm = DiffusionDPO()
+    assert (algorithm.beta, algorithm.weighting) == (5000.0, "uniform")
+    loss = algorithm.loss(one, policy).value
+    assert loss.item() == pytest.approx(math.log(2.0), abs=1e-12)
+    (slope,) = torch.autograd.grad(loss, policy.mine)
+    assert slope.tolist() == pytest.approx([1250.0, -1250.0], rel=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.5, 8.0])
+def test_the_classes_own_scale(beta: float) -> None:
+    """Away from the reference: -log sigmoid(-s (d_w - d_l)), s = beta / 2, or beta T w(t) with Ho's weight for epsilon."""
+    mine, theirs = [0.30, 0.52, 0.40, 0.61], [0.35, 0.50, 0.38, 0.66]
+    policy, one = told(mine, theirs)
+    d = policy.mine.detach() - policy.theirs
+    gap = d[:2] - d[2:]
+    uniform = DiffusionDPO(beta=beta).loss(one, policy).value
+    assert uniform.item() == pytest.approx(torch.log1p(torch.exp(beta / 2 * gap)).mean().item(), rel=1e-12)
+    elbo = DiffusionDPO(beta=beta, weighting="elbo").loss(one, policy).value
+    bar, t = policy.path.alphas_cumprod, policy.level_B.long()
+    assert (t > 0).all()
+    step, before = 1 - bar[t] / bar[t - 1], bar[t - 1]
+    variance = step * (1 - before) / (1 - bar[t])
+    weight = step**2 / (2 * variance * (1 - step) * (1 - bar[t]))
+    assert elbo.item() == pytest.approx(torch.log1p(torch.exp(beta * 1000 * weight * gap)).mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("make", [ToyPolicy, FlowToy])
+def test_o9_a_picture_against_itself_is_ln_2_and_pulls_nowhere(make: type[ToyPolicy]) -> None:
+    """w = l, away from the reference: same level, same noise, so d_w = d_l whatever the policy is."""
+    policy = moved(make(dtype=torch.float64), 0.1)
+    one = replace(a_pass(), second=a_pass().first)
+    loss = DiffusionDPO().loss(one, policy).value
+    assert loss.item() == pytest.approx(math.log(2.0), abs=1e-12)
+    other = gradient(DiffusionDPO().loss(a_pass(), policy).value, policy).abs().max()
+    assert gradient(loss, policy).abs().max() < 1e-12 * other
+
+
 def test_o9_the_gaussian_toy() -> None:
     """Policies N(theta, 1) against N(0, 1): dL/dtheta = -beta (x_w - x_l) sigmoid(-beta theta (x_w - x_l)) = -.524527."""
     theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
@@ -163,6 +226,18 @@ def test_o10_d3po_by_differences_and_zero_outside() -> None:
     outside = D3PO(beta=2.0, clip_range=1e-6)
     assert outside.loss(one, policy).means["reference_ratio/clip_fraction"].item() == 1.0
     assert gradient(outside.loss(one, policy).value, policy).abs().max() == 0.0
+
+
+def test_o10_d3po_without_strength_is_ln_2() -> None:
+    """beta -> 0 away from the reference: |loss - ln 2| <= beta |log R_w - log R_l| / 2, and the gradient goes with beta."""
+    policy = ToyPolicy(dtype=torch.float64)
+    one = in_float64(next(iter(D3PO().make_batch(scored_of(policy, PLAN), Memory()).passes(2))))
+    moved(policy, 0.02)
+    assert abs(D3PO(beta=10.0, clip_range=0.9).loss(one, policy).value.item() - math.log(2.0)) > 1e-3
+    for beta in (1e-3, 1e-6, 1e-12):
+        loss = D3PO(beta=beta, clip_range=0.9).loss(one, policy).value
+        assert loss.item() == pytest.approx(math.log(2.0), abs=2 * beta)
+        assert gradient(loss, policy).abs().max() < 10 * beta
 
 
 def test_a_pass_of_ties_alone_is_no_loss() -> None:

@@ -1,19 +1,30 @@
-"""O19: before the first update every ratio is exactly 1, for every ratio-based algorithm, on both paths, in float32."""
+"""Before the first update every ratio is 1, for every ratio-based algorithm: exactly in float32, on both shipped models too.
+
+In bfloat16, in which the denoiser alone computes, it keeps to a tenth of the clip range, which is what a run insists on.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlalign.algorithms.base import Algorithm
+from rlalign.algorithms.d3po import D3PO
 from rlalign.algorithms.ddpo import DDPO
 from rlalign.algorithms.dpok import DPOK
 from rlalign.algorithms.grpo import GRPO
 from rlalign.diffusion.noise import noisy_steps
 from rlalign.memory import Memory
-from rlalign.records import Plan
+from rlalign.policies.base import Policy, PolicyRecipe
+from rlalign.records import Plan, Scored
+from rlalign.registry import UserError, build
 from tests.algorithms.helpers import FlowToy, scored_of
-from tests.toy import ToyPolicy
+from tests.runs import small_run
+from tests.toy import ToyPolicy, collect, make_units
 
 ALGORITHMS = {
     "ddpo": DDPO(),
@@ -42,6 +53,86 @@ def test_the_ratio_is_exactly_one(algorithm: Algorithm, place: str) -> None:
         assert loss.maxima["ratio/max_deviation"].item() == 0.0
         assert loss.means["ratio/mean"].item() == 1.0
         assert torch.isfinite(loss.value)
+
+
+SHIPPED = {
+    "tiny": Plan(steps=3, eta=1.0),
+    "tiny_flow": Plan(steps=3, rule="flow_sde", eta=0.7),
+}
+ON_SHIPPED = {
+    **ALGORITHMS,
+    "ddpo, proximal": DDPO(proximal=True),
+    "dpok, clipped surrogate": DPOK(clip="surrogate", kl_form="noise"),
+    "grpo, all steps": GRPO(skip_last=0, kl_weight=0.1, kl_form="coded"),
+}
+
+
+@cache
+def shipped(name: str, precision: str) -> tuple[Policy, Sequence[Scored]]:
+    """A shipped model and eight samples of it: four prompts, twice each."""
+    policy = build("policies", {"name": name, "precision": precision}).load("cpu")  # type: ignore[attr-defined]
+    return policy, collect(policy, make_units(1, per_unit=8, plan=SHIPPED[name]))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", SHIPPED)
+@pytest.mark.parametrize("algorithm", ON_SHIPPED.values(), ids=list(ON_SHIPPED))
+def test_the_ratio_is_one_on_the_shipped_models(algorithm: Algorithm, model: str, precision: str) -> None:
+    policy, scored = shipped(model, precision)
+    policy.snapshots = {"proximal": policy.weights()}
+    assert algorithm.ratio_limit is not None
+    passes = list(algorithm.make_batch(scored, Memory()).passes(1))
+    assert passes
+    for one in passes:
+        found = algorithm.loss(one, policy).maxima["ratio/max_deviation"].item()
+        assert found == 0.0 if precision == "float32" else found <= algorithm.ratio_limit
+
+
+@pytest.mark.parametrize("model", SHIPPED)
+def test_d3pos_ratios_to_the_reference_are_one_before_the_first_update(model: str) -> None:
+    """They are to the pretrained policy, which the policy is until then; the behaviour policy appears nowhere."""
+    policy, scored = shipped(model, "float32")
+    assert D3PO().ratio_limit is None
+    losses = [D3PO().loss(one, policy) for one in D3PO().make_batch(scored, Memory()).passes(1)]
+    assert losses and all(loss.maxima["reference_ratio/max_deviation"].item() == 0.0 for loss in losses)
+
+
+class Drifting(PolicyRecipe):
+    """The toy policy, which computes something else where gradients are wanted. Source: none, a test's own."""
+
+    by: float = 0.0
+
+    def load(self, device: str) -> ToyPolicy:
+        policy = ToyPolicy()
+        plain = policy.predict
+        policy.predict = lambda *given: plain(*given) + (self.by if torch.is_grad_enabled() else 0.0)  # type: ignore[method-assign]
+        return policy
+
+
+def drifting(by: float, folder: Path, *more: str) -> None:
+    from rlalign.loop import train_local
+
+    policy = f"policy={{name: 'tests.algorithms.test_ratios:Drifting', by: {by}}}"
+    settings = ("rewards=[{name: jpeg}]", "rounds=1", "learner.shards=1", "runtime.rollout_workers=1")
+    train_local(small_run(policy, *settings, *more), folder, resume=False, on_record=lambda _: None)
+
+
+def test_a_run_refuses_to_learn_where_its_samples_replay_to_other_numbers(tmp_path: Path) -> None:
+    drifting(0.0, tmp_path / "same")
+    with pytest.raises(
+        UserError,
+        match=r"max\|ratio - 1\| before the first update must be <= 0\.0001 \(a tenth of the clip range\), got 0\.\d+; give",
+    ):
+        drifting(0.01, tmp_path / "other")
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_a_run_that_replays_is_held_to_it_in_its_first_round_alone(tmp_path: Path) -> None:
+    """From the second round on the batch holds steps of an earlier policy, whose ratios are rightly not 1."""
+    replays = "algorithm={name: dpok, replay: 1, clip_range: 1.0e-5}"
+    drifting(0.0, tmp_path / "same", replays, "rounds=3", "learner.lr=1e-2")
+    with pytest.raises(UserError, match=r"before the first update must be <= 1e-06"):
+        drifting(0.01, tmp_path / "other", replays)
 
 
 def test_a_window_is_noisy_where_it_says_and_learned_from_alone() -> None:

@@ -8,14 +8,24 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from rlalign.algorithms import reward_backprop
 from rlalign.algorithms.reward_backprop import RewardBackprop
 from rlalign.batches import PromptBatch, PromptPass
+from rlalign.diffusion.noise import unit_noise
+from rlalign.diffusion.paths import VariancePreserving
 from rlalign.policies.base import Condition
 from rlalign.records import Plan
 from tests.algorithms.helpers import FlowToy, numeric_gradient
+from tests.algorithms.test_ddpo import CLOSED_FORM_K, ChainPolicy
 from tests.toy import ToyPolicy, gradient, make_units
 
 PLAN = Plan(steps=5, eta=1.0)
+
+
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains that start from float64 noise, and so are float64 throughout."""
+    monkeypatch.setattr(reward_backprop, "unit_noise", lambda *call: unit_noise(*call).double())
 
 
 def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
@@ -48,6 +58,7 @@ def passes(plan: Plan = PLAN, count: int = 1, draw: tuple[int, ...] = (1, 0)) ->
     return list(PromptBatch(units=tuple(make_units(count, per_unit=4, plan=plan))).passes(1, draw))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_o15_full_backpropagation_is_the_gradient_of_the_reward() -> None:
     """last_steps 0: against finite differences of the mean reward through all five steps (float64)."""
     policy, (one,) = Watched(), passes()
@@ -58,6 +69,45 @@ def test_o15_full_backpropagation_is_the_gradient_of_the_reward() -> None:
     assert torch.allclose(found, differences, rtol=1e-5, atol=1e-8)
     whole = RewardBackprop(last_steps=5)
     assert torch.equal(gradient(whole.loss(one, policy, scorer).value, policy), found)
+
+
+class Chain(ChainPolicy):
+    """The linear chain of DDPO's oracle in float64; its picture is its last number, unsqueezed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network.double()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents[:, None].expand(-1, 1, 3, 1, 1)
+
+
+def last_number(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    return {"total": media_BFCHW[:, 0, 0, 0, 0]}
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(("last_steps", "expected"), [(1, 1.0), (2, 1.85), (3, 2.445), (4, 3.01025), (5, 3.46245)])
+def test_o15_draft_k_of_the_linear_chain(last_steps: int, expected: float) -> None:
+    """One bias b in every step, r = x_0: dE[r]/db = sum of the last K products of a = (.9, .8, .95, .7, .85), by autograd.
+
+    By finite differences too: of the biases of the last K steps, the others held (the chain is linear, so any step is exact).
+    The path's a is float32: margin 2e-7.
+    """
+    policy, (one,) = Chain(), passes(Chain.plan)
+    algorithm = RewardBackprop(last_steps=last_steps)
+
+    def value() -> torch.Tensor:
+        return -algorithm.loss(one, policy, last_number).value
+
+    found = gradient(value(), policy)
+    assert found[: 5 - last_steps].tolist() == [0.0] * (5 - last_steps)
+    assert found[5 - last_steps :].tolist() == pytest.approx(CLOSED_FORM_K[5 - last_steps :], abs=2e-7)
+    assert found.sum().item() == pytest.approx(expected, abs=2e-7)
+    bias_K = policy.network.bias_K.data
+    before, step = value().item(), 0.25
+    bias_K[5 - last_steps :] += step
+    assert (value().item() - before) / step == pytest.approx(expected, abs=2e-7)
 
 
 @pytest.mark.parametrize("last_steps", [1, 2, 4])
@@ -92,6 +142,59 @@ def test_o15_low_variance_has_less_variance() -> None:
     assert ((means[1] - means[8]).abs() <= 5 * error + 1e-12).all(), "and the same mean, within 5 standard errors"
 
 
+class Offset(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+
+class Normal(Chain):
+    """The exact denoiser of N(0, .5^2), plus an offset theta on the clean sample, in which its five steps end."""
+
+    plan = PLAN
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = VariancePreserving.scaled_linear(spacing="trailing", ends_clean=True)
+        self.network = Offset()
+
+    def predict(
+        self,
+        x: torch.Tensor,
+        timestep_B: torch.Tensor,
+        embeds_BLD: torch.Tensor,
+        pooled_BD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        alpha, sigma = (f(timestep_B[0].double()) for f in (self.path.alpha, self.path.sigma))
+        return alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * x + self.network.theta
+
+
+def near_one(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    """-(x_0 - 1)^2 / 2, whose slope is linear in x_0."""
+    return {"total": -0.5 * (media_BFCHW[:, 0, 0, 0, 0] - 1.0) ** 2}
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_o15_low_variance_has_the_mean_of_one_step_and_less_variance() -> None:
+    """DRaFT-1's dL/dtheta is x_0 - 1, DRaFT-LV's the mean of n = 8 like it, x_0' = c x_0 + d z: both are -1 on average.
+
+    The chain's own recursion gives Var x_0 = v = .08226, c = .43547, d = .24791, so variances v and c^2 v + d^2 / 8 = .02328.
+    500 passes of 4 samples, seed 0: means within 4 standard errors of -1 and of each other, variances within 25 % (4 errors).
+    """
+    policy = Normal()
+    ways = {0.08226: RewardBackprop(last_steps=1), 0.02328: RewardBackprop(resamples=8)}
+    found = {
+        variance: torch.cat([gradient(way.loss(p, policy, near_one).value, policy) for p in passes(count=500)])
+        for variance, way in ways.items()
+    }
+    for variance, slopes in found.items():
+        assert slopes.mean().item() == pytest.approx(-1.0, abs=4 * (variance / 4 / len(slopes)) ** 0.5)
+        assert slopes.var().item() == pytest.approx(variance / 4, rel=0.25)
+    gap = found[0.08226] - found[0.02328]
+    assert abs(gap.mean().item()) < 4 * (gap.var() / len(gap)).sqrt().item()
+    assert found[0.02328].var() < 0.5 * found[0.08226].var(), "the closed forms are as .28 to 1"
+
+
 def test_o16_alignprop_cuts_once_per_trajectory() -> None:
     """The steps with gradients are a suffix, of a length that varies with the key."""
     lengths = set()
@@ -117,6 +220,29 @@ def test_o17_refl_is_a_hinge_on_one_late_step() -> None:
         assert torch.allclose(found, 2 * gradient(half, policy), rtol=1e-12)
         above = RewardBackprop(form="refl", hinge=-1.0).loss(one, policy, scorer).value
         assert gradient(above, policy).abs().max() == 0.0
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("lift", [(0.0, 0.0, 0.0, 0.0), (3.0, 3.0, 3.0, 3.0), (0.0, 3.0, 0.0, 3.0)])
+def test_o17_refls_defaults(lift: tuple[float, ...]) -> None:
+    """hinge 2, weight 1e-3: the gradient is -1e-3 dr / dtheta averaged over samples with r < 2, exactly 0 where none is."""
+    algorithm, (one,) = RewardBackprop(form="refl"), passes(Plan(steps=8, eta=1.0))
+    assert (algorithm.hinge, algorithm.refl_weight) == (2.0, 1e-3)
+    policy, rewards = Watched(), []
+
+    def lifted(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        rewards.append(media_BFCHW[:, 0, 0].double().mean((-1, -2)) ** 2 + torch.tensor(lift, dtype=torch.float64))
+        return {"total": rewards[-1]}
+
+    found = gradient(algorithm.loss(one, policy, lifted).value, policy)
+    algorithm.loss(one, policy, lifted)
+    below = rewards[-1] < 2.0
+    assert below.tolist() == [value == 0.0 for value in lift]
+    wanted = -1e-3 * gradient((rewards[-1] * below).mean(), policy)
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=0)
+    assert bool(found.abs().max() > 1e-6) is bool(below.any())
+    if not below.any():
+        assert found.abs().max().item() == 0.0
 
 
 def test_the_distance_to_the_reference_is_added() -> None:

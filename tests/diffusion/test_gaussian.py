@@ -24,6 +24,18 @@ def test_log_prob_at_the_mean():
     torch.testing.assert_close(Gaussian(mean=x, std=std).log_prob(x), expected, rtol=0, atol=1e-14)
 
 
+def test_o3_the_joint_log_prob_is_the_sum_over_elements():
+    """D = 32 elements: D times the mean form is torch's own sum; at the mean D (-log s - log(2 pi) / 2), s = .3 (1e-12)."""
+    x, mean, std = random(0), random(1), torch.tensor(0.3, dtype=torch.float64)
+    elements = x[0].numel()
+    joint = elements * Gaussian(mean=mean, std=std).log_prob(x)
+    torch.testing.assert_close(
+        joint, torch.distributions.Normal(mean, std).log_prob(x).flatten(1).sum(1), rtol=1e-12, atol=0
+    )
+    at_the_mean = elements * Gaussian(mean=mean, std=std).log_prob(mean)
+    assert at_the_mean.tolist() == pytest.approx([32 * (-math.log(0.3) - 0.5 * math.log(2 * math.pi))] * 3, rel=1e-13)
+
+
 def test_log_prob_is_torchs():
     x, mean = random(0), random(1)
     std = torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64).reshape(3, 1, 1, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.diffusion.noise import generator, normal, unit_noise
+from rlalign.diffusion.noise import generator, noise_masks, noisy_steps, normal, unit_noise
 from rlalign.records import Plan, Unit, UnitKey
 
 SHAPE = (2, 4, 4)
@@ -102,3 +102,18 @@ def test_generators_are_numpys_philox():
     ours, again = generator("prompts", 0, 1), generator("prompts", 0, 1)
     assert type(ours.bit_generator) is np.random.Philox
     assert ours.integers(2**63, size=4).tolist() == again.integers(2**63, size=4).tolist()
+
+
+@pytest.mark.parametrize(("steps", "window", "places"), [(8, 2, 3), (10, 5, 1), (5, 2, 1), (10, 1, 5)])
+def test_a_window_lies_in_the_first_half(steps, window, places):
+    """At each of its places alike: 60 rounds meet them all, and no step of the second half is ever noisy."""
+    plan = Plan(steps=steps, window=window)
+    masks = noise_masks(plan)
+    assert len(masks) == places
+    assert all(sum(mask) == window and not any(mask[steps // 2 :]) for mask in masks)
+    seen = {tuple(noisy_steps(replace(UNIT, plan=plan, key=UnitKey("train", r, 0)))) for r in range(60)}
+    assert seen == {tuple(mask) for mask in masks}
+
+
+def test_without_a_window_every_step_may_be_noisy():
+    assert noisy_steps(replace(UNIT, plan=Plan(steps=3))) == [True] * 3

@@ -218,6 +218,18 @@ def test_o2_final_std_of_the_flow_chains(rule, eta, std, table):
         assert found == pytest.approx((0.7, expected), abs=digits)
 
 
+def test_o2_dances_sde_blows_up_on_fine_grids_for_a_point():
+    """O2, data that is one point: std .1575, .0994, .2214, 306.9, 2.6e14 at 10, 40, 400, 4000, 40 000 steps.
+
+    Values made independently. Near the data the score's correction eta^2 |dt| / (2 s^2) passes 2, and the step overshoots.
+    """
+    path = RectifiedFlow(shift=3.0)
+    for n, expected in ((10, 0.157467), (40, 0.099409), (400, 0.221431), (4000, 306.902374), (40_000, 2.631380e14)):
+        levels = path.shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64))
+        _, found = propagate(path, levels, rule="flow_dance", eta=0.3, std=0.0)
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_flow_sde_is_the_published_code():
     """Flow-GRPO's sd3_sde_with_logprob, written out: g's denominator alone takes the next grid value at level 1."""
     path = RectifiedFlow(shift=3.0)

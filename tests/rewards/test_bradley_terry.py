@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,3 +86,39 @@ def test_the_shipped_reward_prefers_the_caption_that_is_true() -> None:
     scorer = reward.load("cpu")
     own, other = (score(reward, scorer, media, words) for words in (captions, captions[1:] + captions[:1]))
     assert (own > other).mean() > 0.9
+
+
+def test_the_shipped_reward_agrees_with_its_hidden_judge_on_new_samples() -> None:
+    """Over 85 % of the pairs that the verifier decides, of the tiny model's own samples for prompts held out (seed 77).
+
+    Its report says 93.8 +- 0.7 % on 1,389 pairs; pairs share samples here, so the margin is wide: nearly 9 points.
+    """
+    from rlalign.diffusion.rollout import rollout
+    from rlalign.records import Plan, Unit, UnitKey
+
+    prompts: Any = build("prompts", {"name": "shapes"})
+    policy: Any = build("policies", {"name": "tiny"}).load("cpu")  # type: ignore[attr-defined]
+    judge: Any = build("rewards", {"name": "shapes"})
+    fitted = BradleyTerry(name="bradley_terry")
+    scorers = (judge.load("cpu"), fitted.load("cpu"))
+    right = decided = 0
+    for number, prompt in prompts.held_out(24):
+        unit = Unit(
+            key=UnitKey("evaluate", 0, 0),
+            prompts=(prompt,) * 6,
+            prompt_ids=(number,) * 6,
+            sample_ids=tuple(range(6)),
+            seed=77,
+            plan=Plan(),
+        )
+        _, media = rollout(policy, unit, 0)
+        truth_B, found_B = (
+            score(reward, scorer, media, unit.prompts) for reward, scorer in zip((judge, fitted), scorers, strict=True)
+        )
+        for a in range(6):
+            for b in range(a):
+                if truth_B[a] != truth_B[b]:
+                    decided += 1
+                    right += (truth_B[a] > truth_B[b]) == (found_B[a] > found_B[b])
+    assert decided > 100
+    assert right / decided > 0.85

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlalign import devices
 from rlalign.registry import UserError
 from rlalign.runtime import cluster, placement
 from tests.runs import small_run
@@ -39,6 +40,31 @@ def test_a_run_that_is_larger_than_the_cluster_is_refused(ray_cluster: None) -> 
 
 
 @pytest.mark.ray
+def test_a_group_that_scales_from_zero_counts_with_labels_that_ray_does_not_tell(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's state says what a group's nodes have, and nothing of their labels."""
+    from ray._private.state import state
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+
+    run = small_run("runtime.rollout_gpus=0.5", "runtime.rollout_labels={pool: fast}", "runtime.device=cuda")
+    with pytest.raises(
+        UserError, match="2 rollout workers found no place on the cluster at here: no node has the labels"
+    ):
+        cluster.refuse_what_cannot_fit(run, "here")
+    group = NodeGroupConfig(name="gpus", resources={"CPU": 4, "GPU": 1}, max_count=2)
+    monkeypatch.setattr(state, "get_cluster_config", lambda: ClusterConfig(node_group_configs=[group]))
+    cluster.refuse_what_cannot_fit(run, "here")
+    nodes = placement.cluster_nodes()
+    assert placement.place(placement.bundles(run), nodes) == []
+    assert placement.table(nodes)["to be added: gpus +1"] == (
+        "2 rollout (has 4 CPU, 1 GPU), if it comes with the labels pool=fast, of which Ray does not tell"
+    )
+    with pytest.raises(UserError, match="one needs 2 GPU and no node has more than 1"):
+        cluster.refuse_what_cannot_fit(small_run("runtime.rollout_gpus=2"), "here")
+
+
+@pytest.mark.ray
 def test_a_busy_cluster_is_refused(ray_cluster: None) -> None:
     import ray
 
@@ -49,6 +75,54 @@ def test_a_busy_cluster_is_refused(ray_cluster: None) -> None:
     with pytest.raises(UserError, match=r"reserves 3\.5 CPU and there are 8, of which others hold 7; wait for"):
         cluster.refuse_what_cannot_fit(small_run(), "here")
     ray.kill(holder)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, on which nobody may start Ray."""
+    import ray
+
+    monkeypatch.setattr(devices, "gpus", lambda: 0)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["runtime.rollout_gpus=1"],
+            r"runtime: 2 rollout workers found no place on this machine: one needs 1 GPU and no node has more than 0; "
+            r"lower the runtime setting, or join a cluster with --address",
+        ),
+        (["runtime.reward_gpus=0.25"], r"1 reward shapes worker, .*one needs 0\.25 GPU"),
+        (
+            ["runtime.rollout_labels={zone: a}", "runtime.learner_labels={zone: b}"],
+            r"2 rollout workers found no place on this machine: no node has the labels zone=a; mend runtime\.\*_labels, or join",
+        ),
+        (
+            ["runtime.device=cuda"],
+            r"runtime\.rollout_gpus must be > 0 on Ray where runtime\.device is cuda, got 0; a share",
+        ),
+        (["runtime.device=cuda", "runtime.rollout_gpus=1"], r"runtime\.learner_gpus must be > 0 on Ray"),
+        (
+            ["runtime.device=cuda:1", "runtime.rollout_gpus=1"],
+            r"runtime\.device must be cpu or cuda on Ray, .* got cuda:1",
+        ),
+    ],
+)
+def test_a_local_ray_is_not_started_for_what_it_cannot_hold(no_gpu: None, settings: list[str], message: str) -> None:
+    """CPUs, custom resources and labels are given to it as asked; GPUs are not made up."""
+    with pytest.raises(UserError, match=message):
+        cluster.connect(small_run(*settings), None)
+
+
+def test_a_local_ray_has_what_is_pretended_and_the_gpus_that_are_there() -> None:
+    run = small_run(
+        "runtime.rollout_workers=6", "runtime.rollout_resources={fast: 0.5}", "runtime.learner_labels={zone: 'in(a,b)'}"
+    )
+    here = placement.this_machine(run, 3)
+    assert here.total["GPU"] == 3 and here.total["fast"] == 3 and here.total["CPU"] >= 8
+    cluster.refuse_what_is_not_here(run, here)
 
 
 @pytest.mark.parametrize(

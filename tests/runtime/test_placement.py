@@ -7,7 +7,18 @@ from collections import Counter
 import pytest
 
 from rlalign.registry import UserError
-from rlalign.runtime.placement import Bundle, Node, bundles, custom, matches, place, pretended_labels, refuse, table
+from rlalign.runtime.placement import (
+    Bundle,
+    Node,
+    bundles,
+    custom,
+    matches,
+    place,
+    pretended_labels,
+    refuse,
+    table,
+    to_be_added,
+)
 from tests.runs import small_run
 
 
@@ -51,6 +62,11 @@ def test_bundles_of_a_run_name_every_worker_with_its_own_needs() -> None:
     assert pretended_labels(run) == {"zone": "a"}
 
 
+def test_spares_of_a_reward_are_reserved_too() -> None:
+    found = bundles(small_run("runtime.reward_workers=2", "runtime.reward_spares=1"))
+    assert Counter(b.role for b in found) == {"learner": 1, "rollout": 2, "reward shapes": 3, "reward jpeg": 3}
+
+
 def test_shares_of_a_gpu_are_colocated() -> None:
     """Three quarters and a quarter go onto one GPU, twice: two GPUs hold two rollouts and two rewards."""
     run = small_run("runtime.rollout_workers=2", "runtime.rollout_gpus=0.75", "runtime.reward_gpus=0.25")
@@ -79,6 +95,68 @@ def test_nodes_that_the_autoscaler_may_add_come_last() -> None:
     left = place([Bundle(role="rollout", needs={"CPU": 1.0})] * 3, nodes)
     assert left == []
     assert table(nodes) == {"to be added: to come": "1 rollout (has 8 CPU)", "here": "2 rollout (has 2 CPU)"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "gpus", "left"),
+    [
+        ([0.6, 0.6, 0.6], 2.0, 1),
+        ([0.6, 0.6, 0.4, 0.4], 2.0, 0),
+        ([1.0, 0.5, 0.5], 2.0, 0),
+        ([2.0, 0.5], 2.0, 1),
+        ([0.3333] * 6, 2.0, 0),
+        ([1.0, 0.4], 1.4, 0),  # others hold 0.6 of one of two
+        ([0.7, 0.7], 1.4, 1),
+    ],
+)
+def test_a_share_of_a_gpu_lies_on_one_gpu(shares: list[float], gpus: float, left: int) -> None:
+    """Sums would let three shares of 0.6 onto two GPUs, where Ray would never place the third."""
+    one = Node(title="one", free={"CPU": 8.0, "GPU": gpus}, total={"CPU": 8.0, "GPU": 2.0})
+    wanted = [Bundle(role="rollout", needs={"GPU": share}) for share in shares]
+    assert len(place(wanted, [one])) == left
+
+
+def test_shares_that_do_not_fill_a_gpu_are_said() -> None:
+    nodes = [node("one", CPU=8, GPU=2)]
+    wanted = [Bundle(role="rollout", needs={"CPU": 1.0, "GPU": 0.6})] * 3
+    with pytest.raises(
+        UserError,
+        match=r"reserves 1\.8 GPU and there are 2; a share of 0\.6 lies on one GPU, which holds 1; lower runtime",
+    ):
+        refuse(place(wanted, nodes), nodes, "here")
+
+
+def test_who_has_the_least_choice_of_nodes_comes_first() -> None:
+    """Whoever goes anywhere must not take the only place of one that goes nowhere else."""
+    nodes = [node("a", {"zone": "a"}, CPU=1), node("b", CPU=1)]
+    anywhere, bound = (
+        Bundle(role="one", needs={"CPU": 1.0}),
+        Bundle(role="two", needs={"CPU": 1.0}, labels={"zone": "a"}),
+    )
+    assert place([anywhere, bound], nodes) == []
+
+
+def test_labels_of_nodes_to_be_added_are_possible_where_ray_does_not_tell_them() -> None:
+    """Of a group without nodes Ray's state knows no labels; where there are some, theirs are the group's."""
+    bundle = Bundle(role="rollout", needs={"GPU": 1.0}, labels={"zone": "a"})
+    empty = to_be_added("gpus", {"GPU": 1.0}, 2, [])
+    assert [n.title for n in empty] == ["gpus +1", "gpus +2"]
+    assert place([bundle], empty) == []
+    told = "1 rollout (has 1 GPU), if it comes with the labels zone=a, of which Ray does not tell"
+    assert table(empty) == {"to be added: gpus +1": told}
+
+    present = [{"zone": "a", "ray.io/node-id": "1", "disk": "ssd"}, {"zone": "a", "ray.io/node-id": "2"}]
+    (third,) = to_be_added("gpus", {"GPU": 1.0}, 3, present)
+    assert third.labels == {"zone": "a"}
+    assert place([bundle], [third]) == []
+    assert table([third]) == {"to be added: gpus +1": "1 rollout (has 1 GPU)"}
+    (other,) = to_be_added("gpus", {"GPU": 1.0}, 3, [{"zone": "b"}, {"zone": "b"}])
+    assert place([bundle], [other]) == [bundle]
+
+
+def test_a_group_without_an_upper_bound_has_room() -> None:
+    assert len(to_be_added("any", {"CPU": 1.0}, -1, [])) == 256
+    assert to_be_added("full", {"CPU": 1.0}, 1, [{}, {}]) == []
 
 
 @pytest.mark.parametrize(

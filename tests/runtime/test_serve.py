@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlalign import devices
 from rlalign.cli import main
 from rlalign.http_protocol import requests_of
 from rlalign.http_token import TOKEN_ENV
@@ -333,10 +334,18 @@ class Other:
         (["jpeg", "server.certificate=a.pem"], "server.certificate and server.key go together"),
         (["jpeg", "server.certificate=a.pem", "server.key=b.pem"], "No such file"),
         (["jpeg", "--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1 --port 0: cannot listen there"),
+        (["jpeg", "server.device=cuda"], "server.gpus must be > 0 where server.device is cuda, got 0"),
+        (["jpeg", "server.device=cuda:1", "server.gpus=1"], "server.device must be cpu or cuda, got cuda:1"),
+        (["jpeg", "server.gpus=1.5"], "server.gpus must be a share of one GPU or a whole number of them, got 1.5"),
+        (
+            ["jpeg", "server.gpus=0.5", "--port", "0"],
+            "1 replicas, of 1 CPU, 0.5 GPU each, find no place on this machine",
+        ),
     ],
 )
 def test_a_mistake_is_one_message(arguments, message, monkeypatch, capsys):
     monkeypatch.setenv(TOKEN_ENV, TOKEN)
+    monkeypatch.setattr(devices, "gpus", lambda: 0)
     assert main(["serve-reward", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
