@@ -1,6 +1,6 @@
 """Every algorithm on the embedded task with one budget: reward, held-out reward, diversity, KL to the base model, cost.
 
-    python benchmarks/canon.py [rounds] [seeds] [--jobs N] [--over]
+    python benchmarks/canon.py [rounds] [seeds] [--jobs N] [--part table|pairs|over]
 
 Runs each contestant of ``canon_contestants.py`` under each seed as ``rlalign train ... --local`` on one core (``--jobs`` at a
 time), into runs/canon/; what is there already is not run again. Then it writes docs/canon.md and docs/images/canon*.png. An
@@ -21,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from canon_contestants import ALIGNED_BASE, CONTESTANTS, OVER_OPTIMISATION, Contestant
-from canon_page import write_over_optimisation, write_page
+from canon_contestants import ALIGNED_BASE, CONTESTANTS, OFFLINE, OFFLINE_PAIRS, OVER_OPTIMISATION, Contestant
+from canon_page import write_offline, write_over_optimisation, write_page
+from canon_tilt import frontier
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "canon"
@@ -34,20 +35,44 @@ def main() -> None:
     parser.add_argument("seeds", nargs="?", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=None, help="contestants by name")
-    parser.add_argument("--over", action="store_true", help="only the part on over-optimisation")
+    parser.add_argument(
+        "--part", choices=("table", "pairs", "over"), help="only the table, the pairs or over-optimisation"
+    )
     given = parser.parse_args()
     chosen = [c for c in CONTESTANTS if given.only is None or c.name in given.only]
     seeds = range(given.seeds)
-    if not given.over:
+    if given.part in (None, "table"):
         run_all([(c, seed, given.rounds) for seed in seeds for c in chosen], given.jobs)
         write_page(ROOT / "docs", [result(c, seed) for c in chosen for seed in seeds], given.rounds)
-    if given.only is None:
+    if given.only is None and given.part in (None, "pairs"):
+        write_pairs()
+        run_all([(OFFLINE, seed, OFFLINE.rounds) for seed in seeds], given.jobs)
+        write_offline(ROOT / "docs", [RUNS / f"{OFFLINE.name}-{seed}" for seed in seeds])
+    if given.only is None and given.part in (None, "over"):
         base = next(c for c in CONTESTANTS if c.name == ALIGNED_BASE)
         run_all([(base, 0, given.rounds)], given.jobs)
         run_all([(c, seed, c.rounds) for seed in seeds for c in OVER_OPTIMISATION], given.jobs)
-        write_over_optimisation(
-            ROOT / "docs", *([RUNS / f"{c.name}-{seed}" for seed in seeds] for c in OVER_OPTIMISATION)
-        )
+        folders = [[RUNS / f"{c.name}-{seed}" for seed in seeds] for c in OVER_OPTIMISATION]
+        config = ROOT / "configs" / f"{OVER_OPTIMISATION[0].config}.yaml"
+        tilted = frontier(RUNS / f"{ALIGNED_BASE}-0" / "policy", config, RUNS / "tilted.json")
+        write_over_optimisation(ROOT / "docs", folders[0], folders[1], tilted)
+
+
+def write_pairs() -> None:
+    """The set of simulated preferences: exactly OFFLINE_PAIRS of the tiny model's own samples."""
+    folder = RUNS / "pairs"
+    if (folder / "pairs.parquet").is_file():
+        return
+    # a fit of one update: the pairs are what is wanted
+    settings = [
+        f"out={folder}",
+        f"simulate.pairs={OFFLINE_PAIRS}",
+        "simulate.drawn=0",
+        "contrastive=null",
+        "fit.updates=1",
+    ]
+    config = str(ROOT / "configs" / "fit_tiny_reward.yaml")
+    subprocess.run([sys.executable, "-m", "rlalign", "fit-reward", config, *settings], cwd=ROOT, check=True)
 
 
 def run_all(jobs: list[tuple[Contestant, int, int]], at_a_time: int) -> None:
@@ -97,7 +122,8 @@ def result(contestant: Contestant, seed: int) -> dict[str, Any]:
         "final": final,
         "evaluations": evaluations,
         "reward_queries": lines[-1]["reward_queries"],
-        "sampling_calls": lines[-1]["denoiser_calls"],
+        # reward backpropagation samples inside its updates, whose calls are all among the update's
+        "sampling_calls": 0 if contestant.samples_in_updates else lines[-1]["denoiser_calls"],
         "update_calls": sum(line.get("update_calls", 0.0) * n for line, n in zip(lines, updates, strict=True)),
         "seconds": sum(line["seconds/round"] for line in lines),
         "queries_per_round": lines[0]["reward_queries"],

@@ -14,6 +14,7 @@ class Contestant:
     config: str
     settings: tuple[str, ...] = ()
     rounds: int = 0
+    samples_in_updates: bool = False
 
 
 # The reward is the verifier's, or, where a gradient is needed, the fitted Bradley-Terry model's; both are measured for all.
@@ -21,7 +22,13 @@ SHARED = ("evaluate.every=2", "evaluate.prompts=64")
 FITTED = "evaluate.rewards=[{name: bradley_terry, label: fitted}]"
 
 CONTESTANTS: tuple[Contestant, ...] = tuple(
-    Contestant(name=name, title=title, config=config, settings=(*SHARED, *settings))
+    Contestant(
+        name=name,
+        title=title,
+        config=config,
+        settings=(*SHARED, *settings),
+        samples_in_updates=name == "reward_backprop",
+    )
     for name, title, config, settings in (
         ("reinforce", "REINFORCE", "tiny_reinforce", (FITTED,)),
         ("ddpo", "DDPO", "quickstart", (FITTED,)),
@@ -59,4 +66,14 @@ OVER_OPTIMISATION: tuple[Contestant, Contestant] = (
         settings=(*_CURVE, "algorithm.kl_weight=0.04"),
         rounds=30,
     ),
+)
+
+# Diffusion-DPO from a set of 2,000 pairs: eight shares of which the last is short, each pair seen once.
+OFFLINE_PAIRS = 2000
+OFFLINE = Contestant(
+    name="dpo_offline",
+    title="Diffusion-DPO, offline",
+    config="tiny_dpo_offline",
+    settings=("evaluate.prompts=128", "preferences.path=runs/canon/pairs/pairs.parquet", FITTED),
+    rounds=31,
 )

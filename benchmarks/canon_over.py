@@ -14,39 +14,48 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-LAST = 3
-"""Evaluations at the end of a DPOK run whose mean counts as where it ended."""
+GAINS = (0.10, 0.15, 0.20, 0.25)
+"""kB saved a picture, at which the algorithms are compared."""
 
 Track = list[tuple[int, float, float]]
 """Per evaluation: round, kB saved a picture, held-out score."""
+Frontier = Sequence[tuple[float, float]]
+"""(kB saved, held-out score) of the base model's own samples under exponential weights."""
 
 
-def section(ddpo: Sequence[Path], dpok: Sequence[Path], images: Path) -> str:
+def section(ddpo: Sequence[Path], dpok: Sequence[Path], frontier: Frontier, images: Path) -> str:
     """The numbers as text, one pair of run folders a seed; the two pictures go into ``images``."""
     pairs = [(track(a), track(b)) for a, b in zip(ddpo, dpok, strict=True)]
-    figure(pairs, images / "canon-over-optimisation.png")
-    head = "| seed | DPOK ends at, kB saved | held-out score left | DDPO when it had saved as much | ratio |"
-    rows, ends = [head, "|---|---|---|---|---|"], []
-    for seed, (free, held) in enumerate(pairs):
-        gain, kept = (statistics.mean(one[i] for one in held[-LAST:]) for i in (1, 2))
-        alone = at_gain(free, gain)
-        most = max(t[1] for t in free)
-        less = f" (at {most:.3f}, its most)" if most < gain else ""
-        ends.append((gain, kept, alone))
-        rows.append(f"| {seed} | {gain:.3f} | {kept:.3f} | {alone:.3f}{less} | {kept / alone:.1f} |")
-    gain, kept, alone = (statistics.mean(column) for column in zip(*ends, strict=True))
-    rows.append(f"| mean | {gain:.3f} | {kept:.3f} | {alone:.3f} | {kept / alone:.1f} |")
-    shown = [nearest(pairs[0][0], ends[0][0]), pairs[0][1][-1]]
+    figure(pairs, frontier, images / "canon-over-optimisation.png")
+    last = GAINS[-1]
+    shown = [nearest(pairs[0][0], last), nearest(pairs[0][1], last)]
     sheets = [ddpo[0] / "samples" / "round-00000.png"]
     sheets += [f[0] / "samples" / f"round-{one[0]:05d}.png" for f, one in zip((ddpo, dpok), shown, strict=True)]
     stacked(sheets, images / "canon-samples.png")
     finals = ", ".join(f"{free[0][2]:.3f} to {free[-1][2]:.3f} ({free[-1][1]:+.3f} kB)" for free, _ in pairs)
+    a, b = ((f"after {r} rounds ({x:+.3f} kB, score {y:.3f})") for r, x, y in shown)
     return (
         f"DDPO alone: in {pairs[0][0][-1][0]} rounds the held-out score falls from {finals}, by seed.\n\n"
-        + "\n".join(rows)
-        + f"\n\nThe pictures, of seed 0, show the same prompts and noise: before, DDPO after {shown[0][0]} rounds "
-        f"({shown[0][1]:+.3f} kB), DPOK after {shown[1][0]} rounds ({shown[1][1]:+.3f} kB)."
+        f"{table(pairs, frontier)}\n\n"
+        f"The pictures, of seed 0, show the same prompts and noise: before; DDPO {a}; DPOK {b}."
     )
+
+
+def table(pairs: Sequence[tuple[Track, Track]], frontier: Frontier) -> str:
+    """Held-out score kept at each gain: every seed's, and the means with their ratio."""
+    rows = [
+        "| kB saved | DDPO, by seed | DPOK, by seed | ratio, by seed | ratio of the means | base model's samples, tilted |",
+        "|---|---|---|---|---|---|",
+    ]
+    for gain in GAINS:
+        free, held = ([best_at(pair[i], gain) for pair in pairs] for i in (0, 1))
+        ratios = ", ".join(f"{b / a:.1f}" for a, b in zip(free, held, strict=True))
+        tilted = along(frontier, gain)
+        rows.append(
+            f"| {gain:.2f} | {', '.join(f'{y:.3f}' for y in free)} | {', '.join(f'{y:.3f}' for y in held)} | {ratios} | "
+            f"{statistics.mean(held) / statistics.mean(free):.1f} | {'' if tilted is None else f'{tilted:.3f}'} |"
+        )
+    return "\n".join(rows)
 
 
 def track(folder: Path) -> Track:
@@ -56,17 +65,35 @@ def track(folder: Path) -> Track:
     return [(e["round"], e["reward/jpeg/mean"] - first, e["held_out/shapes/mean"]) for e in lines]
 
 
-def figure(pairs: Sequence[tuple[Track, Track]], path: Path) -> None:
-    """Every seed's two tracks; a ring where DPOK ended."""
+def best_at(one: Track, gain: float) -> float:
+    """The highest held-out score that a run had with at least this gain, between evaluations by straight lines.
+
+    Where a run never gained so much, the score at its most, which is more than it would have kept.
+    """
+    found = [y for _, x, y in one if x >= gain]
+    for (_, x0, y0), (_, x1, y1) in itertools.pairwise(one):
+        if (x0 - gain) * (x1 - gain) < 0:
+            found.append(y0 + (y1 - y0) * (gain - x0) / (x1 - x0))
+    return max(found, default=max(one, key=lambda t: t[1])[2])
+
+
+def along(frontier: Frontier, gain: float) -> float | None:
+    """The frontier's score at a gain; None beyond its end."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(frontier):
+        if x0 <= gain <= x1:
+            return y0 + (y1 - y0) * (gain - x0) / (x1 - x0)
+    return None
+
+
+def figure(pairs: Sequence[tuple[Track, Track]], frontier: Frontier, path: Path) -> None:
+    """Every seed's two tracks, and the frontier."""
     drawn, panel = plt.subplots(figsize=(6.4, 4.2))
     for seed, (free, held) in enumerate(pairs):
         for one, colour, name in ((free, "C3", "DDPO"), (held, "C0", "DPOK")):
-            x, y = [t[1] for t in one], [t[2] for t in one]
             label = f"{name}, {len(pairs)} seeds" if seed == 0 else None
+            x, y = [t[1] for t in one], [t[2] for t in one]
             panel.plot(x, y, "o-", color=colour, ms=2.5, lw=1.3, alpha=0.85, label=label)
-        gain, kept = (statistics.mean(one[i] for one in held[-LAST:]) for i in (1, 2))
-        rest = {"mfc": "none", "mec": "black", "ms": 11, "mew": 1.4, "ls": "none"}
-        panel.plot([gain], [kept], "o", label="DPOK's end" if seed == 0 else None, **rest)
+    panel.plot(*zip(*frontier, strict=True), "k--", lw=1.2, label="base model's samples, tilted")
     panel.set_xlabel("reward gained: kB saved per picture")
     panel.set_ylabel("held-out shapes score")
     panel.grid(alpha=0.25)
@@ -75,14 +102,6 @@ def figure(pairs: Sequence[tuple[Track, Track]], path: Path) -> None:
     drawn.tight_layout()
     drawn.savefig(path, dpi=130)
     plt.close(drawn)
-
-
-def at_gain(one: Track, gain: float) -> float:
-    """The held-out score where a track first passes a gain, between its evaluations."""
-    for (_, x0, y0), (_, x1, y1) in itertools.pairwise(one):
-        if x0 <= gain <= x1:
-            return y0 + (y1 - y0) * (gain - x0) / (x1 - x0)
-    return one[-1][2]
 
 
 def nearest(one: Track, gain: float) -> tuple[int, float, float]:

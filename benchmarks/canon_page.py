@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,36 +13,58 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from canon_over import section
+from canon_over import Frontier, section
 
 GAIN = 0.20
 """The gain in the verifier's score whose cost in reward queries is compared."""
 
 
-HEADING = "## Over-optimisation, and the KL against it"
+PAIRS, OVER = "## From pairs alone", "## Over-optimisation, and the KL against it"
+"""Headings of the parts that are written by themselves."""
 TEMPLATE = Path(__file__).with_name("canon_page.md")
 
 
 def write_page(docs: Path, results: Sequence[dict[str, Any]], rounds: int) -> None:
-    """The page with its table and pictures, up to the part on over-optimisation."""
+    """The page's first part: the table, the picture, what a gain costs."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in results:
         groups.setdefault(one["contestant"].name, []).append(one)
     curves(groups, docs / "images" / "canon.png")
     parts = {"TABLE": table(groups), "COST": cost_to_reach(groups), "ROUNDS": str(rounds)}
     parts["SEEDS"] = str(max(len(g) for g in groups.values()))
-    text = TEMPLATE.read_text().split(HEADING)[0]
-    for key, value in parts.items():
-        text = text.replace("{{" + key + "}}", value)
-    page = docs / "canon.md"
-    page.write_text(text + HEADING + page.read_text().split(HEADING)[1])
+    put(docs / "canon.md", "# ", parts)
 
 
-def write_over_optimisation(docs: Path, ddpo: Sequence[Path], dpok: Sequence[Path]) -> None:
+def write_offline(docs: Path, folders: Sequence[Path]) -> None:
+    """Diffusion-DPO from a set of pairs."""
+    rows = ["| seed | verifier before | after | won against the base | fitted reward gain |", "|---|---|---|---|---|"]
+    for seed, folder in enumerate(folders):
+        final = json.loads((folder / "evaluation.json").read_text())
+        base, aligned = final["base"], final["aligned"]
+        rows.append(
+            f"| {seed} | {shapes_of(base):.3f} | {shapes_of(aligned):.3f} | {final['win_rate']['shapes']:.1%} | "
+            f"{fitted_of(aligned) - fitted_of(base):+.2f} |"
+        )
+    put(docs / "canon.md", PAIRS, {"OFFLINE": "\n".join(rows)})
+
+
+def write_over_optimisation(docs: Path, ddpo: Sequence[Path], dpok: Sequence[Path], frontier: Frontier) -> None:
     """The page's last part."""
-    page = docs / "canon.md"
-    text = TEMPLATE.read_text().split(HEADING)[1].replace("{{OVER}}", section(ddpo, dpok, docs / "images"))
-    page.write_text(page.read_text().split(HEADING)[0] + HEADING + text)
+    put(docs / "canon.md", OVER, {"OVER": section(ddpo, dpok, frontier, docs / "images")})
+
+
+def put(page: Path, heading: str, values: dict[str, str]) -> None:
+    """Writes one part of the page from the template's; the other parts stay as they are."""
+    new, old = (parted(path.read_text()) for path in (TEMPLATE, page))
+    for key, value in values.items():
+        new[heading] = new[heading].replace("{{" + key + "}}", value)
+    page.write_text("".join({**new, **old, heading: new[heading]}[name] for name in new))
+
+
+def parted(text: str) -> dict[str, str]:
+    """Heading -> text from there on, for the parts that are written by themselves."""
+    bounds = [(0, "# ")] + [(text.index(h), h) for h in (PAIRS, OVER) if h in text] + [(len(text), "")]
+    return {name: text[start:end] for (start, name), (end, _) in itertools.pairwise(bounds)}
 
 
 def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:

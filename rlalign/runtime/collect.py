@@ -64,6 +64,7 @@ class RemoteCollect:
         self._published: tuple[tuple[str, int], ray.ObjectRef] | None = None
         self._orders: dict[int, _Order] = {}
         self._next, self._life = 0, 0
+        self._restarts: dict[str, float] = {}
         runtime = run.runtime
         self._patience = (
             runtime.max_attempts * (runtime.unit_timeout_seconds + runtime.recovery_seconds) + runtime.start_seconds
@@ -130,7 +131,8 @@ class RemoteCollect:
                 self._begin_again()
                 continue
             since += len(results)
-            yield results
+            if results:
+                yield results
 
     def _fetched(self, results: Sequence[UnitResult]) -> list[Any]:
         """Per unit (trajectory, media); None where they lay on a node, or belonged to a process, that is gone."""
@@ -162,7 +164,11 @@ class RemoteCollect:
         )
 
     def facts(self) -> Mapping[str, float]:
-        return patient(lambda: self._coordinator.facts.remote(), self._patience)
+        """The coordinator's counters. A new one may not know of the last restarts, so they never count down."""
+        found: dict[str, float] = patient(lambda: self._coordinator.facts.remote(), self._patience)
+        for name in [n for n in found if n.startswith("restarts/")]:
+            found[name] = self._restarts[name] = max(found[name], self._restarts.get(name, 0))
+        return found
 
     def record(self, line: dict[str, Any]) -> None:
         """A metrics line or an evaluation, for the driver's screen and Ray's metrics."""

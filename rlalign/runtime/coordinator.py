@@ -31,6 +31,9 @@ from rlalign.runtime.gauges import Gauges
 from rlalign.runtime.pool import ObjectGone, PoolLost, PoolState, UnitFailed
 from rlalign.runtime.production import Production, UnitResult
 
+ANSWER_SECONDS = 30.0
+"""A learner that waits for samples hears at least this often that there are none yet: how long they take is not its concern."""
+
 
 @dataclass(kw_only=True)
 class Failure:
@@ -61,15 +64,18 @@ class _Ticket:
         self.finished.append(place)
         self._changed.set()
 
-    async def after(self, since: int) -> list[tuple[int, UnitResult]]:
-        """(place, result) of what was finished after the first ``since``: an eighth of the ticket at least, or the rest of it.
+    async def after(self, since: int, seconds: float) -> list[tuple[int, UnitResult]]:
+        """(place, result) of what was finished after the first ``since``: an eighth of the ticket at least, or the rest of it;
+        whatever there is when ``seconds`` have passed.
 
         Raises what a unit raised.
         """
         enough = min(since + max(1, len(self.tasks) // 8), len(self.tasks))
-        while len(self.finished) < enough and self.broken is None:
-            self._changed.clear()
-            await self._changed.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while len(self.finished) < enough and self.broken is None:
+                    self._changed.clear()
+                    await self._changed.wait()
         if self.broken is not None:
             self.broken.result()
         return [(place, self.tasks[place].result()) for place in self.finished[since:]]
@@ -95,6 +101,10 @@ class Standing:
     """Role -> members that belong to it or still finish their work."""
     queue: int
     """Units ordered and not finished."""
+    samples: int
+    """Produced and scored."""
+    handled_bytes: int
+    """Messages that passed through the coordinator."""
 
 
 class Coordinator:
@@ -108,7 +118,7 @@ class Coordinator:
         self._records: list[dict[str, Any]] = []
         self._news = asyncio.Condition()
         self._failure: Failure | None = None
-        self._samples = 0
+        self._adopted = asyncio.Event()
         gc.collect()
         gc.freeze()  # what is imported by now stays: a full collection over it takes a fifth of a second, amid a round
 
@@ -148,17 +158,15 @@ class Coordinator:
         self._production.count(units)
         make = self._production.unit
         ledger.tickets[ticket] = _Ticket([asyncio.ensure_future(make(u, tag, weights[0])) for u in units])
-        samples = sum(len(u.prompts) for u in units)
-        self._samples += samples
-        self._gauges.count("rlalign_samples_total", samples)
         async with ledger.ordered:
             ledger.ordered.notify_all()
 
     async def gather(
         self, incarnation: str, ticket: int, since: int, learners: int
     ) -> list[tuple[int, UnitResult]] | Failure | None:
-        """The next (place, result) of a ticket after the ``since`` that the caller has, as they are finished; or why there
-        will be none. A learner takes them over while others are still being made; all ``learners`` processes get all of them.
+        """The next (place, result) of a ticket after the ``since`` that the caller has, as they are finished, none of them
+        for now, or why there will be none. A learner takes them over while others are still being made; all ``learners``
+        processes get all of them.
 
         None says that this coordinator has never heard of the learner: it is a new one.
         """
@@ -171,7 +179,7 @@ class Coordinator:
             await ledger.ordered.wait_for(lambda: ticket in ledger.tickets)
         try:
             found = ledger.tickets[ticket]
-            results = await found.after(since)
+            results = await found.after(since, ANSWER_SECONDS)
         except ObjectGone as error:
             # said to the one who asks and not kept: the weights of a learner that has died are gone with it, and the next
             # one will order anew
@@ -186,12 +194,15 @@ class Coordinator:
             del ledger.tickets[ticket]
         return results
 
-    def facts(self) -> dict[str, float]:
-        """Counters for the metrics line."""
-        return {
-            "restarts/rollout": self._production.rollouts.restarts,
-            "restarts/reward": sum(p.restarts for p in self._production.rewards.values()),
-            "driver_bytes_per_sample": round(self._production.handled_bytes / max(self._samples, 1), 1),
+    async def facts(self) -> dict[str, float]:
+        """Counters for the metrics line, and how long a worker of each pool worked since the last one."""
+        await self._adopted.wait()
+        production = self._production
+        worked = {f"seconds/worked/{role.replace(' ', '/')}": s for role, s in production.worked().items()}
+        return worked | {
+            "restarts/rollout": production.rollouts.restarts,
+            "restarts/reward": sum(p.restarts for p in production.rewards.values()),
+            "driver_bytes_per_sample": round(production.handled_bytes / max(production.samples, 1), 1),
         }
 
     async def record(self, line: dict[str, Any]) -> None:
@@ -218,10 +229,19 @@ class Coordinator:
         """Why the run ended, if it failed."""
         return self._failure
 
-    async def adopt(self, members: Mapping[str, Mapping[int, ActorHandle]]) -> None:
-        """Role -> number -> actor: who belongs to the pools from now on. Who is missing leaves when its work is done."""
-        for role, pool in self._production.pools().items():
+    async def adopt(self, members: Mapping[str, Mapping[int, ActorHandle]], before: Standing | None) -> None:
+        """Role -> number -> actor: who belongs to the pools from now on. Who is missing leaves when its work is done.
+
+        ``before`` is what the run's coordinator last said: a new one counts on from there.
+        """
+        production, goes_on = self._production, None if self._adopted.is_set() else before
+        for role, pool in production.pools().items():
             pool.adopt(members[role])
+            pool.restarts += goes_on.pools[role].restarts if goes_on else 0
+        if goes_on:
+            production.samples += goes_on.samples
+            production.handled_bytes += goes_on.handled_bytes
+        self._adopted.set()
 
     async def standing(self) -> Standing:
         """How the pools stand; also what Ray's metrics say of them."""
@@ -236,6 +256,8 @@ class Coordinator:
             pools=pools,
             numbers={role: tuple(sorted(pool.numbers())) for role, pool in self._production.pools().items()},
             queue=self._production.queue,
+            samples=self._production.samples,
+            handled_bytes=self._production.handled_bytes,
         )
 
 

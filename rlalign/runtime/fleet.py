@@ -37,10 +37,12 @@ class Fleet:
         self.wanted = {ROLLOUT: run.runtime.rollout_workers}
         self.wanted |= dict.fromkeys(self._rewards, run.runtime.reward_workers)
         self._first = dict(self.wanted)
+        self._spares = dict.fromkeys(self._rewards, run.runtime.reward_spares)
         self._members: dict[str, dict[int, ActorHandle]] = {role: {} for role in self.wanted}
         self._leaving: dict[str, dict[int, ActorHandle]] = {role: {} for role in self.wanted}
         self._next = dict.fromkeys(self.wanted, 0)
         self._told: tuple[Any, ...] = ()
+        self._standing: Standing | None = None
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         alone: Any = {"num_cpus": 0, "max_concurrency": 1000, **RESTART}
         kind: Any = ray.remote(**alone)(Coordinator)
@@ -59,6 +61,11 @@ class Fleet:
                 self.wanted[reward_role(title)] = count
         return self.wanted != before
 
+    def size(self, role: str) -> int:
+        """How many actors a role is to have: those that were asked for, and spares. The pool gives work to the least busy
+        one of the lowest number, so the last ones work where the others are busy or dead."""
+        return self.wanted[role] + self._spares.get(role, 0)
+
     def reconcile(self) -> Standing | None:
         """Creates and retires until the pools are as wanted. None while the coordinator does not answer."""
         self._create()
@@ -66,9 +73,10 @@ class Fleet:
             standing: Any = ray.get(self.coordinator.standing.remote(), timeout=30)
             told = (standing.epoch, *((role, tuple(members)) for role, members in self._members.items()))
             if told != self._told:
-                ray.get(self.coordinator.adopt.remote(self._members), timeout=30)
+                ray.get(self.coordinator.adopt.remote(self._members, self._standing), timeout=30)
                 self._told = told
                 standing = ray.get(self.coordinator.standing.remote(), timeout=30)
+            self._standing = standing
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return None
         for role, leaving in self._leaving.items():
@@ -84,8 +92,8 @@ class Fleet:
         ray.kill(self.coordinator)
 
     def _create(self) -> None:
-        for role, count in self.wanted.items():
-            members = self._members[role]
+        for role, members in self._members.items():
+            count = self.size(role)
             while len(members) < count:
                 members[self._next[role]] = self._worker(role, self._next[role])
                 self._next[role] += 1
@@ -114,7 +122,7 @@ class Fleet:
         )
         kind = ray.remote(**places, **RESTART)(RewardWorker)
         return kind.options(name=self._name(f"reward-{reward.title}", number)).remote(
-            reward, runtime.device, runtime.rollout_threads, f"{role} {number}"
+            reward, runtime.reward_device, runtime.rollout_threads, f"{role} {number}"
         )
 
     def _name(self, role: str, number: int) -> str:

@@ -6,15 +6,19 @@ are made when they are first set, because Ray must run by then.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _Tagged = tuple[str, tuple[tuple[str, str], ...]]
 """A metric's name and its tags but for the run."""
 
 COUNTERS = {
-    "rlalign_samples_total": ("samples ordered from the rollout pool", ("run",)),
+    "rlalign_samples_total": (
+        "samples produced and scored; made once more after a learner's death they count once",
+        ("run",),
+    ),
     "rlalign_units_total": ("units of work produced and scored", ("run", "stream")),
     "rlalign_units_retried_total": ("units that were given out again: a worker died, hung or failed", ("run", "role")),
     "rlalign_reward_errors_total": ("scores that failed or were not finite", ("run", "reward")),
@@ -38,6 +42,21 @@ def gauge_name(key: str) -> str:
 def metric_names() -> frozenset[str]:
     """Names as Prometheus sees them, without a histogram's endings; the gauges of metrics lines come on top."""
     return frozenset(f"ray_{name}" for name in (*COUNTERS, *POOL_GAUGES, *HISTOGRAMS))
+
+
+@contextlib.contextmanager
+def shown(what: str) -> Iterator[None]:
+    """Shows on the dashboard what this process does: a line of its log at the start, a span of the timeline at the end.
+
+    The names of Ray's tasks, and of processes, are labels of Ray's own metrics: a name per unit would make series for ever
+    (16 kB a call in the caller, Ray 2.60). Lines and spans are neither.
+    """
+    from ray._private import worker  # ray.timeline() draws these spans; Ray has no public way to add one
+
+    here: Any = worker.global_worker
+    print(what, flush=True)
+    with here.core_worker.profile_event(what.encode("ascii", "replace"), None):
+        yield
 
 
 class Gauges:

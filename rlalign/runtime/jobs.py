@@ -6,6 +6,8 @@ Each has an equal among Ray's own commands; docs/cluster.md shows them. The toke
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import os
 import re
@@ -13,14 +15,19 @@ import shlex
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rlalign.registry import UserError, nearest
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 TIMEOUT_SECONDS = 10.0
+TAIL_LINES = (1_000, 20_000)
+"""Of a job's log, that are searched for its last rounds."""
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _ROUND = re.compile(r"^round +(\d+)/(\d+)(?:.*?reward ([+-]\d+\.\d+))?.*? (\d+\.\d) s \(", re.MULTILINE)
 _ACTOR = re.compile(r".*/(rollout|reward-.+|coordinator)-\d+")
@@ -50,6 +57,9 @@ class Cluster:
 
     def ask(self, path: str) -> Any:
         """The JSON that the dashboard answers. Raises UserError where it refuses or does not answer; KeyError for a 404."""
+        return json.loads(self._read(path))
+
+    def _read(self, path: str, absent: Sequence[int] = (404,)) -> str:
         import requests
 
         headers = {"Authorization": f"Bearer {found}"} if (found := token()) else {}
@@ -65,11 +75,12 @@ class Cluster:
                 f"--address {self.address} refuses {'this' if found else 'a request without a'} token; "
                 "name the cluster's in RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN"
             )
-        if answer.status_code == 404:
+        if answer.status_code in absent:
             raise KeyError(path)
         if not answer.ok:
             raise UserError(f"--address {self.address}{path} answered {answer.status_code}: {answer.text[:300]}")
-        return answer.json()
+        answer.encoding = answer.encoding if "charset" in answer.headers.get("Content-Type", "") else "utf-8"
+        return answer.text
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -91,26 +102,46 @@ class Cluster:
             ) from error
 
     def logs(self, name: str) -> str:
-        """What the job has printed so far."""
+        """What the job has printed so far, all of it."""
         return self.ask(f"/api/jobs/{name}/logs")["logs"] or ""
 
-    def follow(self, name: str, period_seconds: float = 1.0) -> Iterator[str]:
-        """What the job prints, piece by piece, until it is over."""
-        seen = 0
-        while True:
-            over = self.job(name)["status"] in OVER
-            text = self.logs(name)
-            if len(text) > seen:
-                yield text[seen:]
-                seen = len(text)
-            if over:
-                return
-            time.sleep(period_seconds)
+    def tail(self, job: Mapping[str, Any], lines: int) -> str:
+        """The last lines that a job has printed; "" where there are none yet. Nothing else of its log is read."""
+        if not job.get("driver_node_id"):
+            return ""  # it has not started
+        where = f"node_id={job['driver_node_id']}&submission_id={job['submission_id']}"
+        try:
+            return self._read(f"/api/v0/logs/file?{where}&lines={lines}", absent=(404, 500))
+        except KeyError:  # the log has no file yet
+            return ""
 
-    def submit(
-        self, entrypoint: str, metadata: Mapping[str, str], *, name: str = "", folder: Path | None = None
-    ) -> str:
-        """Hands a command to Ray Jobs and returns its id. ``folder`` becomes its working directory."""
+    def progress(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """How far a run has come, from the end of its log; further back only where that tells of no round."""
+        found: dict[str, Any] = {}
+        for lines in TAIL_LINES:
+            text = self.tail(job, lines)
+            found = progress_of(text)
+            if found or text.count("\n") < lines:
+                break
+        return found
+
+    def follow(self, name: str, say: Callable[[str], None]) -> None:
+        """Says what the job prints, piece by piece as Ray sends it, until the job is over."""
+        client = self._client()
+        from aiohttp import ClientError
+
+        async def each() -> None:
+            async for piece in client.tail_job_logs(name):
+                say(piece)
+
+        try:
+            asyncio.run(each())
+        except (ClientError, RuntimeError) as error:
+            raise UserError(
+                f"--address {self.address} tells no more of what job {name} says ({error}); ask again: rlalign logs -f {name}"
+            ) from error
+
+    def _client(self) -> JobSubmissionClient:
         from rlalign.runtime.cluster import prepare_environment
 
         prepare_environment(self.address)
@@ -120,10 +151,16 @@ class Cluster:
         for noisy in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(noisy).setLevel(logging.ERROR)  # they tell how they pack
         headers = {"Authorization": f"Bearer {found}"} if (found := token()) else None
+        return JobSubmissionClient(self.address, headers=headers)
+
+    def submit(
+        self, entrypoint: str, metadata: Mapping[str, str], *, name: str = "", folder: Path | None = None
+    ) -> str:
+        """Hands a command to Ray Jobs and returns its id. ``folder`` becomes its working directory."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while True:
             try:
-                return JobSubmissionClient(self.address, headers=headers).submit_job(
+                return self._client().submit_job(
                     entrypoint=entrypoint,
                     submission_id=name or None,
                     metadata=dict(metadata),
@@ -201,9 +238,10 @@ def run_there(cluster: Cluster, job: Mapping[str, Any], command: Sequence[str]) 
     verb, *rest = command
     there = f"python -m rlalign {shlex.quote(verb)} {_there(folder)} {shlex.join(rest)}"
     helper = cluster.submit(there, {"helper": verb})
-    output = "".join(cluster.follow(helper, period_seconds=0.5))
-    output = output.partition("Running entrypoint")[2].partition("\n")[2]  # what comes before is Ray's
-    return cluster.job(helper)["status"] == "SUCCEEDED", output
+    while (status := cluster.job(helper)["status"]) not in OVER:
+        time.sleep(0.5)
+    output = cluster.logs(helper).partition("Running entrypoint")[2].partition("\n")[2]  # what comes before is Ray's
+    return status == "SUCCEEDED", output
 
 
 def progress_of(log: str) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class Pool:
         self._overdue: dict[int, BaseException] = {}
         self._retiring: set[int] = set()
         self._started: set[int] = set()
+        self._last: dict[ActorHandle, asyncio.Task[Any]] = {}
+        """Actor -> the last call that it was given and has not answered."""
         self.restarts = 0
         self.adopt(dict(enumerate(actors)))
 
@@ -169,6 +171,23 @@ class Pool:
             self._wait_for(actor_id, error, self._patience)
         self.release(actor_id)
 
+    async def answer(self, actor: ActorHandle, ref: ray.ObjectRef, seconds: float) -> Any:
+        """The answer to a call that an actor was given just now; TimeoutError when the actor works on it for longer.
+
+        An actor does one call after another, so a call that waits behind another one has not begun. A caller that goes away
+        leaves the call at the actor, and so its time running: those behind it still wait for it.
+        """
+        mine = asyncio.ensure_future(_timed(ref, self._last.get(actor), seconds))
+        self._last[actor] = mine
+        mine.add_done_callback(lambda done: self._answered(actor, done))
+        return await asyncio.shield(mine)
+
+    def _answered(self, actor: ActorHandle, call: asyncio.Task[Any]) -> None:
+        if self._last.get(actor) is call:
+            del self._last[actor]
+        if not call.cancelled():
+            call.exception()  # its caller may have gone away
+
     def _wait_for(self, actor_id: int, error: BaseException, patience: float) -> None:
         self._waits[actor_id] = asyncio.ensure_future(self._until_it_answers(actor_id, error, patience))
 
@@ -212,9 +231,11 @@ class Pool:
         return f"no {self.role} worker is left ({len(hopeless)} died for good); the last one said: {last}"
 
 
-async def awaited(ref: ray.ObjectRef, runtime: RuntimeSettings) -> Any:
-    """The object; TimeoutError when it takes longer than a unit may."""
-    async with asyncio.timeout(runtime.unit_timeout_seconds):
+async def _timed(ref: ray.ObjectRef, before: asyncio.Task[Any] | None, seconds: float) -> Any:
+    """The object; TimeoutError when it takes longer than ``seconds`` after the call before it was over."""
+    if before is not None and not before.done():
+        await asyncio.wait([before])
+    async with asyncio.timeout(seconds):
         return await ref
 
 

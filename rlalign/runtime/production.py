@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,10 @@ import ray
 from ray.actor import ActorHandle
 
 from rlalign.config import Run
-from rlalign.records import Unit
+from rlalign.records import Unit, UnitKey
 from rlalign.runtime.gauges import Gauges
 from rlalign.runtime.placement import ROLLOUT, reward_role
-from rlalign.runtime.pool import ObjectGone, Pool, awaited, tried
+from rlalign.runtime.pool import ObjectGone, Pool, tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,12 @@ class Production:
         self.queue = 0
         """Units ordered and not finished."""
         self.handled_bytes = 0
+        self.samples = 0
+        """Produced and scored; what is made once more after a learner's death counts once."""
+        self._made: dict[tuple[str, int], set[UnitKey]] = {}
+        """Tag of weights -> units that were made under them; of the last tags, those that may come again."""
+        self._tags = 2 * (run.checkpoint.every + run.runtime.max_staleness + 2)
+        self._worked: defaultdict[str, float] = defaultdict(float)
         self._holds: dict[ActorHandle, tuple[str, int]] = {}
         """Rollout worker -> tag of the weights it was last sent: they travel once, not with every unit."""
 
@@ -75,9 +82,28 @@ class Production:
                     continue
                 break
             self._gauges.count("rlalign_units_total", stream=unit.key.stream)
+            self._count_samples(unit, tag)
         finally:
             self.queue -= 1
         return UnitResult(raw=raw, seconds={"rollout": rollout_seconds, "reward": reward_seconds}, refs=refs)
+
+    def _count_samples(self, unit: Unit, tag: tuple[str, int]) -> None:
+        made = self._made.setdefault(tag, set())
+        if unit.key not in made:
+            made.add(unit.key)
+            self.samples += len(unit.prompts)
+            self._gauges.count("rlalign_samples_total", len(unit.prompts))
+        while len(self._made) > self._tags:
+            del self._made[next(iter(self._made))]
+
+    def _work(self, role: str, unit: Unit, seconds: float) -> None:
+        if unit.key.stream == "train":
+            self._worked[role] += seconds
+
+    def worked(self) -> dict[str, float]:
+        """Role -> seconds that each of its workers spent on rounds' units since this was last asked."""
+        worked, self._worked = self._worked, defaultdict(float)
+        return {role: worked[role] / max(pool.state().ready, 1) for role, pool in self.pools().items()}
 
     async def _produced(
         self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef
@@ -86,7 +112,7 @@ class Production:
             self._holds[actor] = tag
             refs: list[ray.ObjectRef] = list(actor.produce.remote((unit, tag), *given))
             trajectory, media, facts = refs
-            return (trajectory, media), await awaited(facts, self._runtime)
+            return (trajectory, media), await self.rollouts.answer(actor, facts, self._runtime.unit_timeout_seconds)
 
         async def call(actor: ActorHandle) -> Any:
             # calls of one actor are carried out in order; one that was restarted meanwhile says that it has no weights
@@ -97,6 +123,7 @@ class Production:
         refs, facts = await tried(f"unit {unit.key}", self.rollouts, call, self._runtime, lambda: self._again(ROLLOUT))
         self.count(facts)
         self._gauges.observe("rlalign_unit_seconds", facts["seconds"])
+        self._work(ROLLOUT, unit, facts["seconds"])
         return refs, facts["seconds"]
 
     async def _scored(self, unit: Unit, media: ray.ObjectRef) -> tuple[dict[str, np.ndarray], float]:
@@ -112,13 +139,13 @@ class Production:
             self._again(reward_role(title))
             self._gauges.count("rlalign_reward_errors_total", reward=title)
 
-        values, seconds = await tried(
-            f"reward {title} of unit {unit.key}",
-            self.rewards[title],
-            lambda actor: awaited(actor.score.remote(media, unit.prompts), self._runtime),
-            self._runtime,
-            again,
-        )
+        pool, patience = self.rewards[title], self._runtime.unit_timeout_seconds
+
+        def call(actor: ActorHandle) -> Any:
+            return pool.answer(actor, actor.score.remote(media, unit.prompts, str(unit.key)), patience)
+
+        values, seconds = await tried(f"reward {title} of unit {unit.key}", pool, call, self._runtime, again)
+        self._work(pool.role, unit, seconds)
         self._gauges.observe("rlalign_reward_seconds", seconds, reward=title)
         self._gauges.count("rlalign_reward_errors_total", float(np.isnan(values).sum()), reward=title)
         return title, values, seconds

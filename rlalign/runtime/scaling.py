@@ -1,18 +1,32 @@
-"""Automatic scaling of the rollout pool: more workers while the learner waits for samples, fewer while samples wait for it.
+"""Automatic scaling of the rollout pool: more workers while the learner waits for rollouts, fewer while samples wait for it.
 
 A worker more pays only where the rollouts' share of a round is large: with n workers a round waits about w seconds, with
 n + 1 about w n / (n + 1). So the pool grows by a quarter (one at least) while waiting takes more than GROW of a round, and
 shrinks by one when it takes less than SHRINK, which happens only where rounds are made ahead (``max_staleness`` above 0).
-It looks at the median of LOOK rounds made with the present number of workers, so that it does not swing.
+
+The learner also waits where a reward is slow, and then more rollouts would only queue up at it. Units pass through the pools
+one after another, so they queue at the one whose workers have the most to do in a round: the pool grows only where a rollout
+worker worked longer than a worker of any reward. It looks at the median of LOOK rounds made with the present number of
+workers, so that it does not swing.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 GROW, SHRINK, LOOK = 0.4, 0.05, 3
+_WORKED = "seconds/worked/"
+
+
+class _Round(NamedTuple):
+    share: float
+    """Of the round: the learner waited."""
+    rollout: float
+    """Seconds that a rollout worker worked."""
+    rewards: Mapping[str, float]
+    """Reward title -> seconds that one of its workers worked."""
 
 
 class Balance:
@@ -20,9 +34,12 @@ class Balance:
 
     def __init__(self, least: int, most: int) -> None:
         self._least, self._most = least, most
-        self._shares: list[float] = []
+        self._rounds: list[_Round] = []
         self._ready = 0
         self.reason = ""
+        """Of the last change."""
+        self.advice = ""
+        """What would help where more rollout workers would not."""
 
     def pools(self, *, ready: int) -> None:
         """How many rollout workers answer now; rounds made with fewer than wanted are not judged."""
@@ -33,18 +50,39 @@ class Balance:
         if not self._most or not line.get("seconds/round"):
             return None
         if self._ready != workers:  # a change is under way
-            self._shares.clear()
+            self._rounds.clear()
             return None
-        self._shares.append((line["seconds/rollout"] + line["seconds/reward"]) / line["seconds/round"])
-        if len(self._shares) < LOOK:
+        self._rounds.append(_round(line))
+        if len(self._rounds) < LOOK:
             return None
-        share = statistics.median(self._shares[-LOOK:])
+        last = self._rounds[-LOOK:]
+        share = statistics.median(r.share for r in last)
+        slow = self._slow_reward(last)
+        self.advice = ""
+        if share > GROW and slow:
+            self.advice = (
+                f"reward-bound, the learner waits {100 * share:.0f} % of a round for {slow}: rollout workers stay "
+                f"{workers}; rlalign scale --reward {slow}=N adds workers that help"
+            )
+            return None
         if share > GROW and workers < self._most:
             wanted, bound = min(workers + max(1, workers // 4), self._most), "rollout-bound"
         elif share < SHRINK and workers > self._least:
             wanted, bound = workers - 1, "learner-bound"
         else:
             return None
-        self._shares.clear()
+        self._rounds.clear()
         self.reason = f"{bound}, the learner waits {100 * share:.0f} % of a round"
         return wanted
+
+    def _slow_reward(self, rounds: list[_Round]) -> str:
+        """The reward at which units queue; "" where they queue at the rollouts."""
+        worked = {title: statistics.median(r.rewards.get(title, 0.0) for r in rounds) for title in rounds[-1].rewards}
+        slowest = max(worked, key=lambda title: worked[title], default="")
+        return slowest if slowest and worked[slowest] > statistics.median(r.rollout for r in rounds) else ""
+
+
+def _round(line: Mapping[str, Any]) -> _Round:
+    rewards = {n.removeprefix(f"{_WORKED}reward/"): s for n, s in line.items() if n.startswith(f"{_WORKED}reward/")}
+    share = (line["seconds/rollout"] + line["seconds/reward"]) / line["seconds/round"]
+    return _Round(share, line[f"{_WORKED}rollout"], rewards)

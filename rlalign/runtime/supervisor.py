@@ -1,7 +1,12 @@
-"""What the driver does while the learner works: shows records, keeps the pools as wanted, obeys control.json, writes status."""
+"""What the driver does while the learner works: shows records, keeps the pools as wanted, obeys control.json, writes status.
+
+It must not end before the run does. What Ray says of an actor that is away passes; anything else that goes wrong here, such as
+a screen that is gone, asks the run to stop with a checkpoint and is raised in the driver's own thread when it has.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -15,6 +20,7 @@ import ray.exceptions
 
 from rlalign import control
 from rlalign.config import Run
+from rlalign.registry import UserError
 from rlalign.runtime.coordinator import Failure, Standing
 from rlalign.runtime.fleet import Fleet
 from rlalign.runtime.placement import ROLLOUT
@@ -35,36 +41,57 @@ class Supervisor(threading.Thread):
         self._asked = control.Asked()
         self._balance = Balance(run.runtime.rollout_workers, run.runtime.max_rollout_workers)
         self._failure: Failure | None = None
+        self._advised = False
+        self.error: BaseException | None = None
+        """What went wrong here, and not at an actor."""
 
     def run(self) -> None:
         while not self._over.is_set():
             began = time.monotonic()
-            try:
-                self._tick()
-                self._show(timeout_seconds=PERIOD_SECONDS)
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                print(f"progress is not shown for now: {error}", file=sys.stderr)
+            self._guarded(self._tick, "the pools stay as they are for now")
+            self._guarded(lambda: self._show(timeout_seconds=PERIOD_SECONDS), "progress is not shown for now")
             self._over.wait(max(0.0, PERIOD_SECONDS / 2 - (time.monotonic() - began)))
 
     def stop(self) -> Failure | None:
         """Shows what is left and ends. Returns why the run failed, if it did."""
         self._over.set()
         self.join(timeout=60)
-        try:
-            self._show(timeout_seconds=0.0)
-            self._hear_of_failure()
-        except ray.exceptions.RayError as error:
-            print(f"the last records are not shown: {error}", file=sys.stderr)
+        self._guarded(lambda: self._show(timeout_seconds=0.0), "the last records are not shown")
+        self._guarded(self._hear_of_failure, "whether the run failed is not known")
         return self._failure
+
+    def _guarded(self, step: Callable[[], None], otherwise: str) -> None:
+        try:
+            step()
+        except ray.exceptions.RayTaskError as error:  # ours: the coordinator's own code failed
+            self._stumbled(error)
+        except ray.exceptions.RayError as error:
+            with contextlib.suppress(OSError):  # the screen may be gone
+                print(f"{otherwise}: {error}", file=sys.stderr)
+        except BaseException as error:  # noqa: BLE001 -- raised where the driver waits for the run
+            self._stumbled(error)
+
+    def _stumbled(self, error: BaseException) -> None:
+        """The first error counts; nothing is shown any more, the rest goes on until the run has stopped."""
+        if self.error is None:
+            self.error = error
+            if self._over.is_set():
+                return
+            with contextlib.suppress(UserError):  # a full disk ends the run by itself
+                control.ask(self._folder, stop=True)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        if self.error is None:
+            self._on_record(record)
 
     def _tick(self) -> None:
         asked = control.asked(self._folder)
         if asked != self._asked:
             self._asked = asked
             if self._fleet.scale(asked):
-                self._on_record({"note": f"scaling to {_counts(self._fleet.wanted)}"})
+                self._tell({"note": f"scaling to {_counts(self._fleet.wanted)}"})
             if asked.stop:
-                self._on_record({"note": "asked to stop: the run ends with a checkpoint after the rounds in flight"})
+                self._tell({"note": "asked to stop: the run ends with a checkpoint after the rounds in flight"})
                 self._status.write(state="stopping")
         standing = self._fleet.reconcile()
         if standing is not None:
@@ -77,7 +104,7 @@ class Supervisor(threading.Thread):
         self._failure = failure or self._failure
 
     def _say(self, standing: Standing) -> None:
-        pools = {r: {"wanted": self._fleet.wanted[r], **asdict(s)} for r, s in standing.pools.items()}
+        pools = {r: {"wanted": self._fleet.size(r), **asdict(s)} for r, s in standing.pools.items()}
         self._status.write(pools=pools, queue=standing.queue)
         self._balance.pools(ready=standing.pools[ROLLOUT].ready)
 
@@ -94,12 +121,15 @@ class Supervisor(threading.Thread):
                 return
             self._epoch = epoch
         for line in lines:
+            self._seen += 1
             self._status.record(line)
-            self._on_record(line)
+            self._tell(line)
             if wanted := self._balance.wanted(line, self._fleet.wanted[ROLLOUT]):
                 self._fleet.scale(control.Asked(rollout_workers=wanted))
-                self._on_record({"note": f"scaling to {_counts(self._fleet.wanted)}: {self._balance.reason}"})
-        self._seen += len(lines)
+                self._tell({"note": f"scaling to {_counts(self._fleet.wanted)}: {self._balance.reason}"})
+            if self._balance.advice and not self._advised:
+                self._advised = True
+                self._tell({"note": self._balance.advice})
 
 
 def _counts(wanted: dict[str, int]) -> str:

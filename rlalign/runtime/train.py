@@ -12,12 +12,15 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlalign import control
 from rlalign.config import Run
 from rlalign.evaluate import read_final
 from rlalign.registry import UserError
+
+if TYPE_CHECKING:
+    from rlalign.runtime.coordinator import Failure
 
 OnRecord = Callable[[dict[str, Any]], None]
 
@@ -50,18 +53,21 @@ def _supervise(run: Run, folder: Path, on_record: OnRecord, *, dashboard: str, p
     status = control.Status(folder, run.rounds, name=run.name, dashboard=dashboard, job=job_id())
     supervisor = Supervisor(run, folder, fleet, status, on_record)
     supervisor.start()
-    crash = ""
+    crash, told = "", None
     try:
-        fit(run, folder, fleet.coordinator)
+        told = fit(run, folder, fleet.coordinator)
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
     except BaseException:
         status.write(state="stopped")
         raise
-    failure = supervisor.stop()
+    failure = supervisor.stop() or told
     fleet.end()
     ended = read_final(folder, run.rounds) is not None
-    status.write(state="failed" if failure or crash else "ended" if ended else "stopped")
+    failed = failure or crash or (supervisor.error and not ended)
+    status.write(state="failed" if failed else "ended" if ended else "stopped")
+    if supervisor.error is not None:
+        raise supervisor.error
     if failure is not None:
         raise UserError(failure.message) if failure.is_users else RunFailed(failure.message)
     if crash:
@@ -74,8 +80,11 @@ def job_id() -> str:
     return (config.get("metadata") or {}).get("job_submission_id", "")
 
 
-def fit(run: Run, folder: Path, coordinator: Any) -> None:
-    """Runs the learner under Ray Train V2 until it returns; a killed one is started again ``max_attempts`` times."""
+def fit(run: Run, folder: Path, coordinator: Any) -> Failure | None:
+    """Runs the learner under Ray Train V2 until it returns; a killed one is started again ``max_attempts`` times.
+
+    Answers with what the learner ended for, where it could not go on: a coordinator that died since has forgotten it.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -98,13 +107,13 @@ def fit(run: Run, folder: Path, coordinator: Any) -> None:
         ),
     )
     try:
-        trainer.fit()
+        return trainer.fit().return_value
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def learn(config: dict[str, Any]) -> None:
-    """One learner process: rlalign.loop's own loop over the cluster's Collect."""
+def learn(config: dict[str, Any]) -> Failure | None:
+    """One learner process: rlalign.loop's own loop over the cluster's Collect. Answers with why it cannot go on, if so."""
     import torch
     from accelerate.utils import broadcast_object_list
 
@@ -118,15 +127,15 @@ def learn(config: dict[str, Any]) -> None:
     learner = None
     try:
         learner = build_learner(run)
-        incarnation, over = uuid.uuid4().hex, False
+        incarnation, over = uuid.uuid4().hex, None
         if learner.is_main:
-            over = patient(lambda: coordinator.begin.remote(incarnation), 60) is not None
+            over = patient(lambda: coordinator.begin.remote(incarnation), 60)
         if learner.accelerator.num_processes > 1:  # the others go on once it has begun, or end with it
             said = [incarnation, over]
             broadcast_object_list(said)
             incarnation, over = said
-        if over:
-            return  # the driver knows why
+        if over is not None:
+            return over
         collect = RemoteCollect(
             run,
             coordinator,
@@ -150,6 +159,8 @@ def learn(config: dict[str, Any]) -> None:
         patient(lambda: coordinator.abort.remote(failure), 60)
         if learner is not None and learner.accelerator.num_processes > 1:
             raise  # the other learners wait in a collective: the whole group has to end
+        return failure
+    return None
 
 
 def lost_a_peer(error: BaseException) -> bool:

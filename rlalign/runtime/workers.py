@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
 
 from rlalign.config import Run
+from rlalign.devices import usable
 from rlalign.records import Trajectory, Unit
 from rlalign.rewards.base import Reward
+from rlalign.runtime.began import BEGAN
+from rlalign.runtime.gauges import shown
 
 
 class Worker:
@@ -40,8 +42,8 @@ class Worker:
         return ray.get_runtime_context().get_node_id()
 
     def loading_seconds(self) -> float:
-        """From the start of the process until it could work: imports and weights."""
-        return self.ready_at - psutil.Process().create_time()
+        """From when the process was told what it is until it could work: imports and weights."""
+        return self.ready_at - BEGAN
 
     def __repr__(self) -> str:
         return self.label
@@ -55,7 +57,7 @@ class RolloutWorker(Worker):
 
         torch.set_num_threads(run.runtime.rollout_threads)
         self.label = label
-        self._policy = run.policy.load(run.runtime.device)
+        self._policy = run.policy.load(usable(run.runtime.device, "runtime.device"))
         self._tag: tuple[str, int] = ("", -1)
         self.ready_at = time.time()
 
@@ -74,12 +76,13 @@ class RolloutWorker(Worker):
 
         start = time.monotonic()
         unit, tag = work
-        if tag != self._tag:
-            if tensors is None:
-                return None, None, {}
-            self._policy.set_weights({n: torch.from_numpy(np.array(a)) for n, a in tensors.items()})
-            self._tag = tag
-        trajectory, media = rollout(self._policy, unit, tag[1])
+        if tag != self._tag and tensors is None:
+            return None, None, {}
+        with shown(f"{unit.key} under {tag[0]} v{tag[1]}"):
+            if tensors is not None and tag != self._tag:
+                self._policy.set_weights({n: torch.from_numpy(np.array(a)) for n, a in tensors.items()})
+                self._tag = tag
+            trajectory, media = rollout(self._policy, unit, tag[1])
         return trajectory, media, {"seconds": time.monotonic() - start, "process": os.getpid()}
 
 
@@ -91,12 +94,13 @@ class RewardWorker(Worker):
 
         torch.set_num_threads(threads)
         self.label = label
-        self._reward, self._scorer = reward, reward.load(device)
+        self._reward, self._scorer = reward, reward.load(usable(device, "runtime.device"))
         self.ready_at = time.time()
 
-    def score(self, media_BFCHW: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, float]:
-        """(raw scores (B,) float32 under the reward's own error policy, seconds)."""
+    def score(self, media_BFCHW: np.ndarray, prompts: Sequence[str], what: str = "") -> tuple[np.ndarray, float]:
+        """(raw scores (B,) float32 under the reward's own error policy, seconds). ``what`` names the media."""
         from rlalign.rewards.base import score
 
         start = time.monotonic()
-        return score(self._reward, self._scorer, media_BFCHW, prompts), time.monotonic() - start
+        with shown(f"{self._reward.title} of {what or 'media'}"):
+            return score(self._reward, self._scorer, media_BFCHW, prompts), time.monotonic() - start

@@ -48,6 +48,33 @@ def test_progress_understands_the_consoles_own_line() -> None:
     assert progress_of(round_line(record, 9) + "\n")["reward"] == 0.25
 
 
+def tail_path(lines: int) -> str:
+    return f"/api/v0/logs/file?node_id=abc&submission_id=first&lines={lines}"
+
+
+JOB = {"submission_id": "first", "driver_node_id": "abc"}
+
+
+def test_progress_reads_the_end_of_a_log(dashboard: Any) -> None:
+    """And further back, but not all of it, where the end tells of no round."""
+    noise = "a warning that comes again and again\n"
+    dashboard.answers[tail_path(1000)] = (200, noise * 900 + LOG)
+    assert Cluster(url(dashboard)).progress(JOB)["round"] == 2
+    assert [path for path, _ in dashboard.asked] == [tail_path(1000)]
+    dashboard.asked.clear()
+    dashboard.answers[tail_path(1000)] = (200, noise * 1000)
+    dashboard.answers[tail_path(20_000)] = (200, LOG + noise * 5000)
+    assert Cluster(url(dashboard)).progress(JOB)["round"] == 2
+    assert [path for path, _ in dashboard.asked] == [tail_path(1000), tail_path(20_000)]
+
+
+def test_a_job_without_a_log_has_not_come_far(dashboard: Any) -> None:
+    dashboard.answers[tail_path(1000)] = (500, "Could not find a log file")
+    assert Cluster(url(dashboard)).progress(JOB) == {}
+    assert len(dashboard.asked) == 1
+    assert Cluster(url(dashboard)).progress({**JOB, "driver_node_id": None}) == {}
+
+
 def test_only_plug_ins_of_ones_own_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, target = tmp_path / "home", tmp_path / "target"
     (home / "lab" / "inner").mkdir(parents=True)
@@ -195,7 +222,9 @@ def rlalign(environment: dict[str, str], *arguments: str, cwd: Path | None = Non
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_life_of_a_job(head: tuple[str, dict[str, str], str], tmp_path: Path) -> None:
+def test_the_life_of_a_job(
+    head: tuple[str, dict[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     address, environment, token = head
     there = f"--address={address}"
     (tmp_path / "mine").mkdir()
@@ -232,6 +261,11 @@ def test_the_life_of_a_job(head: tuple[str, dict[str, str], str], tmp_path: Path
     assert "running, job life" in here
     assert "rollout workers" in here
     assert "life" in rlalign(environment, "list", "jobs", there).stdout
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", environment["RAY_AUTH_TOKEN_PATH"])
+    spans = {span["name"] for span in Cluster(address).ask("/api/v0/tasks/timeline")}  # the dashboard's own
+    assert [span for span in spans if re.fullmatch(r"train/\d+/\d+ under current v\d+", span)]
+    assert [span for span in spans if re.fullmatch(r"mine of train/\d+/\d+", span)]
 
     stranger = {**environment, "RAY_AUTH_TOKEN_PATH": "/nowhere"}
     for command in (("status", "life"), ("list", "jobs"), ("stop", "life"), ("logs", "life")):
@@ -274,3 +308,68 @@ def test_the_life_of_a_job(head: tuple[str, dict[str, str], str], tmp_path: Path
     train_local(run, tmp_path / "alone", resume=False, on_record=lambda _: None)
     sys.path.remove(str(tmp_path / "mine"))
     assert_same_run(folder, tmp_path / "alone")
+
+
+CHATTY = """
+import time
+line = "x" * 999 + chr(10)
+for _ in range(100):
+    print(line * 1000, end="")
+print("round  41/100  reward +0.5000 ± 0.301  grad 0.482   10.0 s (rollout 4.1, update 5.9)", flush=True)
+for number in range(60):
+    print("beat", number, flush=True)
+    time.sleep(0.5)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_job_that_printed_a_hundred_megabytes(
+    head: tuple[str, dict[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its status takes a second at most; how long is printed."""
+    address, environment, _ = head
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", environment["RAY_AUTH_TOKEN_PATH"])
+    cluster = Cluster(address)
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "chatty.py").write_text(CHATTY)
+    cluster.submit("python chatty.py", {"rlalign": "0", "folder": "/x"}, name="chatty", folder=tmp_path / "job")
+    deadline = time.monotonic() + 120
+    while not cluster.progress(job := cluster.job("chatty")):
+        assert time.monotonic() < deadline, cluster.tail(job, 5)
+        time.sleep(0.5)
+
+    def took() -> float:
+        start = time.monotonic()
+        done = rlalign(environment, "status", "chatty", f"--address={address}")
+        assert "41 of 100" in done.stdout, done.stderr
+        return time.monotonic() - start
+
+    seconds = sorted(took() for _ in range(3))
+    start = time.monotonic()
+    assert len(cluster.logs("chatty")) > 100_000_000
+    print(f"status {seconds[0]:.2f} to {seconds[-1]:.2f} s; all of the log {time.monotonic() - start:.2f} s")
+    assert seconds[0] < 1.0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_logs_are_followed_as_they_come(
+    head: tuple[str, dict[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, environment, _ = head
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", environment["RAY_AUTH_TOKEN_PATH"])
+    cluster, pieces = Cluster(address), list[tuple[float, str]]()
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "beats.py").write_text(
+        CHATTY.replace("range(100)", "range(0)").replace("range(60)", "range(12)")
+    )
+    cluster.submit("python beats.py", {"rlalign": "0", "folder": "/x"}, name="beats", folder=tmp_path / "job")
+    cluster.follow("beats", lambda piece: pieces.append((time.monotonic(), piece)))
+    text = "".join(piece for _, piece in pieces)
+    assert text == cluster.logs("beats")
+    assert [f"beat {n}" for n in range(12)] == [line for line in text.splitlines() if line.startswith("beat")]
+    beats = [at for at, piece in pieces if "beat" in piece]
+    assert beats[-1] - beats[0] > 3, "all of it came at the end"

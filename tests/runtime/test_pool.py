@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -138,3 +139,65 @@ def test_nobody_starting_in_time_says_so(ray_cluster: None) -> None:
     with pytest.raises(PoolLost, match=r"did not start in 0\.5 s"):
         asyncio.run(scene())
     ray.kill(giant)
+
+
+# --- how long a call may take -----------------------------------------------------------------------------------------------
+
+
+def sleepers(count: int) -> list[Any]:
+    """Actors whose call sleeps and answers with their process."""
+    import ray
+
+    from rlalign.runtime.workers import Worker
+
+    class Sleeper(Worker):
+        def nap(self, seconds: float) -> int:
+            time.sleep(seconds)
+            return os.getpid()
+
+    return [ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(Sleeper).remote() for _ in range(count)]
+
+
+def test_a_call_that_waits_behind_another_has_not_begun(ray_cluster: None) -> None:
+    """Three naps of 0.8 s one after another on one worker: none takes longer than 1.2 s, the last one is there after 2.4 s."""
+    from rlalign.config.settings import RuntimeSettings
+    from rlalign.runtime.pool import Pool, tried
+
+    runtime = RuntimeSettings(unit_timeout_seconds=1.2, max_attempts=1)
+
+    async def scene() -> tuple[set[int], int]:
+        pool = Pool("test", sleepers(1), patience_seconds=10, in_flight=2)
+
+        def call(actor: Any) -> Any:
+            return pool.answer(actor, actor.nap.remote(0.8), runtime.unit_timeout_seconds)
+
+        naps = [tried(f"nap {i}", pool, call, runtime) for i in range(3)]
+        return set(await asyncio.gather(*naps)), pool.restarts
+
+    processes, restarts = asyncio.run(scene())
+    assert len(processes) == 1
+    assert restarts == 0
+
+
+def test_a_worker_that_hangs_is_replaced_also_where_nobody_waits_for_it_any_more(ray_cluster: None) -> None:
+    """The first call's learner has gone away; the one behind it still may not wait for ever."""
+    from rlalign.config.settings import RuntimeSettings
+    from rlalign.runtime.pool import Pool, tried
+
+    runtime = RuntimeSettings(unit_timeout_seconds=1.0, max_attempts=2)
+
+    async def scene() -> tuple[int, int]:
+        pool = Pool("test", sleepers(1), patience_seconds=30, in_flight=2)
+
+        def nap(seconds: float) -> Any:
+            return lambda actor: pool.answer(actor, actor.nap.remote(seconds), runtime.unit_timeout_seconds)
+
+        process = await tried("first", pool, nap(0.0), runtime)
+        hangs = asyncio.ensure_future(tried("hangs", pool, nap(3600), runtime))
+        await asyncio.sleep(0.2)
+        hangs.cancel()
+        after = await asyncio.wait_for(tried("after", pool, nap(0.0), runtime), timeout=30)
+        assert after != process
+        return pool.restarts, len(pool._last)
+
+    assert asyncio.run(scene()) == (1, 0)
