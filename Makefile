@@ -49,8 +49,9 @@ demo: $(VENV)/.installed
 	while [ -e "$$out" ]; do n=$$((n + 1)); out=runs/quickstart-$$n; done; \
 	set -x; $(BIN)/rlalign train $(CONFIG) --out "$$out"
 
+# Files go to the processes in their order: the few long ones, which start a Ray each, lie before the many short ones.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(PYTEST_ARGS)
