@@ -68,7 +68,7 @@ def write_pairs() -> None:
         f"out={folder}",
         f"simulate.pairs={OFFLINE_PAIRS}",
         "simulate.drawn=0",
-        "contrastive=null",
+        "contrastive.updates=0",
         "fit.updates=1",
     ]
     config = str(ROOT / "configs" / "fit_tiny_reward.yaml")
