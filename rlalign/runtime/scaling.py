@@ -62,7 +62,7 @@ class Balance:
         if share > GROW and slow:
             self.advice = (
                 f"reward-bound, the learner waits {100 * share:.0f} % of a round for {slow}: rollout workers stay "
-                f"{workers}; rlalign scale --reward {slow}=N adds workers that help"
+                f"{workers}; rlalign scale RUN --reward {slow}=N helps"
             )
             return None
         if share > GROW and workers < self._most:

@@ -53,7 +53,7 @@ def test_a_slow_reward_grows_no_rollouts() -> None:
     balance = Balance(2, 8)
     assert decisions(balance, 0.9, 2, 10, rollout=1.0, shapes=0.1, jpeg=8.5) == [2] * 10
     assert balance.advice.startswith("reward-bound, the learner waits 90 % of a round for jpeg")
-    assert "rlalign scale --reward jpeg=N" in balance.advice
+    assert "rlalign scale RUN --reward jpeg=N" in balance.advice
 
 
 def test_rollouts_grow_until_a_reward_has_more_to_do() -> None:
