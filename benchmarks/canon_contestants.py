@@ -68,7 +68,7 @@ OVER_OPTIMISATION: tuple[Contestant, Contestant] = (
     ),
 )
 
-# Diffusion-DPO from a set of 2,000 pairs: eight shares of which the last is short, each pair seen once.
+# Diffusion-DPO from a set of 2,000 pairs, in 31 rounds of 64: each pair is seen once, and 16 are left.
 OFFLINE_PAIRS = 2000
 OFFLINE = Contestant(
     name="dpo_offline",
