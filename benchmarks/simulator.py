@@ -5,25 +5,33 @@
 Workers are processes of their own that take no CPU: a rollout sleeps and hands over latents of a given size, a reward sleeps
 and answers zeros. The learner's side is rlalign's own too; only the update is a sleep. Ideal is what sleeping alone would
 take; coordination is the rest of a round. Efficiency is the units a second of n workers over n times those of one.
+
+What the same calls of the same workers take with nothing of rlalign's around them is measured in turns with it ("bare Ray"):
+one asyncio actor that asks for each unit and then for its scores, and samples that are fetched in one go at the end. It knows
+no deaths, no timeouts, no versions and no metrics.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
 from rich.console import Console
 from rich.table import Table
 
 from rlalign.config import Run, load_run
 from rlalign.records import Unit, UnitKey, Weights
 from rlalign.runtime.gauges import shown
+from rlalign.runtime.placement import ROLLOUT
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 ROUNDS, WARM = 5, 1
@@ -62,12 +70,40 @@ class SleepingReward(Idler):
         return np.zeros(len(prompts), np.float32), REWARD_SECONDS
 
 
+class Bare:
+    """Units given to whoever is free, two at a time, and scored: the calls and nothing else."""
+
+    def __init__(self, rollouts: Sequence[Any], rewards: Sequence[Any]) -> None:
+        self._rollouts, self._rewards = rollouts, rewards
+
+    async def round(self, units: Sequence[Unit], tag: tuple[str, int]) -> list[tuple[Any, Any, Any]]:
+        free, scorers = asyncio.Queue[Any](), asyncio.Queue[Any]()
+        for actor in (*self._rollouts, *self._rollouts):
+            free.put_nowait(actor)
+        for actor in self._rewards:
+            scorers.put_nowait(actor)
+
+        async def one(unit: Unit) -> tuple[Any, Any, Any]:
+            actor = await free.get()
+            latents, media, facts = actor.produce.remote((unit, tag))
+            await facts
+            free.put_nowait(actor)
+            scorer = await scorers.get()
+            scores, _ = await scorer.score.remote(media, unit.prompts, str(unit.key))
+            scorers.put_nowait(scorer)
+            return latents, media, scores
+
+        return await asyncio.gather(*[one(unit) for unit in units])
+
+
 def fleet_of(run: Run, seconds: float, size: int) -> Any:
     """The run's own fleet, with workers that sleep."""
     from rlalign.runtime.fleet import RESTART, Fleet
-    from rlalign.runtime.placement import ROLLOUT
 
     class SleepingFleet(Fleet):
+        def members(self) -> dict[str, dict[int, ActorHandle]]:
+            return self._members
+
         def _worker(self, role: str, number: int) -> Any:
             if role == ROLLOUT:
                 kind: Any = ray.remote(num_cpus=0, **RESTART)(SleepingRollout)
@@ -88,13 +124,14 @@ def main() -> None:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     console, table = (
         Console(width=110),
-        Table("workers", "units", "ideal s", "round s", "coordination ms", "a unit ms", "efficiency"),
+        Table("workers", "units", "ideal s", "round s", "coordination ms", "a unit ms", "efficiency", "bare Ray ms"),
     )
     rates: dict[int, float] = {}
     for workers in [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= most]:
         units = each * workers
         ideal = each * seconds + math.ceil(workers / REWARD_WORKERS) * REWARD_SECONDS
-        took = statistics.median(rounds(workers, units, seconds, 2_000))
+        ours, bare = rounds(workers, units, seconds, 2_000)
+        took = statistics.median(ours)
         rates[workers] = units / took
         over = 1000 * (took - ideal)
         efficiency = rates[workers] / (workers * rates[1])
@@ -106,6 +143,7 @@ def main() -> None:
             f"{over:.0f}",
             f"{over / units:.1f}",
             f"{efficiency:.3f}",
+            f"{1000 * (statistics.median(bare) - ideal):.0f}",
         )
         table.add_row(*row)
         print("  ".join(row), file=sys.stderr)
@@ -117,8 +155,8 @@ def main() -> None:
     ray.shutdown()
 
 
-def rounds(workers: int, units: int, seconds: float, size: int) -> list[float]:
-    """Seconds of each round after the first, from the order to the samples in hand."""
+def rounds(workers: int, units: int, seconds: float, size: int) -> tuple[list[float], list[float]]:
+    """Seconds of each round after the first, from the order to the samples in hand: rlalign's, and bare calls' in between."""
     from rlalign.runtime.collect import RemoteCollect
 
     settings = [
@@ -132,14 +170,25 @@ def rounds(workers: int, units: int, seconds: float, size: int) -> list[float]:
         time.sleep(0.5)
     ray.get(fleet.coordinator.begin.remote("simulated"))
     collect = RemoteCollect(run, fleet.coordinator, incarnation="simulated", is_main=True, learners=1)
-    took = []
+    alone: Any = {"num_cpus": 0, "max_concurrency": 1000}
+    make: Any = ray.remote(**alone)(Bare)
+    members = fleet.members()
+    bare = make.remote(
+        [*members[ROLLOUT].values()], [a for r, some in members.items() if r != ROLLOUT for a in some.values()]
+    )
+    ours, theirs = list[float](), list[float]()
     for number in range(WARM + ROUNDS):
         work = [unit(run, number, i) for i in range(units)]
         start = time.monotonic()
         collect.gather(collect.order(work, Weights(version=number, kind="current", tensors={})))
-        took.append(time.monotonic() - start)
+        ours.append(time.monotonic() - start)
+        start = time.monotonic()
+        found: Any = ray.get(bare.round.remote(work, ("current", number)))
+        ray.get([ref for latents, media, _ in found for ref in (latents, media)])
+        theirs.append(time.monotonic() - start)
+    ray.kill(bare)
     fleet.end()
-    return took[WARM:]
+    return ours[WARM:], theirs[WARM:]
 
 
 def unit(run: Run, number: int, index: int) -> Unit:

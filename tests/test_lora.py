@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rlalign import lora
@@ -152,6 +154,17 @@ def picture(pipeline: Any) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.0, "output_type": "pt"}
     return pipeline(PROMPTS, latents=X.clone(), **settings).images
+
+
+def test_the_same_policy_is_the_same_file_whichever_process_saves_it(folder: Path, tmp_path: Path) -> None:
+    """peft keeps the names of the adapted layers in a set, whose order differs from process to process."""
+    policy = load(folder, rank=4)
+    names = {f"layer{number}" for number in range(12)}  # so many that no set has them sorted by chance
+    policy.network.peft_config[lora.ADAPTER].target_modules |= names
+    policy.save(tmp_path)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        saved = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert saved["unet.target_modules"] == sorted(saved["unet.target_modules"])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 4.0, 10.0])

@@ -25,6 +25,7 @@ def prepare_environment(address: str | None) -> None:
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a lost node is noticed by its actors
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # today's default of the next release; silences a warning
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a run file keep their meaning
+        "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end is an error, and not the start of another Ray
     }
     if address is None or _on_loopback_only(address):
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # a local Ray listens on loopback only

@@ -49,6 +49,8 @@ class Supervisor(threading.Thread):
         while not self._over.is_set():
             began = time.monotonic()
             self._guarded(self._tick, "the pools stay as they are for now")
+            if self._over.is_set():
+                return
             self._guarded(lambda: self._show(timeout_seconds=PERIOD_SECONDS), "progress is not shown for now")
             self._over.wait(max(0.0, PERIOD_SECONDS / 2 - (time.monotonic() - began)))
 
@@ -59,6 +61,11 @@ class Supervisor(threading.Thread):
         self._guarded(lambda: self._show(timeout_seconds=0.0), "the last records are not shown")
         self._guarded(self._hear_of_failure, "whether the run failed is not known")
         return self._failure
+
+    def leave(self) -> None:
+        """Ends without asking anything more, for a driver that is told to go; an answer that is on its way is waited for."""
+        self._over.set()
+        self.join(timeout=5)
 
     def _guarded(self, step: Callable[[], None], otherwise: str) -> None:
         try:

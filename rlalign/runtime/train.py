@@ -59,6 +59,7 @@ def _supervise(run: Run, folder: Path, on_record: OnRecord, *, dashboard: str, p
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
     except BaseException:
+        supervisor.leave()  # before Ray is left: what it asked then would start another one
         status.write(state="stopped")
         raise
     failure = supervisor.stop() or told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,25 @@ def test_a_failure_outlives_the_coordinator_that_was_told(
     with pytest.raises(UserError, match="policy.path must be a folder"):
         faked(tmp_path, coordinator(forgets), learner)
     assert control.status_of(tmp_path)["state"] == "failed"
+
+
+def test_a_driver_that_is_told_to_go_leaves_nobody_who_asks_ray(ray_cluster: None, tmp_path: Path, faked: Any) -> None:
+    """Ray is left next: a call after that would start another one."""
+
+    def learner(run: Any, folder: Path, actor: Any) -> None:
+        deadline = time.monotonic() + 60
+        while not watching():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    def watching() -> bool:
+        return any(thread.name == "supervisor" for thread in threading.enumerate())
+
+    with pytest.raises(KeyboardInterrupt):
+        faked(tmp_path, coordinator(), learner)
+    assert not watching()
+    assert control.status_of(tmp_path)["state"] == "stopped"
 
 
 def test_what_a_screen_raised_reaches_the_caller(ray_cluster: None, tmp_path: Path, faked: Any) -> None:
