@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,3 +65,15 @@ def merge(network: torch.nn.Module) -> None:
 def plain_state_dict(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of a merged network under the names it had before ``attach``."""
     return {n.replace(".base_layer.", "."): t for n, t in network.state_dict().items() if "lora_" not in n}
+
+
+def order_header(file: Path) -> None:
+    """Rewrites a safetensors file so that its metadata lie in the order of their names: as the library writes them, in the
+    order of a hash map, the same adapter would be another file each time."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])

@@ -175,10 +175,11 @@ class StableDiffusionPolicy(Policy):
         layers = self._lora_layers()
         # without the adapter's own settings diffusers would take alpha to be the rank
         settings = self.network.peft_config[lora.ADAPTER].to_dict()
-        # sets in an order of their own: the same policy is the same file, whichever process writes it
+        # the same policy is the same file, whichever process writes it: sets and the header in an order of their own
         settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
         named = {f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": settings}
         self.pipeline.save_lora_weights(folder, safe_serialization=True, **named)
+        lora.order_header(folder / "pytorch_lora_weights.safetensors")
 
     def _lora_layers(self) -> dict[str, torch.Tensor]:
         """The adapters' weights under the names that the pipeline's loader knows."""
