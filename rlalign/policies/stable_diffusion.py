@@ -172,6 +172,8 @@ class StableDiffusionPolicy(Policy):
         if not lora.is_attached(self.network):
             self.pipeline.save_pretrained(folder, safe_serialization=True)
             return
+        from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
         layers = self._lora_layers()
         # without the adapter's own settings diffusers would take alpha to be the rank
         settings = self.network.peft_config[lora.ADAPTER].to_dict()
@@ -179,7 +181,7 @@ class StableDiffusionPolicy(Policy):
         settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
         named = {f"{self.part}_lora_layers": layers, f"{self.part}_lora_adapter_metadata": settings}
         self.pipeline.save_lora_weights(folder, safe_serialization=True, **named)
-        lora.order_header(folder / "pytorch_lora_weights.safetensors")
+        lora.order_header(folder / LORA_WEIGHT_NAME_SAFE)
 
     def _lora_layers(self) -> dict[str, torch.Tensor]:
         """The adapters' weights under the names that the pipeline's loader knows."""

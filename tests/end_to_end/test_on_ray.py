@@ -69,6 +69,7 @@ def test_kills_of_each_kind_and_scaling_change_nothing(local_run: Path, tmp_path
     assert status["pools"]["reward shapes"]["wanted"] == 2
 
 
+@pytest.mark.slow
 def test_kill_dash_nine_of_the_whole_run_then_resume(local_run: Path, tmp_path: Path) -> None:
     folder, config = tmp_path / "run", tmp_path / "run.yaml"
     config.write_text(dump(small_run()))
@@ -86,6 +87,7 @@ def test_kill_dash_nine_of_the_whole_run_then_resume(local_run: Path, tmp_path: 
     assert_same_run(folder, local_run)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_on_every_attempt_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deadly.py").write_text("import os\n\ndef score(media, prompts):\n    os._exit(7)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
