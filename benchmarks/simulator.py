@@ -1,6 +1,6 @@
 """The real coordinator, pools and hand-off with workers that sleep: what is left is coordination, on any machine.
 
-    python benchmarks/simulator.py [most workers] [seconds a unit] [units a worker]
+    python benchmarks/simulator.py [most workers] [seconds a unit] [units a worker] [bytes a unit]
 
 Workers are processes of their own that take no CPU: a rollout sleeps and hands over latents of a given size, a reward sleeps
 and answers zeros. The learner's side is rlalign's own too; only the update is a sleep. Ideal is what sleeping alone would
@@ -34,7 +34,7 @@ from rlalign.runtime.gauges import shown
 from rlalign.runtime.placement import ROLLOUT
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-ROUNDS, WARM = 5, 1
+ROUNDS, WARM = 5, 3
 UNITS_A_WORKER, REWARD_WORKERS, REWARD_SECONDS = 4, 4, 0.005
 BIG = 26_000_000
 
@@ -118,6 +118,7 @@ def main() -> None:
     most = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0
     each = int(sys.argv[3]) if len(sys.argv) > 3 else UNITS_A_WORKER
+    size = int(sys.argv[4]) if len(sys.argv) > 4 else 2_000
     from rlalign.runtime.cluster import prepare_environment
 
     prepare_environment(None)
@@ -130,7 +131,7 @@ def main() -> None:
     for workers in [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= most]:
         units = each * workers
         ideal = each * seconds + math.ceil(workers / REWARD_WORKERS) * REWARD_SECONDS
-        ours, bare = rounds(workers, units, seconds, 2_000)
+        ours, bare = rounds(workers, units, seconds, size)
         took = statistics.median(ours)
         rates[workers] = units / took
         over = 1000 * (took - ideal)
@@ -156,7 +157,7 @@ def main() -> None:
 
 
 def rounds(workers: int, units: int, seconds: float, size: int) -> tuple[list[float], list[float]]:
-    """Seconds of each round after the first, from the order to the samples in hand: rlalign's, and bare calls' in between."""
+    """Seconds of each round after the first ones, order to samples in hand: rlalign's, and bare calls' in between."""
     from rlalign.runtime.collect import RemoteCollect
 
     settings = [
