@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +76,4 @@ def order_header(file: Path) -> None:
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    scratch.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
-    os.replace(scratch, file)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])

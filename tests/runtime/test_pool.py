@@ -201,3 +201,26 @@ def test_a_worker_that_hangs_is_replaced_also_where_nobody_waits_for_it_any_more
         return pool.restarts, len(pool._last)
 
     assert asyncio.run(scene()) == (1, 0)
+
+
+def test_a_call_that_ends_its_process_on_every_attempt_fails_and_says_how(ray_cluster: None) -> None:
+    from rlalign.config.settings import RuntimeSettings
+    from rlalign.runtime.pool import Pool, UnitFailed, tried
+
+    runtime = RuntimeSettings(max_attempts=2)
+    retries: list[str] = []
+
+    async def scene() -> str:
+        pool = Pool("test", members(1), patience_seconds=60)
+
+        def call(actor: Any) -> Any:
+            return pool.answer(actor, actor.apply.remote(lambda worker: os._exit(7)), runtime.unit_timeout_seconds)
+
+        with pytest.raises(UnitFailed) as caught:
+            await tried("unit 5", pool, call, runtime, lambda: retries.append("again"))
+        return str(caught.value)
+
+    message = asyncio.run(scene())
+    assert message.startswith("unit 5 failed on 2 attempts (runtime.max_attempts)")
+    assert "its process died at work" in message
+    assert retries == ["again"]
