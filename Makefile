@@ -1,8 +1,10 @@
 # make demo   a first aligned model: installs into .venv and trains configs/quickstart.yaml
-# make test   the tests (make test-slow: the long ones too); make lint: style, types
+# make test   the tests in minutes (test-promises, test-slow: the longer ones); make lint: style, types
 # make help   lists the rest
 #
-# Where packages come from (index, proxy, certificates) is pip's own business: set its environment variables or pip.conf.
+# uv installs, several times as fast as pip; pip does where uv cannot be had or does not succeed. Where packages come from (index,
+# proxy, certificates) is their own business: set pip's environment variables or pip.conf, or uv's. An index that pip is given
+# is given to uv too. PIP=1 leaves uv out.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,14 +12,16 @@ BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-slow chaos docs-check lint format bench clean distclean
+.PHONY: help demo install install-dev test test-promises test-slow chaos docs docs-check lint format bench clean distclean
 
 help:
 	@echo "make demo       install into $(VENV) and train $(CONFIG) (a few minutes on two CPU cores)"
-	@echo "make test       the default tests"
+	@echo "make test       the default tests (ten minutes on two cores)"
+	@echo "make test-promises  local = Ray = killed = resumed, whole runs on both (a few minutes)"
 	@echo "make test-slow  the long tests"
 	@echo "make chaos      thirty kills in one run on a small cluster (a few minutes)"
 	@echo "make docs-check run every command that docs/cluster.md shows"
+	@echo "make docs       build the site with the reference into build/docs (a warning is an error)"
 	@echo "make lint       ruff check, ruff format --check, pyright"
 	@echo "make format     rewrite the code in the house format"
 	@echo "make bench      measure speed; prints a table, asserts nothing"
@@ -31,13 +35,23 @@ $(BIN)/python:
 	  echo "'$(PYTHON)' has no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# $(call install,WHAT): installs WHAT with the pinned versions.
+define install
+	@set -e; python=$(BIN)/python; pip="$$python -m pip install --disable-pip-version-check -c constraints.txt"; \
+	index=$${PIP_INDEX_URL:-$$($$python -m pip config get global.index-url 2>/dev/null || true)}; \
+	if [ -n "$$index" ] && [ -z "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+	if [ -z "$(PIP)" ] && $$pip --quiet uv && (set -x; $(BIN)/uv pip install --python $$python -c constraints.txt $(1)); \
+	then exit 0; fi; \
+	set -x; $$pip $(1)
+endef
+
 # Stamps: what is installed is renewed when, and only when, what it was installed from has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	$(call install,-e .)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(call install,-e '.[dev]')
 	@touch $(VENV)/.installed $@
 
 install: $(VENV)/.installed
@@ -47,20 +61,34 @@ install-dev: $(VENV)/.installed-dev
 demo: $(VENV)/.installed
 	@out=runs/quickstart; n=1; \
 	while [ -e "$$out" ]; do n=$$((n + 1)); out=runs/quickstart-$$n; done; \
-	set -x; $(BIN)/rlalign train $(CONFIG) --out "$$out"
+	(set -x; $(BIN)/rlalign train $(CONFIG) --out "$$out") && \
+	echo "next:   $(BIN)/rlalign train --resume $$out rounds=40   (goes on from here; docs/rewards.md: other rewards)"
 
-# Files go to the processes in their order: the few long ones, which start a Ray each, lie before the many short ones.
+# A file goes whole to one process, in the order of tests/conftest.py: those that start a Ray come first.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 4
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+
+test-promises: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "promise and not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow --timeout 1800 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow or promise" --timeout 3600 $(PYTEST_ARGS)
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow -s tests/end_to_end/test_chaos.py
 
 docs-check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow -s tests/docs
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,-e '.[docs]')
+	@touch $(VENV)/.installed $@
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "site: build/docs/index.html"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

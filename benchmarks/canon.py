@@ -1,10 +1,11 @@
-"""Every algorithm on the embedded task with one budget: reward, held-out reward, diversity, KL to the base model, cost.
+"""Every algorithm on the embedded task with one budget: reward, held-out reward, diversity, KL to
+the base model, cost.
 
     python benchmarks/canon.py [rounds] [seeds] [--jobs N] [--part table|pairs|over]
 
-Runs each contestant of ``canon_contestants.py`` under each seed as ``rlalign train ... --local`` on one core (``--jobs`` at a
-time), into runs/canon/; what is there already is not run again. Then it writes docs/canon.md and docs/images/canon*.png. An
-hour or two on two cores.
+Runs each contestant of ``canon_contestants.py`` under each seed as ``rlalign train ... --local`` on
+one core (``--jobs`` at a time), into runs/canon/; what is there already is not run again. Then it
+writes docs/canon.md and docs/images/canon*.png. An hour or two on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from canon_contestants import ALIGNED_BASE, CONTESTANTS, OFFLINE, OFFLINE_PAIRS, OVER_OPTIMISATION, Contestant
+from canon_contestants import (
+    ALIGNED_BASE,
+    CONTESTANTS,
+    OFFLINE,
+    OFFLINE_PAIRS,
+    OVER_OPTIMISATION,
+    Contestant,
+)
 from canon_page import write_offline, write_over_optimisation, write_page
 from canon_tilt import frontier
 
@@ -36,7 +44,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=None, help="contestants by name")
     parser.add_argument(
-        "--part", choices=("table", "pairs", "over"), help="only the table, the pairs or over-optimisation"
+        "--part",
+        choices=("table", "pairs", "over"),
+        help="only the table, the pairs or over-optimisation",
     )
     given = parser.parse_args()
     chosen = [c for c in CONTESTANTS if given.only is None or c.name in given.only]
@@ -72,7 +82,9 @@ def write_pairs() -> None:
         "fit.updates=1",
     ]
     config = str(ROOT / "configs" / "fit_tiny_reward.yaml")
-    subprocess.run([sys.executable, "-m", "rlalign", "fit-reward", config, *settings], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "rlalign", "fit-reward", config, *settings], cwd=ROOT, check=True
+    )
 
 
 def run_all(jobs: list[tuple[Contestant, int, int]], at_a_time: int) -> None:
@@ -91,10 +103,17 @@ def train(contestant: Contestant, seed: int, rounds: int) -> None:
         f"seed={seed}",
         f"rounds={rounds}",
         "checkpoint.every=100",
-        "runtime.rollout_workers=1",
+        "runtime.rollout.workers=1",
         "learner.shards=1",
     ]
-    command = [sys.executable, "-m", "rlalign", "train", str(ROOT / "configs" / f"{contestant.config}.yaml"), "--local"]
+    command = [
+        sys.executable,
+        "-m",
+        "rlalign",
+        "train",
+        str(ROOT / "configs" / f"{contestant.config}.yaml"),
+        "--local",
+    ]
     start = time.monotonic()
     done = subprocess.run(
         [*command, *settings, *contestant.settings, "--out", str(folder)],
@@ -104,16 +123,24 @@ def train(contestant: Contestant, seed: int, rounds: int) -> None:
         text=True,
     )
     if done.returncode:
-        sys.exit(f"{contestant.name} seed {seed} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+        sys.exit(
+            f"{contestant.name} seed {seed} failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+        )
     print(f"{contestant.name} seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def result(contestant: Contestant, seed: int) -> dict[str, Any]:
     """What a run came to: its comparison with the base model, its curve, and its cost."""
     folder = RUNS / f"{contestant.name}-{seed}"
-    final = json.loads((folder / "evaluation.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    final = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    lines = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    evaluations = [
+        json.loads(line)
+        for line in (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     versions = [0, *(line["policy_version"] for line in lines)]
     updates = [b - a for a, b in itertools.pairwise(versions)]
     return {
@@ -124,7 +151,9 @@ def result(contestant: Contestant, seed: int) -> dict[str, Any]:
         "reward_queries": lines[-1]["reward_queries"],
         # reward backpropagation samples inside its updates, whose calls are all among the update's
         "sampling_calls": 0 if contestant.samples_in_updates else lines[-1]["denoiser_calls"],
-        "update_calls": sum(line.get("update_calls", 0.0) * n for line, n in zip(lines, updates, strict=True)),
+        "update_calls": sum(
+            line.get("update_calls", 0.0) * n for line, n in zip(lines, updates, strict=True)
+        ),
         "seconds": sum(line["seconds/round"] for line in lines),
         "queries_per_round": lines[0]["reward_queries"],
     }

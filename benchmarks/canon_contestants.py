@@ -17,7 +17,8 @@ class Contestant:
     samples_in_updates: bool = False
 
 
-# The reward is the verifier's, or, where a gradient is needed, the fitted Bradley-Terry model's; both are measured for all.
+# The reward is the verifier's, or, where a gradient is needed, the fitted Bradley-Terry model's;
+# both are measured for all.
 SHARED = ("evaluate.every=2", "evaluate.prompts=64")
 FITTED = "evaluate.rewards=[{name: bradley_terry, label: fitted}]"
 
@@ -47,8 +48,9 @@ CONTESTANTS: tuple[Contestant, ...] = tuple(
 ALIGNED_BASE = "diffusion_dpo"
 """The contestant whose policy (seed 0) the runs on over-optimisation start from."""
 
-# From an aligned policy: in the shipped base washed-out pictures, small files all of them, are in-distribution. At a rate at
-# which DDPO's updates carry noise away from the model as well as reward: far below it the two go down one curve, DPOK later.
+# From an aligned policy: in the shipped base washed-out pictures, small files all of them, are
+# in-distribution. At a rate at which DDPO's updates carry noise away from the model as well as
+# reward: far below it the two go down one curve, DPOK later.
 _CURVE = (
     f"policy.path=runs/canon/{ALIGNED_BASE}-0/policy",
     "evaluate.prompts=64",
@@ -58,7 +60,13 @@ _CURVE = (
     "algorithm.clip_range=1e-2",
 )
 OVER_OPTIMISATION: tuple[Contestant, Contestant] = (
-    Contestant(name="compress_ddpo", title="DDPO", config="tiny_compressibility", settings=_CURVE, rounds=26),
+    Contestant(
+        name="compress_ddpo",
+        title="DDPO",
+        config="tiny_compressibility",
+        settings=_CURVE,
+        rounds=26,
+    ),
     Contestant(
         name="compress_dpok",
         title="DPOK",
@@ -68,7 +76,8 @@ OVER_OPTIMISATION: tuple[Contestant, Contestant] = (
     ),
 )
 
-# Diffusion-DPO from a set of 2,000 pairs, in 31 rounds of 64: each pair is seen once, and 16 are left.
+# Diffusion-DPO from a set of 2,000 pairs, in 31 rounds of 64: each pair is seen once, and 16 are
+# left.
 OFFLINE_PAIRS = 2000
 OFFLINE = Contestant(
     name="dpo_offline",

@@ -1,4 +1,5 @@
-"""The lecture's central figure for docs/canon.md: held-out score against the reward gained, with samples; numbers as text."""
+"""The lecture's central figure for docs/canon.md: held-out score against the reward gained, with
+samples; numbers as text."""
 
 from __future__ import annotations
 
@@ -30,21 +31,29 @@ def section(ddpo: Sequence[Path], dpok: Sequence[Path], frontier: Frontier, imag
     last = GAINS[-1]
     shown = [nearest(pairs[0][0], last), nearest(pairs[0][1], last)]
     sheets = [ddpo[0] / "samples" / "round-00000.png"]
-    sheets += [f[0] / "samples" / f"round-{one[0]:05d}.png" for f, one in zip((ddpo, dpok), shown, strict=True)]
+    sheets += [
+        f[0] / "samples" / f"round-{one[0]:05d}.png"
+        for f, one in zip((ddpo, dpok), shown, strict=True)
+    ]
     stacked(sheets, images / "canon-samples.png")
-    finals = ", ".join(f"{free[0][2]:.3f} to {free[-1][2]:.3f} ({free[-1][1]:+.3f} kB)" for free, _ in pairs)
-    a, b = ((f"after {r} rounds ({x:+.3f} kB, score {y:.3f})") for r, x, y in shown)
+    finals = ", ".join(
+        f"{free[0][2]:.3f} to {free[-1][2]:.3f} ({free[-1][1]:+.3f} kB)" for free, _ in pairs
+    )
+    a, b = (f"after {r} rounds ({x:+.3f} kB, score {y:.3f})" for r, x, y in shown)
     return (
-        f"DDPO alone: in {pairs[0][0][-1][0]} rounds the held-out score falls from {finals}, by seed.\n\n"
-        f"{table(pairs, frontier)}\n\n"
-        f"The pictures, of seed 0, show the same prompts and noise: before; DDPO {a}; DPOK {b}."
+        f"DDPO alone: in {pairs[0][0][-1][0]} rounds the held-out score falls from {finals}, by"
+        f" seed.\n\n{table(pairs, frontier)}\n\nThe pictures, of seed 0, show the same prompts and"
+        f" noise: before; DDPO {a}; DPOK {b}."
     )
 
 
 def table(pairs: Sequence[tuple[Track, Track]], frontier: Frontier) -> str:
     """Held-out score kept at each gain: every seed's, and the means with their ratio."""
     rows = [
-        "| kB saved | DDPO, by seed | DPOK, by seed | ratio, by seed | ratio of the means | base model's samples, tilted |",
+        (
+            "| kB saved | DDPO, by seed | DPOK, by seed | ratio, by seed | ratio of the means |"
+            " base model's samples, tilted |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for gain in GAINS:
@@ -52,21 +61,27 @@ def table(pairs: Sequence[tuple[Track, Track]], frontier: Frontier) -> str:
         ratios = ", ".join(f"{b / a:.1f}" for a, b in zip(free, held, strict=True))
         tilted = along(frontier, gain)
         rows.append(
-            f"| {gain:.2f} | {', '.join(f'{y:.3f}' for y in free)} | {', '.join(f'{y:.3f}' for y in held)} | {ratios} | "
-            f"{statistics.mean(held) / statistics.mean(free):.1f} | {'' if tilted is None else f'{tilted:.3f}'} |"
+            f"| {gain:.2f} | {', '.join(f'{y:.3f}' for y in free)} |"
+            f" {', '.join(f'{y:.3f}' for y in held)} | {ratios} |"
+            f" {statistics.mean(held) / statistics.mean(free):.1f} |"
+            f" {'' if tilted is None else f'{tilted:.3f}'} |"
         )
     return "\n".join(rows)
 
 
 def track(folder: Path) -> Track:
     """A run's evaluations."""
-    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     first = lines[0]["reward/jpeg/mean"]
     return [(e["round"], e["reward/jpeg/mean"] - first, e["held_out/shapes/mean"]) for e in lines]
 
 
 def best_at(one: Track, gain: float) -> float:
-    """The highest held-out score that a run had with at least this gain, between evaluations by straight lines.
+    """The highest held-out score that a run had with at least this gain, between evaluations by
+    straight lines.
 
     Where a run never gained so much, the score at its most, which is more than it would have kept.
     """

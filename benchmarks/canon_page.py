@@ -37,33 +37,42 @@ def write_page(docs: Path, results: Sequence[dict[str, Any]], rounds: int) -> No
 
 def write_offline(docs: Path, folders: Sequence[Path]) -> None:
     """Diffusion-DPO from a set of pairs."""
-    rows = ["| seed | verifier before | after | won against the base | fitted reward gain |", "|---|---|---|---|---|"]
+    rows = [
+        "| seed | verifier before | after | won against the base | fitted reward gain |",
+        "|---|---|---|---|---|",
+    ]
     for seed, folder in enumerate(folders):
-        final = json.loads((folder / "evaluation.json").read_text())
+        final = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         base, aligned = final["base"], final["aligned"]
         rows.append(
-            f"| {seed} | {shapes_of(base):.3f} | {shapes_of(aligned):.3f} | {final['win_rate']['shapes']:.1%} | "
-            f"{fitted_of(aligned) - fitted_of(base):+.2f} |"
+            f"| {seed} | {shapes_of(base):.3f} | {shapes_of(aligned):.3f} |"
+            f" {final['win_rate']['shapes']:.1%} | {fitted_of(aligned) - fitted_of(base):+.2f} |"
         )
     put(docs / "canon.md", PAIRS, {"OFFLINE": "\n".join(rows)})
 
 
-def write_over_optimisation(docs: Path, ddpo: Sequence[Path], dpok: Sequence[Path], frontier: Frontier) -> None:
+def write_over_optimisation(
+    docs: Path, ddpo: Sequence[Path], dpok: Sequence[Path], frontier: Frontier
+) -> None:
     """The page's last part."""
     put(docs / "canon.md", OVER, {"OVER": section(ddpo, dpok, frontier, docs / "images")})
 
 
 def put(page: Path, heading: str, values: dict[str, str]) -> None:
     """Writes one part of the page from the template's; the other parts stay as they are."""
-    new, old = (parted(path.read_text()) for path in (TEMPLATE, page))
+    new, old = (parted(path.read_text(encoding="utf-8")) for path in (TEMPLATE, page))
     for key, value in values.items():
         new[heading] = new[heading].replace("{{" + key + "}}", value)
-    page.write_text("".join({**new, **old, heading: new[heading]}[name] for name in new))
+    page.write_text(
+        "".join({**new, **old, heading: new[heading]}[name] for name in new), encoding="utf-8"
+    )
 
 
 def parted(text: str) -> dict[str, str]:
     """Heading -> text from there on, for the parts that are written by themselves."""
-    bounds = [(0, "# ")] + [(text.index(h), h) for h in (PAIRS, OVER) if h in text] + [(len(text), "")]
+    bounds = (
+        [(0, "# ")] + [(text.index(h), h) for h in (PAIRS, OVER) if h in text] + [(len(text), "")]
+    )
     return {name: text[start:end] for (start, name), (end, _) in itertools.pairwise(bounds)}
 
 
@@ -76,7 +85,9 @@ def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
 def shapes_of(evaluation: dict[str, Any]) -> float:
     """The verifier's mean, trained on or held out."""
     return next(
-        evaluation[f"{kind}/shapes/mean"] for kind in ("reward", "held_out") if f"{kind}/shapes/mean" in evaluation
+        evaluation[f"{kind}/shapes/mean"]
+        for kind in ("reward", "held_out")
+        if f"{kind}/shapes/mean" in evaluation
     )
 
 
@@ -101,15 +112,19 @@ def table(groups: dict[str, list[dict[str, Any]]]) -> str:
         fitted = [fitted_of(a) - fitted_of(b) for a, b in zip(after, base, strict=True)]
         elements = 4 * 16 * 16
         steps = [r["final"]["plan"]["steps"] for r in runs]
-        kl = [r["final"]["kl/per_step_gaussian"] * elements * k for r, k in zip(runs, steps, strict=True)]
+        kl = [
+            r["final"]["kl/per_step_gaussian"] * elements * k
+            for r, k in zip(runs, steps, strict=True)
+        ]
         stochastic = runs[0]["final"]["plan"]["eta"] > 0
         one = runs[0]
         rows.append(
-            f"| {one['contestant'].title} | {model} | {statistics.mean(map(shapes_of, base)):.3f} | "
-            f"{statistics.mean(map(shapes_of, after)):.3f} | {spread(gain, sign='+')} | {spread(fitted, 2, '+')} | "
-            f"{spread([a['diversity/pixel_rms'] for a in after])} | {spread(kl, 1) if stochastic else 'no density'} | "
-            f"{one['reward_queries']:,} | {one['sampling_calls']:,} + {one['update_calls']:,.0f} | "
-            f"{statistics.mean(r['seconds'] / r['final']['round'] for r in runs):.1f} |"
+            f"| {one['contestant'].title} | {model} | {statistics.mean(map(shapes_of, base)):.3f} |"
+            f" {statistics.mean(map(shapes_of, after)):.3f} | {spread(gain, sign='+')} |"
+            f" {spread(fitted, 2, '+')} | {spread([a['diversity/pixel_rms'] for a in after])} |"
+            f" {spread(kl, 1) if stochastic else 'no density'} | {one['reward_queries']:,} |"
+            f" {one['sampling_calls']:,} + {one['update_calls']:,.0f} |"
+            f" {statistics.mean(r['seconds'] / r['final']['round'] for r in runs):.1f} |"
         )
     return head + "\n".join(rows)
 
@@ -121,10 +136,14 @@ def cost_to_reach(groups: dict[str, list[dict[str, Any]]]) -> str:
         reached = []
         for run in runs:
             start = shapes_of(run["evaluations"][0])
-            rounds = next((e["round"] for e in run["evaluations"] if shapes_of(e) - start >= GAIN), None)
+            rounds = next(
+                (e["round"] for e in run["evaluations"] if shapes_of(e) - start >= GAIN), None
+            )
             reached.append(f"{rounds * run['queries_per_round']:,}" if rounds else "not reached")
         name = runs[0]["contestant"]
-        lines.append(f"| {name.title}{' (flow)' if 'flow' in name.name else ''} | {', '.join(reached)} |")
+        lines.append(
+            f"| {name.title}{' (flow)' if 'flow' in name.name else ''} | {', '.join(reached)} |"
+        )
     return "\n".join(lines)
 
 
@@ -138,11 +157,20 @@ def curves(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for number, runs in enumerate(g for n, g in groups.items() if ("flow" in n) == flow):
             rounds = [e["round"] for e in runs[0]["evaluations"]]
             x = [r * runs[0]["queries_per_round"] for r in rounds]
-            columns = list(zip(*([shapes_of(e) for e in r["evaluations"]] for r in runs), strict=False))
+            columns = list(
+                zip(*([shapes_of(e) for e in r["evaluations"]] for r in runs), strict=False)
+            )
             style = {"color": f"C{number}", "lw": 1.8}
-            panel.plot(x, [statistics.mean(c) for c in columns], label=runs[0]["contestant"].title, **style)
+            panel.plot(
+                x, [statistics.mean(c) for c in columns], label=runs[0]["contestant"].title, **style
+            )
             panel.fill_between(
-                x, [min(c) for c in columns], [max(c) for c in columns], color=f"C{number}", alpha=0.12, lw=0
+                x,
+                [min(c) for c in columns],
+                [max(c) for c in columns],
+                color=f"C{number}",
+                alpha=0.12,
+                lw=0,
             )
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("reward queries")

@@ -1,6 +1,8 @@
-"""Pipelines of published sizes with random weights, for benchmarks: no download, the same arithmetic.
+"""Pipelines of published sizes with random weights, for benchmarks: no download, the same
+arithmetic.
 
-python benchmarks/full_size.py FOLDER    # writes the one of Stable Diffusion 1.5's size as a pipeline folder (4.3 GB)
+python benchmarks/full_size.py FOLDER    # writes the one of Stable Diffusion 1.5's size as a
+pipeline folder (4.3 GB)
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ ASSETS = Path(__file__).parent.parent / "rlalign" / "assets"
 
 
 def stable_diffusion_15(small: bool = False) -> Any:
-    """A StableDiffusionPipeline with the UNet (860 M), decoder and text encoder of Stable Diffusion 1.5."""
+    """A StableDiffusionPipeline with the UNet (860 M), decoder and text encoder of Stable Diffusion
+    1.5."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -45,16 +48,24 @@ def stable_diffusion_15(small: bool = False) -> Any:
 
 
 def stable_diffusion_3(small: bool = False) -> Any:
-    """A StableDiffusion3Pipeline with the transformer (2.2 to 2.5 B) of Stable Diffusion 3.5 medium, without T5.
+    """A StableDiffusion3Pipeline with the transformer (2.2 to 2.5 B) of Stable Diffusion 3.5
+    medium, without T5.
 
     Its 77 word tokens are those of CLIP; the published pipeline has T5's 256 beside them.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import CLIPTextModelWithProjection
 
     widths = (32, 32) if small else (768, 1280)
     layers, heads = (2, 2) if small else (24, 24)
-    readers = [CLIPTextModelWithProjection(words("tiny_flow", width=w, layers=2, projection=w)) for w in widths]
+    readers = [
+        CLIPTextModelWithProjection(words("tiny_flow", width=w, layers=2, projection=w))
+        for w in widths
+    ]
     made: Any = StableDiffusion3Pipeline
     return made(
         transformer=SD3Transformer2DModel(
@@ -72,7 +83,9 @@ def stable_diffusion_3(small: bool = False) -> Any:
             qk_norm="rms_norm",
             dual_attention_layers=() if small else tuple(range(13)),
         ),
-        vae=autoencoder(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, small=small),
+        vae=autoencoder(
+            latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, small=small
+        ),
         text_encoder=readers[0],
         text_encoder_2=readers[1],
         text_encoder_3=None,
@@ -83,7 +96,9 @@ def stable_diffusion_3(small: bool = False) -> Any:
     )
 
 
-def autoencoder(*, latent_channels: int, scaling_factor: float, shift_factor: float | None = None, small: bool) -> Any:
+def autoencoder(
+    *, latent_channels: int, scaling_factor: float, shift_factor: float | None = None, small: bool
+) -> Any:
     """The autoencoder that both families have, with their latents."""
     from diffusers import AutoencoderKL
 

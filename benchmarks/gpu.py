@@ -2,10 +2,12 @@
 
     python benchmarks/gpu.py            # needs a CUDA device; about four minutes on an H100
     python benchmarks/gpu.py --quick    # two rows of each model
-    python benchmarks/gpu.py --small    # the same steps on small networks of the same classes, on any device
+    python benchmarks/gpu.py --small    # the same steps on small networks of the same classes, on
+    any device
 
-The networks have the published sizes of Stable Diffusion 1.5 and 3.5 medium and random weights: time and memory do not depend
-on what weights say. A row is one policy setting; a rollout and an update are rlalign's own, of one unit.
+The networks have the published sizes of Stable Diffusion 1.5 and 3.5 medium and random weights:
+time and memory do not depend on what weights say. A row is one policy setting; a rollout and an
+update are rlalign's own, of one unit.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from full_size import stable_diffusion_3, stable_diffusion_15
 from rich.console import Console
 from rich.table import Table
 
-from rlalign import registry
 from rlalign.algorithms.base import step_batch
+from rlalign.core import registry
+from rlalign.core.records import Plan, Scored, Unit, UnitKey
 from rlalign.diffusion.rollout import rollout
-from rlalign.learner import Learner, LearnerSettings
+from rlalign.learning.learner import Learner, LearnerSettings
 from rlalign.policies.base import Policy
-from rlalign.records import Plan, Scored, Unit, UnitKey
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,6 +50,8 @@ class Case:
 
 
 LORA = {"lora_rank": 16}
+NO_T5 = {"t5_tokens": 0}
+"""CLIP's 77 word tokens alone, as in the tables of docs/performance.md."""
 CASES = (
     Case(
         title="Stable Diffusion 1.5, 512 x 512, guidance 5",
@@ -72,9 +76,9 @@ CASES = (
         algorithm={"name": "grpo", "clip_range": 1e-4},
         samples=8,
         variants=(
-            {**LORA, "precision": "tf32"},
-            {**LORA, "precision": "bfloat16"},
-            {**LORA, "precision": "bfloat16", "gradient_checkpointing": True},
+            {**LORA, **NO_T5, "precision": "tf32"},
+            {**LORA, **NO_T5, "precision": "bfloat16"},
+            {**LORA, **NO_T5, "precision": "bfloat16", "gradient_checkpointing": True},
         ),
     ),
 )
@@ -86,7 +90,9 @@ def main() -> None:
         print("gpu.py needs a CUDA device; --small tries the same steps on small networks")
         return
     console = Console(width=150)
-    console.print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}")
+    console.print(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}"
+    )
     for case in CASES:
         table = Table(title=case.title, title_justify="left")
         for column in (
@@ -102,7 +108,9 @@ def main() -> None:
         ):
             table.add_column(column)
         for variant in case.variants[1:3] if "--quick" in sys.argv[1:] else case.variants:
-            table.add_row(", ".join(f"{n} {v}" for n, v in variant.items()), *measured(case, variant, small))
+            table.add_row(
+                ", ".join(f"{n} {v}" for n, v in variant.items()), *measured(case, variant, small)
+            )
             if DEVICE == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -131,7 +139,9 @@ def measured(case: Case, settings: dict[str, Any], small: bool) -> Iterator[str]
     yield f"{decode * 1e3 / case.samples:.1f}"
 
     reward_B = np.linspace(-1, 1, case.samples, dtype=np.float32)
-    scored = Scored(unit=unit, policy_version=0, raw={"x": reward_B}, total_B=reward_B, trajectory=trajectory)
+    scored = Scored(
+        unit=unit, policy_version=0, raw={"x": reward_B}, total_B=reward_B, trajectory=trajectory
+    )
     batch = step_batch([scored], reward_B.astype(np.float64))
     algorithm: Any = registry.build("algorithms", case.algorithm)
     learner = Learner(policy, algorithm.loss, LearnerSettings(updates_per_round=1), seed=0)
@@ -178,7 +188,10 @@ def loaded(case: Case, settings: dict[str, Any], small: bool) -> Policy:
     kind = StableDiffusion3Policy if case.family == "sd3" else StableDiffusionPolicy
     with torch.device(DEVICE):
         pipeline = case.pipeline(small)
-    return recipe.ready(kind(pipeline, DEVICE, lora_rank=recipe.lora_rank, lora_alpha=recipe.lora_alpha))
+    words = {"t5_tokens": recipe.t5_tokens} if case.family == "sd3" else {}
+    return recipe.ready(
+        kind(pipeline, DEVICE, lora_rank=recipe.lora_rank, lora_alpha=recipe.lora_alpha, **words)
+    )
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -1,13 +1,16 @@
-"""The plain loop against a literal single-process DDPO loop: images per second at equal work and equal numbers.
+"""The plain loop against a literal single-process DDPO loop: images per second at equal work and
+equal numbers.
 
     python benchmarks/literal.py [rounds]
 
-Both make the same samples from the same noise and take the same updates; the last columns show how far their rewards and
-weights are apart afterwards. Rounds of the contestants alternate, so that a slow minute hits all of them.
+Both make the same samples from the same noise and take the same updates; the last columns show how
+far their rewards and weights are apart afterwards. Rounds of the contestants alternate, so that a
+slow minute hits all of them.
 """
 
 from __future__ import annotations
 
+import operator
 import statistics
 import sys
 import time
@@ -18,15 +21,15 @@ from literal_ddpo import LiteralDDPO
 from rich.console import Console
 from rich.table import Table
 
-from rlalign.assemble import build_learner
-from rlalign.collect import LocalCollect
+from rlalign.algorithms._memory import Memory
+from rlalign.alignment.assemble import build_learner
+from rlalign.alignment.collect import LocalCollect
 from rlalign.config import Run, load_run
-from rlalign.memory import Memory
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 OVERRIDES = [
     "algorithm={name: ddpo, advantage: global, clip_range: 1.0e-3}",
-    "runtime.rollout_workers=2",
+    "runtime.rollout.workers=2",
     "learner.shards=2",
 ]
 
@@ -40,7 +43,9 @@ class PlainLoop:
 
     def round(self, number: int) -> torch.Tensor:
         run = self.run
-        ticket = self.collect.order(run.prompts.units(run.seed, number, run.plan), self.learner.weights())
+        ticket = self.collect.order(
+            run.prompts.units(run.seed, number, run.plan), self.learner.weights()
+        )
         scored = self.collect.gather(ticket)
         self.learner.update(run.algorithm.make_batch(scored, self.memory), round=number)
         return torch.cat([torch.from_numpy(s.total_B) for s in scored])
@@ -69,7 +74,8 @@ class Literal:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     threads = torch.get_num_threads()
-    # one update a round: the loop shuffles units between updates and the literal loop does not, so only the order would differ
+    # one update a round: the loop shuffles units between updates and the literal loop does not, so
+    # only the order would differ
     run = load_run(CONFIG, [*OVERRIDES, "learner.updates_per_round=1"])
     unit = run.samples_per_unit
     contestants = {
@@ -89,14 +95,21 @@ def main() -> None:
     samples = run.prompts.per_round * run.prompts.samples_per_prompt
     first = next(iter(contestants))
     reference = contestants[first].weights()
-    table = Table("loop", "s / round", "images / s", "plain is faster by", "rewards", "largest weight difference")
+    table = Table(
+        "loop",
+        "s / round",
+        "images / s",
+        "plain is faster by",
+        "rewards",
+        "largest weight difference",
+    )
     for name, contestant in contestants.items():
         typical = statistics.median(seconds[name])
         table.add_row(
             name,
             f"{typical:.2f}",
             f"{samples / typical:.1f}",
-            f"{statistics.median(s / m for s, m in zip(seconds[name], seconds[first], strict=True)):.2f}x",
+            f"{statistics.median(map(operator.truediv, seconds[name], seconds[first])):.2f}x",
             " ".join(f"{r:.4f}" for r in rewards[name]),
             f"{float((contestant.weights() - reference).abs().max()):.1e}",
         )

@@ -1,8 +1,10 @@
-"""A literal single-process DDPO round, as public scripts write it: what the plain loop is measured against.
+"""A literal single-process DDPO round, as public scripts write it: what the plain loop is measured
+against.
 
-fp32, torch's default threads, diffusers' scheduler step by step, the old log-probs from a separate replay forward without
-gradients, then one forward and backward per (minibatch, timestep) with gradient accumulation. It takes rlalign's prompts,
-keyed noise and AdamW settings, so that its numbers can be compared with the loop's.
+fp32, torch's default threads, diffusers' scheduler step by step, the old log-probs from a separate
+replay forward without gradients, then one forward and backward per (minibatch, timestep) with
+gradient accumulation. It takes rlalign's prompts, keyed noise and AdamW settings, so that its
+numbers can be compared with the loop's.
 """
 
 from __future__ import annotations
@@ -14,17 +16,22 @@ import numpy as np
 import torch
 
 from rlalign.algorithms.ddpo import DDPO
+from rlalign.core.records import Unit
 from rlalign.diffusion.noise import unit_noise
-from rlalign.learner import LearnerSettings
+from rlalign.learning.learner import LearnerSettings
 from rlalign.policies.stable_diffusion import StableDiffusionPolicy
-from rlalign.records import Unit
 
 
 class LiteralDDPO:
     """State of the literal loop: pipeline parts, optimiser, and the trained UNet."""
 
     def __init__(
-        self, policy: StableDiffusionPolicy, algorithm: DDPO, settings: LearnerSettings, *, train_batch: int
+        self,
+        policy: StableDiffusionPolicy,
+        algorithm: DDPO,
+        settings: LearnerSettings,
+        *,
+        train_batch: int,
     ) -> None:
         self.unet, self.vae = policy.network, policy.vae
         self.tokenizer, self.text_encoder = policy.tokenizer, policy.text_encoder
@@ -43,17 +50,27 @@ class LiteralDDPO:
         )
 
     def embed(self, prompts: Sequence[str]) -> torch.Tensor:
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         with torch.no_grad():
             return self.text_encoder(tokens)[0]
 
-    def step(self, x: torch.Tensor, t: int, embeds: torch.Tensor, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, x: torch.Tensor, t: int, embeds: torch.Tensor, eta: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and std of the next latent, written out as in DDIM's equation 12."""
         times = torch.full((x.shape[0],), t, dtype=torch.long)
         noise = self.unet(x, times, encoder_hidden_states=embeds).sample
-        previous = t - self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
+        previous = (
+            t - self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
+        )
         now = self.scheduler.alphas_cumprod[t]
-        before = self.scheduler.alphas_cumprod[previous] if previous >= 0 else self.scheduler.final_alpha_cumprod
+        before = (
+            self.scheduler.alphas_cumprod[previous]
+            if previous >= 0
+            else self.scheduler.final_alpha_cumprod
+        )
         clean = (x - (1 - now).sqrt() * noise) / now.sqrt()
         variance = (1 - before) / (1 - now) * (1 - now / before)
         std = eta * variance.sqrt()
@@ -61,9 +78,13 @@ class LiteralDDPO:
 
     @staticmethod
     def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        return (-((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)).mean(dim=(1, 2, 3))
+        return (-((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)).mean(
+            dim=(1, 2, 3)
+        )
 
-    def round(self, units: Sequence[Unit], score: Callable[[torch.Tensor, Sequence[str]], torch.Tensor]) -> np.ndarray:
+    def round(
+        self, units: Sequence[Unit], score: Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
+    ) -> np.ndarray:
         """Sample, score, replay, train. Returns the rewards."""
         plan = units[0].plan
         self.scheduler.set_timesteps(plan.steps)
@@ -77,7 +98,9 @@ class LiteralDDPO:
                     mean, std = self.step(x, t, embeds, plan.eta)
                     x = mean + std * unit_noise(unit, k + 1, (4, 16, 16))
                     chain.append(x)
-                pictures = (self.vae.decode(x / self.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+                pictures = (
+                    self.vae.decode(x / self.vae.config.scaling_factor).sample / 2 + 0.5
+                ).clamp(0, 1)
             quantised = (pictures * 255).round() / 255
             latents.append(torch.stack(chain, dim=1))
             rewards.append(score(quantised[:, None], unit.prompts))
@@ -92,7 +115,9 @@ class LiteralDDPO:
         return reward
 
     @torch.no_grad()
-    def replay(self, latents: torch.Tensor, prompts: Sequence[str], times: Sequence[int], eta: float) -> torch.Tensor:
+    def replay(
+        self, latents: torch.Tensor, prompts: Sequence[str], times: Sequence[int], eta: float
+    ) -> torch.Tensor:
         """(samples, steps) log-probs under the weights before the update."""
         rows = []
         for start in range(0, len(latents), self.train_batch):
@@ -114,7 +139,8 @@ class LiteralDDPO:
         old: torch.Tensor,
         advantage: torch.Tensor,
     ) -> None:
-        """One pass over the samples in order, an optimiser update each ``samples / updates_per_round``."""
+        """One pass over the samples in order, an optimiser update each ``samples /
+        updates_per_round``."""
         samples, clip = len(latents), self.algorithm.clip_range
         per_update = samples // self.settings.updates_per_round
         parts = per_update // self.train_batch * len(times)
@@ -125,7 +151,9 @@ class LiteralDDPO:
                 mean, std = self.step(latents[rows, k], t, embeds, eta)
                 ratio = torch.exp(self.log_prob(latents[rows, k + 1], mean, std) - old[rows, k])
                 a = advantage[rows]
-                loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)).mean() / parts
+                loss = (
+                    torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)).mean() / parts
+                )
                 loss.backward()
             if (start + self.train_batch) % per_update == 0:
                 torch.nn.utils.clip_grad_norm_(self.unet.parameters(), self.settings.max_grad_norm)

@@ -1,14 +1,17 @@
-"""The real coordinator, pools and hand-off with workers that sleep: what is left is coordination, on any machine.
+"""The real coordinator, pools and hand-off with workers that sleep: what is left is coordination,
+on any machine.
 
     python benchmarks/simulator.py [most workers] [seconds a unit] [units a worker] [bytes a unit]
 
-Workers are processes of their own that take no CPU: a rollout sleeps and hands over latents of a given size, a reward sleeps
-and answers zeros. The learner's side is rlalign's own too; only the update is a sleep. Ideal is what sleeping alone would
-take; coordination is the rest of a round. Efficiency is the units a second of n workers over n times those of one.
+Workers are processes of their own that take no CPU: a rollout sleeps and hands over latents of a
+given size, a reward sleeps and answers zeros. The learner's side is rlalign's own too; only the
+update is a sleep. Ideal is what sleeping alone would take; coordination is the rest of a round.
+Efficiency is the units a second of n workers over n times those of one.
 
-What the same calls of the same workers take with nothing of rlalign's around them is measured in turns with it ("bare Ray"):
-one asyncio actor that asks for each unit and then for its scores, and samples that are fetched in one go at the end. It knows
-no deaths, no timeouts, no versions and no metrics.
+What the same calls of the same workers take with nothing of rlalign's around them is measured in
+turns with it ("bare Ray"): one asyncio actor that asks for each unit and then for its scores, and
+samples that are fetched in one go at the end. It knows no deaths, no timeouts, no versions and no
+metrics.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rlalign.config import Run, load_run
-from rlalign.records import Unit, UnitKey, Weights
+from rlalign.core.records import Unit, UnitKey, Weights
 from rlalign.runtime.gauges import shown
-from rlalign.runtime.placement import ROLLOUT
+from rlalign.runtime.roles import ROLLOUT, Role
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 ROUNDS, WARM = 5, 3
@@ -53,7 +56,9 @@ class SleepingRollout(Idler):
         self._seconds, self._latents = seconds, np.ones(size // 2, np.float16)
 
     @ray.method(num_returns=3)
-    def produce(self, work: tuple[Unit, Any], tensors: Any = None) -> tuple[Any, Any, dict[str, float]]:
+    def produce(
+        self, work: tuple[Unit, Any], tensors: Any = None
+    ) -> tuple[Any, Any, dict[str, float]]:
         with shown(f"{work[0].key} under v{work[1][1]}"):
             time.sleep(self._seconds)
         rows = len(work[0].prompts)
@@ -76,7 +81,9 @@ class Bare:
     def __init__(self, rollouts: Sequence[Any], rewards: Sequence[Any]) -> None:
         self._rollouts, self._rewards = rollouts, rewards
 
-    async def round(self, units: Sequence[Unit], tag: tuple[str, int]) -> list[tuple[Any, Any, Any]]:
+    async def round(
+        self, units: Sequence[Unit], tag: tuple[str, int]
+    ) -> list[tuple[Any, Any, Any]]:
         free, scorers = asyncio.Queue[Any](), asyncio.Queue[Any]()
         for actor in (*self._rollouts, *self._rollouts):
             free.put_nowait(actor)
@@ -98,13 +105,13 @@ class Bare:
 
 def fleet_of(run: Run, seconds: float, size: int) -> Any:
     """The run's own fleet, with workers that sleep."""
-    from rlalign.runtime.fleet import RESTART, Fleet
+    from rlalign.runtime.training.fleet import RESTART, Fleet
 
     class SleepingFleet(Fleet):
         def members(self) -> dict[str, dict[int, ActorHandle]]:
             return self._members
 
-        def _worker(self, role: str, number: int) -> Any:
+        def _worker(self, role: Role, number: int) -> Any:
             if role == ROLLOUT:
                 kind: Any = ray.remote(num_cpus=0, **RESTART)(SleepingRollout)
                 return kind.options(num_cpus=0).remote(seconds, size)
@@ -122,10 +129,25 @@ def main() -> None:
     from rlalign.runtime.cluster import prepare_environment
 
     prepare_environment(None)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     console, table = (
         Console(width=110),
-        Table("workers", "units", "ideal s", "round s", "coordination ms", "a unit ms", "efficiency", "bare Ray ms"),
+        Table(
+            "workers",
+            "units",
+            "ideal s",
+            "round s",
+            "coordination ms",
+            "a unit ms",
+            "efficiency",
+            "bare Ray ms",
+        ),
     )
     rates: dict[int, float] = {}
     for workers in [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= most]:
@@ -151,31 +173,37 @@ def main() -> None:
     console.print(table)
     for pages, took in hand_off().items():
         whole, after = (1000 * statistics.median(seconds) for seconds in zip(*took, strict=True))
-        console.print(f"26 MB, {pages}: {whole:.1f} ms from asking a worker until another process has them, "
-                      f"{after:.1f} ms of it after the worker's answer")  # fmt: skip
+        console.print(
+            f"26 MB, {pages}: {whole:.1f} ms from asking a worker until another process has them,"
+            f" {after:.1f} ms of it after the worker's answer"
+        )
     ray.shutdown()
 
 
 def rounds(workers: int, units: int, seconds: float, size: int) -> tuple[list[float], list[float]]:
-    """Seconds of each round after the first ones, order to samples in hand: rlalign's, and bare calls' in between."""
-    from rlalign.runtime.collect import RemoteCollect
+    """Seconds of each round after the first ones, order to samples in hand: rlalign's, and bare
+    calls' in between."""
+    from rlalign.runtime.training.collect import RemoteCollect
 
     settings = [
-        f"runtime.rollout_workers={workers}",
-        f"runtime.reward_workers={REWARD_WORKERS}",
-        "runtime.rollout_cpus=0",
+        f"runtime.rollout.workers={workers}",
+        f"runtime.reward.workers={REWARD_WORKERS}",
+        "runtime.rollout.cpus=0",
     ]
     run = load_run(CONFIG, settings)
     fleet = fleet_of(run, seconds, size)
-    while (standing := fleet.reconcile()) is None or standing.pools["rollout"].ready < workers:
+    while (standing := fleet.reconcile()) is None or standing.pools[ROLLOUT].ready < workers:
         time.sleep(0.5)
     ray.get(fleet.coordinator.begin.remote("simulated"))
-    collect = RemoteCollect(run, fleet.coordinator, incarnation="simulated", is_main=True, learners=1)
+    collect = RemoteCollect(
+        run, fleet.coordinator, incarnation="simulated", is_main=True, learners=1
+    )
     alone: Any = {"num_cpus": 0, "max_concurrency": 1000}
     make: Any = ray.remote(**alone)(Bare)
     members = fleet.members()
     bare = make.remote(
-        [*members[ROLLOUT].values()], [a for r, some in members.items() if r != ROLLOUT for a in some.values()]
+        [*members[ROLLOUT].values()],
+        [a for r, some in members.items() if r != ROLLOUT for a in some.values()],
     )
     ours, theirs = list[float](), list[float]()
     for number in range(WARM + ROUNDS):
@@ -196,16 +224,24 @@ def unit(run: Run, number: int, index: int) -> Unit:
     """A unit of four samples."""
     prompts = ("a red circle",) * 4
     key = UnitKey("train", number, index)
-    return Unit(key=key, prompts=prompts, prompt_ids=(0,) * 4, sample_ids=(0, 1, 2, 3), seed=0, plan=run.plan)
+    return Unit(
+        key=key,
+        prompts=prompts,
+        prompt_ids=(0,) * 4,
+        sample_ids=(0, 1, 2, 3),
+        seed=0,
+        plan=run.plan,
+    )
 
 
 def hand_off() -> dict[str, list[tuple[float, float]]]:
-    """Seconds from asking a worker that is done at once for 26 MB until another process has them in hand, and the part of
-    them after the worker has said that it is done.
+    """Seconds from asking a worker that is done at once for 26 MB until another process has them in
+    hand, and the part of them after the worker has said that it is done.
 
-    Ray frees objects once a second, so the first ones in a row each lie on memory that nobody has touched yet, which the
-    system has to provide page by page. From the second round on a run's samples lie where earlier ones did. After a pause
-    processes and caches have to be woken as well: a call that asks for nothing then takes three times as long.
+    Ray frees objects once a second, so the first ones in a row each lie on memory that nobody has
+    touched yet, which the system has to provide page by page. From the second round on a run's
+    samples lie where earlier ones did. After a pause processes and caches have to be woken as well:
+    a call that asks for nothing then takes three times as long.
     """
 
     class Reader:

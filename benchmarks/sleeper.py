@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
+from rlalign.core.records import Plan
 from rlalign.diffusion.paths import VariancePreserving
-from rlalign.policies.base import Condition, Policy, PolicyRecipe
-from rlalign.records import Plan
+from rlalign.policies.base import OWN_SIZE, Condition, Policy, PolicyRecipe, Words
 
 
 class Sleeper(PolicyRecipe):
     """A denoiser that takes ``seconds`` a call and no CPU. Source: none, a benchmark's own."""
 
-    seconds: float = Field(default=0.1, ge=0, description="seconds that a call of the denoiser sleeps")
+    seconds: float = Field(
+        default=0.1, ge=0, description="seconds that a call of the denoiser sleeps"
+    )
 
     def load(self, device: str) -> SleeperPolicy:
         return SleeperPolicy(self.seconds)
@@ -33,17 +35,11 @@ class SleeperPolicy(Policy):
         self.network = torch.nn.Linear(1, 1, bias=False)
         self.reference = self.weights()
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        empty_BLD = torch.zeros(len(prompts), 1, 1)
-        return Condition(embeds_BLD=empty_BLD, uncond_BLD=empty_BLD)
+    def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
+        empty = Words({"embeds_BLD": torch.zeros(len(prompts), 1, 1)})
+        return Condition(caption=empty, empty=empty)
 
-    def predict(
-        self,
-        x: torch.Tensor,
-        timestep_B: torch.Tensor,
-        embeds_BLD: torch.Tensor,
-        pooled_BD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         if not torch.is_grad_enabled():  # a rollout; the learner's passes take no time
             time.sleep(self.seconds)
         return x * self.network.weight[0, 0]

@@ -16,6 +16,24 @@ export RAY_health_check_failure_threshold=${RAY_health_check_failure_threshold:-
 export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV=${RAY_ENABLE_UV_RUN_RUNTIME_ENV:-0} # would ship the working directory
 
+# Ray's own clients (`ray list nodes`, Ray Train, metrics) ask unencrypted, with the token: no proxy may come between them and this
+# machine's own addresses.
+no_proxy=${no_proxy:+$no_proxy,}${NO_PROXY:+$NO_PROXY,}localhost,127.0.0.1,::1$({ hostname -I 2>/dev/null || true; } | sed 's/ *$//; s/  */,/g; s/^/,/')
+export no_proxy NO_PROXY=$no_proxy
+
+# Ray's sockets lie in RAY_TMPDIR, or else TMPDIR, and no socket's path is longer than 107 bytes: the TMPDIR of a batch job often
+# leaves no room. What lies there then goes to a folder of the user's own.
+batch_tmpdir=${TMPDIR:-}
+if [[ -z ${RAY_TMPDIR:-} && ${#batch_tmpdir} -gt 32 ]]; then
+  export RAY_TMPDIR=/tmp/rlalign-$(id -u)
+  (umask 077 && mkdir -p "$RAY_TMPDIR")
+  if [[ ! -d $RAY_TMPDIR || -L $RAY_TMPDIR || ! -O $RAY_TMPDIR ]]; then
+    echo "RAY_TMPDIR: $RAY_TMPDIR is not this user's own; name a short folder that is" >&2
+    exit 2
+  fi
+  export TMPDIR=$RAY_TMPDIR
+fi
+
 # rlalign_require_token: the token's file must exist, hold something, and be its owner's alone.
 rlalign_require_token() {
   if [[ ! -s $RAY_AUTH_TOKEN_PATH ]]; then

@@ -5,7 +5,7 @@
 #   cluster/start-worker.sh --head 10.0.0.5:6379 --role reward --places 2   two
 #   cluster/start-worker.sh --head 10.0.0.5:6379 --role learner --places 1 -- --block    what follows -- goes to `ray start`
 #
-# ROLE is rollout, reward or learner: a custom resource of that name, so that a run whose runtime.ROLE_resources is
+# ROLE is rollout, reward or learner: a custom resource of that name, so that a run whose runtime.ROLE.resources is
 # {ROLE: 1} has its workers here. Copy the head's token file first, to RAY_AUTH_TOKEN_PATH (default ~/.ray/auth_token), mode 0600.
 # Ray listens on the network here: a firewall should admit this cluster's machines alone. Ends with Ctrl-C under --block, or with `ray stop`.
 set -euo pipefail
@@ -44,6 +44,8 @@ if rlalign_is_loopback "${head%:*}"; then
     "--node-ip ADDRESS, or give the head places itself: start-head.sh --cpus 8 --resources '{\"rollout\": 4}'" >&2
   exit 2
 fi
+
+export no_proxy=$no_proxy,${head%:*} NO_PROXY=$no_proxy,${head%:*}
 
 cpus=${cpus:-$(rlalign_cpus)}
 gpus=${gpus:-$(rlalign_gpus)}

@@ -1,4 +1,9 @@
-"""Aligns diffusion models with rewards and preferences: on one laptop or on a Ray cluster, with the same numbers.
+"""Aligns diffusion models with rewards and preferences: on one laptop or on a Ray cluster, with the
+same numbers.
+
+    policy = rlalign.load_policy("tiny")
+    media = policy.sample(["a red circle"], steps=10, seed=0)
+    print(rlalign.load_reward("shapes")(media, ["a red circle"]))
 
     run = rlalign.load_run("configs/quickstart.yaml", ["rounds=5"])
     rlalign.train_local(run, Path("runs/mine"), resume=False, on_record=print)
@@ -6,8 +11,9 @@
 The words that the code uses:
 
 run         everything that one YAML file says; the same run gives the same numbers
-recipe      a plug-in: a frozen model whose fields are the settings and whose methods are the behaviour
-shelf       a folder of plug-ins: policies, rewards, algorithms, samplers, prompts; the name in the YAML is the file's name
+recipe      a plug-in: a frozen model; its fields are the settings, its methods the behaviour
+shelf       a folder of plug-ins (policies, rewards, algorithms, samplers, prompts): the name in the
+            YAML is the file's name
 policy      the denoiser that is aligned, with its noise path, its words and its pictures
 plan        how a picture is made: steps, step rule, eta, guidance, size
 step        one denoising step: a Gaussian over the next latent
@@ -18,7 +24,8 @@ round       produce, score, learn
 update      one step of the optimiser
 staleness   how many rounds the policy that made the samples lags behind the learner
 
-Importing rlalign imports neither torch nor Ray nor diffusers: each public name loads its home when it is first used.
+Importing rlalign imports neither torch nor Ray nor diffusers: each public name loads its home when
+it is first used.
 """
 
 from __future__ import annotations
@@ -26,38 +33,45 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rlalign.core import moved
+
 if TYPE_CHECKING:
     from rlalign.algorithms.base import Algorithm, Loss
+    from rlalign.alignment.api import load_policy, load_reward
+    from rlalign.alignment.loop import train_local
     from rlalign.config import Run, load_run
+    from rlalign.core.records import Plan, Scored, Trajectory, Unit
+    from rlalign.core.registry import Recipe, UserError
     from rlalign.data.prompts.base import Prompts
-    from rlalign.learner import Learner
-    from rlalign.loop import train_local
+    from rlalign.learning.learner import Learner
     from rlalign.policies.base import Policy, PolicyRecipe
-    from rlalign.records import Plan, Scored, Trajectory, Unit
-    from rlalign.registry import Recipe, UserError
     from rlalign.rewards.base import Reward, Scorer
     from rlalign.runtime import train_on_ray
 
 __version__ = "0.1.0"
 
+moved.install()
+
 _HOMES = {
     "Algorithm": "algorithms.base",
-    "Learner": "learner",
+    "Learner": "learning.learner",
     "Loss": "algorithms.base",
-    "Plan": "records",
+    "Plan": "core.records",
     "Policy": "policies.base",
     "PolicyRecipe": "policies.base",
     "Prompts": "data.prompts.base",
-    "Recipe": "registry",
+    "Recipe": "core.registry",
     "Reward": "rewards.base",
     "Run": "config",
-    "Scored": "records",
+    "Scored": "core.records",
     "Scorer": "rewards.base",
-    "Trajectory": "records",
-    "Unit": "records",
-    "UserError": "registry",
+    "Trajectory": "core.records",
+    "Unit": "core.records",
+    "UserError": "core.registry",
+    "load_policy": "alignment.api",
+    "load_reward": "alignment.api",
     "load_run": "config",
-    "train_local": "loop",
+    "train_local": "alignment.loop",
     "train_on_ray": "runtime",
 }
 
@@ -77,6 +91,8 @@ __all__ = [
     "Trajectory",
     "Unit",
     "UserError",
+    "load_policy",
+    "load_reward",
     "load_run",
     "train_local",
     "train_on_ray",

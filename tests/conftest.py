@@ -1,23 +1,32 @@
-"""What every test stands on: one thread, fixed seeds, and one small Ray for those that ask for it."""
+"""What every test stands on: one thread, fixed seeds, one small Ray for those that ask for it, and
+an end for what a test process leaves running."""
 
 from __future__ import annotations
 
 import os
 import random
+import sys
 
 # Ray and OpenMP read these when they are first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # every server of Ray binds to loopback
-os.environ["RAY_AUTH_MODE"] = "disabled"  # nothing but loopback listens, and no token file is left in the home folder
+os.environ["RAY_AUTH_MODE"] = (
+    "disabled"  # nothing but loopback listens, and no token file is left in the home folder
+)
+# Ray makes its workers nice (15): beside busy processes they would get a twentieth of a core
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - as Ray spells it
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is wrong
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from tests import orphans
 
 torch.set_num_threads(1)
 
@@ -32,10 +41,36 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray for a module (a run starts and ends its own): eight logical CPUs, loopback only, no dashboard."""
+    """One local Ray for a module (a run starts and ends its own): eight logical CPUs, loopback
+    only, no dashboard."""
     import ray
 
     assert not ray.is_initialized(), "a test started Ray by itself; ask for the fixture ray_cluster"
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Only where tests are run: not in the process that hands them to others (pytest-xdist)."""
+    if not session.config.getoption("numprocesses", None):
+        orphans.watch()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, sched: Any) -> None:
+    """A test whose process ended (it hung, or crashed) is said at once and not run again: by itself
+    pytest-xdist gives its whole file to the next process, where it would hang as long again."""
+    print(f"\n{crashitem}: the process that ran it has ended", file=sys.stderr, flush=True)
+    for file, tests in list(sched.workqueue.items()):
+        if crashitem in tests:
+            tests[crashitem] = True
+            if all(tests.values()):
+                del sched.workqueue[file]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files whose tests take longest come first, so that processes that share the tests end
+    together: those that train whole runs, then those that start a Ray."""
+    starts_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: ("end_to_end" not in item.path.parts, item.path not in starts_ray))

@@ -25,13 +25,25 @@ SMALL = (
     "evaluate.every=2",
     "evaluate.grid=4",
     "checkpoint.every=2",
-    "runtime.rollout_workers=2",
+    "runtime.rollout.workers=2",
 )
 
 
 def small_run(*overrides: str, config: str = "quickstart") -> Run:
     """Four rounds of eight samples: seconds of work."""
     return load_run(CONFIGS / f"{config}.yaml", [*SMALL, *overrides])
+
+
+POINTS = ("rewards=[{name: centroid}, {name: jpeg, weight: 0.5}]", "learner.epochs=1")
+
+
+def points_run(*overrides: str) -> Run:
+    """The same rounds, updates and rewards' number on points in the plane: a tenth of the time."""
+    return small_run(*POINTS, *overrides, config="points")
+
+
+def quiet(_: object) -> None:
+    """No screen."""
 
 
 def metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -42,7 +54,7 @@ def metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from rlalign import checkpoint
+    from rlalign.learning import checkpoint
 
     return dict(checkpoint.read_tensors(folder))
 

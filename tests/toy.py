@@ -1,7 +1,9 @@
-"""A real policy that is small enough for closed forms: a two-layer denoiser on latents of two numbers.
+"""A real policy that is small enough for closed forms: a two-layer denoiser on latents of two
+numbers.
 
-``ToyPolicy`` is a subclass of the library's own Policy (nothing is faked but the size); ``Toy`` is its recipe, so a run file
-can say ``policy: {name: "tests.toy:Toy"}``. The functions below make units, trajectories and batches with keyed noise.
+``ToyPolicy`` is a subclass of the library's own Policy (nothing is faked but the size); ``Toy`` is
+its recipe, so a run file can say ``policy: {name: "tests.toy:Toy"}``. The functions below make
+units, trajectories and batches with keyed noise.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rlalign import lora
-from rlalign.batches import StepBatch
+from rlalign.core.batches import StepBatch
+from rlalign.core.records import Plan, Scored, Unit, UnitKey
 from rlalign.diffusion.noise import generator
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.diffusion.rollout import rollout
-from rlalign.policies.base import Condition, Policy, PolicyRecipe
-from rlalign.records import Plan, Scored, Unit, UnitKey
+from rlalign.networks import lora
+from rlalign.policies.base import OWN_SIZE, Condition, Policy, PolicyRecipe, Words
 
 PROMPTS = ("a red circle", "a blue square", "a green triangle", "two circles")
 PLAN = Plan(steps=5, eta=1.0)
@@ -37,20 +39,31 @@ class ToyNetwork(torch.nn.Module):
         self.inner = torch.nn.Linear(8, 16)
         self.outer = torch.nn.Linear(16, 2)
 
-    def forward(self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, timestep_B: torch.Tensor, embeds_BLD: torch.Tensor
+    ) -> torch.Tensor:
         dtype = self.outer.weight.dtype if not lora.is_attached(self) else x.dtype
         t = timestep_B.to(dtype) / 1000.0
-        features = torch.cat([x.flatten(1).to(dtype), t[:, None], t[:, None] ** 2, embeds_BLD.mean(1).to(dtype)], dim=1)
+        features = torch.cat(
+            [x.flatten(1).to(dtype), t[:, None], t[:, None] ** 2, embeds_BLD.mean(1).to(dtype)],
+            dim=1,
+        )
         return self.outer(torch.nn.functional.silu(self.inner(features))).reshape(x.shape)
 
 
 class ToyPolicy(Policy):
-    """Latents (2, 1, 1) on Stable Diffusion's path, epsilon prediction; pictures of one colour, 8 x 8."""
+    """Latents (2, 1, 1) on Stable Diffusion's path, epsilon prediction; pictures of one colour, 8 x
+    8."""
 
     prediction = "epsilon"
 
     def __init__(
-        self, *, seed: int = 0, lora_rank: int = 0, lora_alpha: float = 0.0, dtype: torch.dtype = torch.float32
+        self,
+        *,
+        seed: int = 0,
+        lora_rank: int = 0,
+        lora_alpha: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.path = VariancePreserving.scaled_linear()
         self.device = "cpu"
@@ -58,22 +71,27 @@ class ToyPolicy(Policy):
             torch.manual_seed(seed)
             self.network = ToyNetwork().to(dtype).eval()
         if lora_rank:
-            lora.attach(self.network, rank=lora_rank, alpha=lora_alpha, targets=("inner", "outer"), seed=seed)
+            lora.attach(
+                self.network,
+                rank=lora_rank,
+                alpha=lora_alpha,
+                targets=("inner", "outer"),
+                seed=seed,
+            )
         self.reference = {} if lora_rank else self.weights()
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        rows = [generator("toy prompt", p).standard_normal((1, 4), dtype=np.float32) for p in prompts]
+    def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
+        rows = [
+            generator("toy prompt", p).standard_normal((1, 4), dtype=np.float32) for p in prompts
+        ]
         embeds_BLD = torch.from_numpy(np.stack(rows))
-        return Condition(embeds_BLD=embeds_BLD, uncond_BLD=torch.zeros_like(embeds_BLD))
+        empty_BLD = torch.zeros_like(embeds_BLD)
+        return Condition(
+            caption=Words({"embeds_BLD": embeds_BLD}), empty=Words({"embeds_BLD": empty_BLD})
+        )
 
-    def predict(
-        self,
-        x: torch.Tensor,
-        timestep_B: torch.Tensor,
-        embeds_BLD: torch.Tensor,
-        pooled_BD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.network(x, timestep_B, embeds_BLD)
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
+        return self.network(x, timestep_B, words["embeds_BLD"])
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Red and green are the two numbers squeezed into (0, 1); blue is a half."""
@@ -82,14 +100,19 @@ class ToyPolicy(Policy):
         return colour[:, None, :, None, None].expand(-1, 1, 3, SIZE, SIZE)
 
     def encode_media(self, media_BFCHW: torch.Tensor) -> torch.Tensor:
-        return torch.logit(media_BFCHW[:, 0, :2].mean((-1, -2)).clamp(1e-3, 1 - 1e-3))[:, :, None, None]
+        return torch.logit(media_BFCHW[:, 0, :2].mean((-1, -2)).clamp(1e-3, 1 - 1e-3))[
+            :, :, None, None
+        ]
 
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
         return (2, 1, 1)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.contiguous() for n, t in self.network.state_dict().items()}, folder / "toy.safetensors")
+        save_file(
+            {n: t.contiguous() for n, t in self.network.state_dict().items()},
+            folder / "toy.safetensors",
+        )
 
 
 class Toy(PolicyRecipe):
@@ -101,7 +124,9 @@ class Toy(PolicyRecipe):
         return ToyPolicy(seed=self.seed, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
 
 
-def make_units(count: int = 4, *, per_unit: int = 3, plan: Plan = PLAN, seed: int = 0, round: int = 1) -> list[Unit]:
+def make_units(
+    count: int = 4, *, per_unit: int = 3, plan: Plan = PLAN, seed: int = 0, round: int = 1
+) -> list[Unit]:
     """``count`` units of ``per_unit`` samples; sample ids tell the samples of a prompt apart."""
     units = []
     for index in range(count):
@@ -213,7 +238,8 @@ def _tokenizer() -> Any:
 def save_pipeline(
     folder: Path, *, prediction: str = "epsilon", scheduler: str = "DDIMScheduler", seed: int = 0
 ) -> Path:
-    """Writes a Stable Diffusion pipeline of random weights (some 20 000) that draws 16 x 16 pixels from 8 x 8 latents."""
+    """Writes a Stable Diffusion pipeline of random weights (some 20 000) that draws 16 x 16 pixels
+    from 8 x 8 latents."""
     import diffusers
     import transformers
 
@@ -253,8 +279,11 @@ def save_pipeline(
     return folder
 
 
-def save_flow_pipeline(folder: Path, *, shift: float = 3.0, t5: bool = False, seed: int = 0, **scheduler: Any) -> Path:
-    """Writes a Stable Diffusion 3 pipeline of random weights (some 30 000): 16 x 16 pixels, 8 x 8 latents, 16 patches."""
+def save_flow_pipeline(
+    folder: Path, *, shift: float = 3.0, t5: bool = False, seed: int = 0, **scheduler: Any
+) -> Path:
+    """Writes a Stable Diffusion 3 pipeline of random weights (some 30 000): 16 x 16 pixels, 8 x 8
+    latents, 16 patches."""
     import diffusers
     import transformers
 
@@ -274,10 +303,15 @@ def save_flow_pipeline(folder: Path, *, shift: float = 3.0, t5: bool = False, se
             qk_norm="rms_norm",
         )
         vae = _vae(scaling_factor=1.5, shift_factor=0.06)
-        first, second = (transformers.CLIPTextModelWithProjection(_text_config(projection_dim=12)) for _ in range(2))
+        first, second = (
+            transformers.CLIPTextModelWithProjection(_text_config(projection_dim=12))
+            for _ in range(2)
+        )
         third = (
             transformers.T5EncoderModel(
-                transformers.T5Config(vocab_size=32, d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+                transformers.T5Config(
+                    vocab_size=32, d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+                )
             )
             if t5
             else None
@@ -291,7 +325,9 @@ def save_flow_pipeline(folder: Path, *, shift: float = 3.0, t5: bool = False, se
         text_encoder_2=second,
         tokenizer_2=_tokenizer(),
         text_encoder_3=third,
-        tokenizer_3=transformers.T5Tokenizer(vocab=[(p, -1.0) for p in pieces], extra_ids=0) if t5 else None,
+        tokenizer_3=transformers.T5Tokenizer(vocab=[(p, -1.0) for p in pieces], extra_ids=0)
+        if t5
+        else None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **scheduler),
     ).save_pretrained(folder, safe_serialization=True)
     return folder

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from rlalign.advantages import over_round, within_groups
-from rlalign.batches import Batch, Key, Pairs, StepBatch
+from rlalign.algorithms._advantages import over_round, within_groups
+from rlalign.algorithms._memory import Memory
+from rlalign.core.batches import Batch, Key, StepBatch
+from rlalign.core.copies import Copy
+from rlalign.core.records import Plan, Scored, Unit
+from rlalign.core.registry import Recipe, UserError
 from rlalign.diffusion.noise import generator, noise_masks, normal
 from rlalign.diffusion.steps import is_stochastic
-from rlalign.memory import Memory
 from rlalign.policies.base import Policy
-from rlalign.records import Plan, Scored, Unit
-from rlalign.registry import Recipe, UserError
-
-
-class DifferentiableScorer(Protocol):
-    """Media (B, F, 3, H, W) in [0, 1] and prompts -> reward title -> (B,) scores, and "total", with gradients."""
-
-    def __call__(self, media_BFCHW: torch.Tensor, prompts: Sequence[str], /) -> Mapping[str, torch.Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,40 +45,24 @@ class Given:
 
 
 class Algorithm(Recipe):
-    """Base of an algorithm: settings, what it eats, how the batch is made, and the loss."""
+    """Base of an algorithm: settings, what it eats and keeps, how the batch is made, and the
+    loss."""
 
     shelf: ClassVar[str] = "algorithms"
-    eats: ClassVar[Literal["steps", "images", "pairs", "prompts"]] = "steps"
+    eats: ClassVar[type[Batch]] = StepBatch
+    """The class of the batch that it learns from, which says what kind of learning it is."""
 
     @property
-    def ratio_limit(self) -> float | None:
-        """Largest |ratio - 1| before the first update that a run accepts; None when no ratio is used."""
+    def copies(self) -> Mapping[str, Copy]:
+        """Kind -> how a copy of the trained weights is kept beside the policy. The loss finds it
+        with ``policy.as_snapshot(kind)``; rollouts use the copy "behaviour" where there is one, and
+        "reference" is what ``policy.as_reference`` gives."""
+        return {}
+
+    def ratio_limit(self, round: int) -> float | None:
+        """Largest |ratio - 1| before the first update of round ``round`` >= 1 that a run accepts;
+        None where no ratio is used, or where it need not be 1."""
         return None
-
-    @property
-    def uses(self) -> int:
-        """Passes that a unit's samples make through the network in an epoch, where they are not one per denoising step."""
-        return 1
-
-    @property
-    def replays(self) -> bool:
-        """Whether a round's batch holds earlier rounds' steps too, whose ratios are not 1."""
-        return False
-
-    @property
-    def queries(self) -> int:
-        """Pictures that each reward is asked about for a sample, where the algorithm samples by itself."""
-        return 1
-
-    @property
-    def left_out(self) -> int:
-        """Final denoising steps that the loss leaves out, where it is one of steps."""
-        return 0
-
-    @property
-    def compares(self) -> Literal["", "unit", "round"]:
-        """Within what a prompt's samples are compared with one another; empty where a sample may be its prompt's only one."""
-        return ""
 
     @property
     def strictly_on_policy(self) -> bool:
@@ -91,97 +70,122 @@ class Algorithm(Recipe):
         return False
 
     @property
-    def reference_rounds(self) -> int:
-        """Rounds after which the reference becomes the current policy; 0 keeps the pretrained one."""
-        return 0
-
-    @property
-    def wants_proximal(self) -> bool:
-        """Whether the loss needs the weights that a round's updates start from, as ``policy.as_snapshot("proximal")``."""
-        return False
-
-    @property
-    def behaviour_decay(self) -> Callable[[int], float] | None:
-        """Round -> decay of the slow copy of the weights that rollouts use; None: they use the current weights."""
-        return None
+    def times_noised(self) -> int:
+        """Times that a sample is noised in an epoch, where it is not replayed step by step."""
+        return 1
 
     def check(self, given: Given) -> None:
-        """Raises UserError where there would be nothing to learn, or where the loss is not defined."""
-        _check_company(self, given)
-        if self.eats == "steps":
-            _check_steps(self, given)
+        """Raises UserError where there would be nothing to learn, or where the loss is not
+        defined."""
+        if self.eats.per_step:
+            _check_steps(self.name, given)
 
     def critic(self, policy: Policy, plan: Plan) -> tuple[torch.nn.Module, float] | None:
-        """A value network to be trained beside the policy, and its learning rate; the loss finds it as ``policy.critic``."""
+        """A value network to be trained beside the policy, and its learning rate; the loss finds it
+        as ``policy.critic``."""
         return None
 
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> Batch:
         """The batch of one round. ``memory`` is the run's; it may be changed."""
         raise NotImplementedError
 
-    def pair_batch(self, pairs: Sequence[Pairs]) -> Batch:
-        """The batch of given pairs, where the algorithm learns from a set of preferences."""
-        raise NotImplementedError
-
-    def loss(self, batch: Any, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
+    def loss(self, batch: Any, policy: Policy) -> Loss:
         """The loss of one pass of the batch, with gradients into the policy's trainable weights."""
         raise NotImplementedError
 
 
-def _check_company(algorithm: Algorithm, given: Given) -> None:
-    """Refuses lone samples where samples of a prompt are compared: their advantage is 0, and they make no pair."""
-    if not algorithm.compares or not given.units:
+def check_company(name: str, given: Given, *, within: Literal["unit", "round"] = "round") -> None:
+    """Refuses lone samples where samples of a prompt are compared ``within`` a unit or a round:
+    their advantage is 0, and they make no pair."""
+    if not given.units:
         return
     rooms = [u.prompt_ids for u in given.units]
-    if algorithm.compares == "round":
+    if within == "round":
         rooms = [tuple(p for ids in rooms for p in ids)]
     if all(len(set(ids)) == len(ids) for ids in rooms):
         raise UserError(
-            f"prompts.samples_per_prompt must be >= 2 for {algorithm.name}, which compares the samples of a prompt, got 1; "
-            "or take an algorithm that needs no company (ddpo with advantage prompt or global)"
+            f"prompts.samples_per_prompt must be >= 2 for {name}, which compares the"
+            " samples of a prompt, got 1; or take an algorithm that needs no company (ddpo with"
+            " advantage prompt or global)"
         )
 
 
-def _check_steps(algorithm: Algorithm, given: Given) -> None:
-    """Refuses a plan under which some round would have no step to learn from, wherever its window is."""
-    plan, path, name = given.plan, given.policy.path, algorithm.name
-    stochastic_K = is_stochastic(path, path.levels(plan.steps), rule=plan.rule, eta=plan.eta).tolist()
-    if plan.eta == 0:
-        raise UserError(f"plan.eta must be > 0 for {name}, got {plan.eta}: no step would have a density")
-    if plan.rule == "flow_ode":
-        raise UserError(
-            f"plan.rule must have noise for {name}, got 'flow_ode', whose steps have no density; use flow_sde"
-        )
-    if not any(stochastic_K):
-        raise UserError(
-            f"plan.steps must be >= 2 for {name}, got {plan.steps}: the step to the clean sample has no density"
-        )
-    firsts = [[s and m for s, m in zip(stochastic_K, mask, strict=True)].index(True) for mask in noise_masks(plan)]
-    most = plan.steps - 1 - max(firsts)
-    if algorithm.left_out > most:
+def check_skipped(name: str, given: Given, skip_last: int) -> None:
+    """Refuses to leave out so many final steps that some round would have none to learn from,
+    wherever its window is."""
+    plan = given.plan
+    most = plan.steps - 1 - max(_first_steps(given))
+    if skip_last > most:
         window = f" and a window of {plan.window}" if plan.window else ""
         raise UserError(
-            f"algorithm.skip_last must be <= {most} with {plan.steps} steps{window}, got {algorithm.left_out}: "
-            "a round would have no step to learn from; lower it, or raise plan.steps"
+            f"algorithm.skip_last must be <= {most} with {plan.steps} steps{window}, got"
+            f" {skip_last}: a round would have no step to learn from; lower it, or raise"
+            " plan.steps"
         )
+
+
+def _check_steps(name: str, given: Given) -> None:
+    """Refuses a plan none of whose steps has a density."""
+    plan = given.plan
+    if plan.eta == 0:
+        raise UserError(
+            f"plan.eta must be > 0 for {name}, got {plan.eta}: no step would have a density"
+        )
+    if plan.rule == "flow_ode":
+        raise UserError(
+            f"plan.rule must have noise for {name}, got 'flow_ode', whose steps have no density;"
+            " use flow_sde"
+        )
+    if not any(_stochastic(given)):
+        raise UserError(
+            f"plan.steps must be >= 2 for {name}, got {plan.steps}: the step to the clean sample"
+            " has no density"
+        )
+
+
+def _stochastic(given: Given) -> list[bool]:
+    """Which steps of the plan have a density, windows aside."""
+    plan = given.plan
+    path = given.policy.path
+    levels = path.at(plan).levels(plan.steps)
+    return is_stochastic(path, levels, rule=plan.rule, eta=plan.eta).tolist()
+
+
+def _first_steps(given: Given) -> list[int]:
+    """The first step with noise, for each place that the plan's window may have."""
+    stochastic_K = _stochastic(given)
+    firsts = []
+    for mask in noise_masks(given.plan):
+        both = [s and m for s, m in zip(stochastic_K, mask, strict=True)]
+        firsts.append(both.index(True))
+    return firsts
 
 
 AdvantageOver = Literal["prompt", "group", "global", "centred"]
 ADVANTAGE = (
-    "whose statistics: running per prompt, the round's samples of a prompt, or the round; centred takes a prompt's mean away "
-    "and leaves the reward's units"
+    "whose statistics: running per prompt, the round's samples of a prompt, or the round; centred"
+    " takes a prompt's mean away and leaves the reward's units"
 )
 
 
 def rewards_of(scored: Sequence[Scored]) -> tuple[np.ndarray, list[int]]:
-    """(B,) float32 weighted totals of a round in unit order (NaN: dropped), and the prompt id of each."""
-    return np.concatenate([s.total_B for s in scored]), [p for s in scored for p in s.unit.prompt_ids]
+    """(B,) float32 weighted totals of a round in unit order (NaN: dropped), and the prompt id of
+    each."""
+    return np.concatenate([s.total_B for s in scored]), [
+        p for s in scored for p in s.unit.prompt_ids
+    ]
 
 
 def standardised(
-    scored: Sequence[Scored], memory: Memory, over: AdvantageOver, *, size: int = 16, min_count: int = 16
+    scored: Sequence[Scored],
+    memory: Memory,
+    over: AdvantageOver,
+    *,
+    size: int = 16,
+    min_count: int = 16,
 ) -> np.ndarray:
-    """(B,) float64 advantages: running statistics per prompt, the round's samples of a prompt, or the whole round."""
+    """(B,) float64 advantages: running statistics per prompt, the round's samples of a prompt, or
+    the whole round."""
     reward_B, prompt_B = rewards_of(scored)
     if over == "prompt":
         return memory.statistics.advantages(reward_B, prompt_B, size=size, min_count=min_count)
@@ -196,10 +200,18 @@ def per_unit(scored: Sequence[Scored], value_B: np.ndarray) -> tuple[torch.Tenso
     return tuple(torch.from_numpy(part.astype(np.float32)) for part in np.split(value_B, bounds))
 
 
-def step_batch(scored: Sequence[Scored], advantage_B: np.ndarray, *, skip_last: int = 0) -> StepBatch:
-    """Denoising steps of a round with these advantages. Arrays are cloned: they may be shared memory.
+def step_batch(
+    scored: Sequence[Scored],
+    advantage_B: np.ndarray,
+    *,
+    skip_last: int = 0,
+    side_B: Sequence[np.ndarray] = (),
+) -> StepBatch:
+    """Denoising steps of a round with these advantages. Arrays are cloned: they may be shared
+    memory.
 
     The last ``skip_last`` steps are left out of the loss, as if they were deterministic.
+    ``side_B`` has each unit's sides, where samples are compared.
     """
     trajectories = [s.trajectory for s in scored]
     assert all(t is not None for t in trajectories), "a step batch needs trajectories"
@@ -211,6 +223,7 @@ def step_batch(scored: Sequence[Scored], advantage_B: np.ndarray, *, skip_last: 
         stochastic=tuple(_learned(t.stochastic_K, skip_last) for t in kept),
         advantage=per_unit(scored, advantage_B),
         reward=per_unit(scored, rewards_of(scored)[0]),
+        side=tuple(torch.from_numpy(one.astype(np.float32)) for one in side_B),
     )
 
 
@@ -218,30 +231,40 @@ def final_latents(scored: Sequence[Scored]) -> tuple[torch.Tensor, ...]:
     """Per unit the clean latents (B, C, H, W) float32 that its trajectories ended in, cloned."""
     trajectories = [s.trajectory for s in scored]
     assert all(t is not None for t in trajectories), "an image batch needs trajectories"
-    return tuple(torch.from_numpy(np.array(t.latents_BK1[:, -1], dtype=np.float32)) for t in trajectories if t)
+    return tuple(
+        torch.from_numpy(np.array(t.latents_BK1[:, -1], dtype=np.float32))
+        for t in trajectories
+        if t
+    )
 
 
 def noised(
-    policy: Policy, key: Key, clean_BCHW: torch.Tensor, caption_dropout: float
+    policy: Policy, key: Key, clean_BCHW: torch.Tensor, plan: Plan, caption_dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A pass's own draws: levels (B,) spread as in pretraining, noise (B, C, H, W), and which captions are left out (B,) bool."""
-    rng, rows = generator(*key), len(clean_BCHW)
-    level_B = policy.path.random_levels(rng.random(rows))
+    """A pass's own draws: levels (B,) spread as in pretraining, noise (B, C, H, W), and which
+    captions are left out (B,) bool."""
+    rng = generator(*key)
+    rows = len(clean_BCHW)
+    level_B = policy.path.at(plan).random_levels(rng.random(rows))
     noise_BCHW = normal((*key, "noise"), clean_BCHW.shape).to(clean_BCHW)
     return level_B, noise_BCHW, torch.from_numpy(rng.random(rows) < caption_dropout)
 
 
 def best_and_worst(reward_B: np.ndarray, prompt_B: Sequence[int]) -> list[tuple[int, int]]:
-    """(best, worst) sample of each prompt with two or more kept samples, in order of first appearance; NaN is dropped.
+    """(best, worst) sample of each prompt with two or more kept samples, in order of first
+    appearance; NaN is dropped.
 
-    Among equals the first is best and the last is worst, so a group of ties still names two samples.
+    Among equals the first is best and the last is worst, so a group of ties still names two
+    samples.
     """
     pairs = []
     for prompt in dict.fromkeys(prompt_B):
         own = [i for i, p in enumerate(prompt_B) if p == prompt and np.isfinite(reward_B[i])]
         if len(own) > 1:
             best = max(own, key=lambda i: (reward_B[i], -i))
-            pairs.append((best, min((i for i in own if i != best), key=lambda i: (reward_B[i], -i))))
+            pairs.append(
+                (best, min((i for i in own if i != best), key=lambda i: (reward_B[i], -i)))
+            )
     return pairs
 
 

@@ -3,72 +3,97 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from rlalign import objectives
-from rlalign.algorithms.base import Algorithm, DifferentiableScorer, Loss, best_and_worst, step_batch
-from rlalign.batches import StepBatch, StepPass
+from rlalign.algorithms import _objectives as objectives
+from rlalign.algorithms._memory import Memory
+from rlalign.algorithms.base import (
+    Algorithm,
+    Given,
+    Loss,
+    best_and_worst,
+    check_company,
+    step_batch,
+)
+from rlalign.core.batches import StepBatch, StepPass
+from rlalign.core.copies import Copy, Every
+from rlalign.core.records import Scored
 from rlalign.diffusion.rollout import replay_log_prob
-from rlalign.memory import Memory
 from rlalign.policies.base import Policy
-from rlalign.records import Scored
 
 
 class D3PO(Algorithm):
-    """-log sigmoid(beta log R_w - beta log R_l) at each step of two trajectories, R = clip(p / p_ref, 1 - c, 1 + c).
+    """-log sigmoid(beta log R_w - beta log R_l) at each step of two trajectories, R = clip(p /
+    p_ref, 1 - c, 1 + c).
 
-    The preference is the trajectories' (best against worst of the prompt's samples by the round's rewards; ties are left
-    out). Ratios are of per-element log-probs against the reference; outside the range the gradient is exactly 0.
+    The preference is the trajectories' (best against worst of the prompt's samples by the round's
+    rewards; ties are left out). Ratios are of per-element log-probs against the reference; outside
+    the range the gradient is exactly 0.
 
     Source: Yang 2023, arXiv:2311.13231, eq. 13.
     """
 
     beta: float = Field(default=0.1, gt=0, description="strength")
-    clip_range: float = Field(default=0.1, gt=0, lt=1, description="c, on the ratio to the reference")
+    clip_range: float = Field(
+        default=0.1, gt=0, lt=1, description="c, on the ratio to the reference"
+    )
     refresh_every: int = Field(
-        default=0, ge=0, description="rounds after which the reference becomes the current policy; 0 never"
+        default=0,
+        ge=0,
+        description="rounds after which the reference becomes the current policy; 0 never",
     )
 
-    @property
-    def compares(self) -> Literal["", "unit", "round"]:
-        return "unit"
+    def check(self, given: Given) -> None:
+        super().check(given)
+        check_company(self.name, given, within="unit")
 
     @property
-    def reference_rounds(self) -> int:
-        return self.refresh_every
+    def copies(self) -> Mapping[str, Copy]:
+        return {"reference": Every(self.refresh_every)} if self.refresh_every else {}
 
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> StepBatch:
-        """A step batch whose "advantage" is +1 for a winner, -1 for its loser, 0 for the rest."""
+        """A step batch in which the best of a prompt's samples is preferred to the worst."""
         side_B = []
         for one in scored:
             mine_B = np.zeros(len(one.unit.prompts))
             for best, worst in best_and_worst(one.total_B, one.unit.prompt_ids):
                 if one.total_B[best] > one.total_B[worst]:
-                    mine_B[best], mine_B[worst] = 1.0, -1.0
+                    mine_B[best] = 1.0
+                    mine_B[worst] = -1.0
             side_B.append(mine_B)
-        return step_batch(scored, np.concatenate(side_B))
+        return step_batch(scored, np.zeros(len(np.concatenate(side_B))), side_B=side_B)
 
-    def loss(self, batch: StepPass, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
+    def loss(self, batch: StepPass, policy: Policy) -> Loss:
         winners, losers = _sides(batch)
         if not winners:  # nothing but ties: no loss, and no gradient
-            return Loss(value=torch.stack([p.sum() for p in policy.trainable().values()]).sum() * 0.0)
+            return Loss(
+                value=torch.stack([p.sum() for p in policy.trainable().values()]).sum() * 0.0
+            )
+
+        # winners come first, losers second
         rows = winners + losers
-        latents = batch.latents_BK1[rows]
-        condition = policy.encode([batch.unit.prompts[i] for i in rows]).rows(len(batch.steps))
+        before = batch.before_BS[rows]
+        after = batch.after_BS[rows]
+        prompts = [batch.unit.prompts[i] for i in rows]
+        condition = policy.encode(prompts, batch.unit.plan).rows(len(batch.steps))
+        replayed = (batch.unit, before, after, batch.steps, condition)
         with torch.no_grad(), policy.as_reference():
-            theirs, _ = replay_log_prob(policy, batch.unit, latents, batch.steps, condition)
-        mine, _ = replay_log_prob(policy, batch.unit, latents, batch.steps, condition)
-        # clipped as a logarithm: the ratio of a step far from the reference overflows, and its gradient with it
+            theirs, _ = replay_log_prob(policy, *replayed)
+        mine, _ = replay_log_prob(policy, *replayed)
+
+        # clipped as a logarithm: the ratio of a step far from the reference overflows, and its
+        # gradient with it
         log_ratio = (mine - theirs).clamp(math.log1p(-self.clip_range), math.log1p(self.clip_range))
         won, lost = log_ratio.split(len(winners))
         logit = objectives.preference_logit(won, lost, self.beta)
         metrics = objectives.ratio_metrics(objectives.ratio(mine, theirs), self.clip_range)
-        # these ratios are to the reference, not to the behaviour policy: they have names of their own
+
+        # these ratios are to the reference, not to the behaviour policy: they have names of their
+        # own
         return Loss(
             value=objectives.preference_loss(logit).mean(),
             means={
@@ -81,7 +106,8 @@ class D3PO(Algorithm):
 
 def _sides(batch: StepPass) -> tuple[list[int], list[int]]:
     """Rows of the winners, and of their losers in the same order."""
-    side = batch.advantage_B.tolist()
+    assert batch.side_B is not None, "this batch compares nothing"
+    side = batch.side_B.tolist()
     winner = {p: i for i, p in enumerate(batch.unit.prompt_ids) if side[i] > 0}
     loser = {p: i for i, p in enumerate(batch.unit.prompt_ids) if side[i] < 0}
     return list(winner.values()), [loser[p] for p in winner]

@@ -1,89 +1,106 @@
-"""Diffusion-DPO: learning from pairs of pictures without a reward model, offline or from the run's own scored samples."""
+"""Diffusion-DPO: learning from pairs of pictures without a reward model, offline or from the run's
+own scored samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from rlalign import objectives
+from rlalign.algorithms import _objectives as objectives
+from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.base import (
     Algorithm,
-    DifferentiableScorer,
     Given,
     Loss,
     best_and_worst,
+    check_company,
     final_latents,
     noised,
 )
-from rlalign.batches import PairBatch, PairPass, Pairs
+from rlalign.core.batches import PairBatch, PairPass, Pairs
+from rlalign.core.copies import Copy, Every
+from rlalign.core.records import Scored
+from rlalign.core.registry import UserError
 from rlalign.diffusion.paths import elbo_weight
-from rlalign.memory import Memory
 from rlalign.policies.base import Policy
-from rlalign.records import Scored
-from rlalign.registry import UserError
 
 
 class DiffusionDPO(Algorithm):
-    """-log sigmoid(-s (d_w - d_l)), d = |target - prediction|^2 - |target - prediction of the reference|^2, per pair.
+    """-log sigmoid(-s (d_w - d_l)), d = |target - prediction|^2 - |target - prediction of the
+    reference|^2, per pair.
 
-    Winner and loser get the same noise level and the same noise. Errors are means over elements. ``weighting`` uniform has
-    s = beta / 2, the published code's form; elbo writes the bound out, s = beta T w(t) with w(t) the exact weight of the
-    variational bound at that level, so beta counts nats per element.
+    Winner and loser get the same noise level and the same noise. Errors are means over elements.
+    ``weighting`` uniform has s = beta / 2, the published code's form; elbo writes the bound out, s
+    = beta T w(t) with w(t) the exact weight of the variational bound at that level, so beta counts
+    nats per element.
 
-    Pairs come from the run's ``preferences`` (offline), or from the round's samples: best against worst of each prompt. ``ties``
-    is about the latter; what a set's ties count is said by ``preferences.ties``.
+    Pairs come from the run's ``preferences`` (offline), or from the round's samples: best against
+    worst of each prompt. ``ties`` is about the latter; what a set's ties count is said by
+    ``preferences.ties``.
 
     Source: Wallace 2023, arXiv:2311.12908, eq. 14; Rafailov 2023, arXiv:2305.18290.
     """
 
-    eats = "pairs"
+    eats = PairBatch
 
-    beta: float = Field(default=5000.0, gt=0, description="strength; the published 5000 goes with uniform weighting")
+    beta: float = Field(
+        default=5000.0, gt=0, description="strength; the published 5000 goes with uniform weighting"
+    )
     weighting: Literal["uniform", "elbo"] = Field(default="uniform", description="of noise levels")
     draws: int = Field(default=4, ge=1, description="times that each pair is noised")
-    caption_dropout: float = Field(default=0.2, ge=0, le=1, description="share of empty captions, for guidance")
+    caption_dropout: float = Field(
+        default=0.2, ge=0, le=1, description="share of empty captions, for guidance"
+    )
     ties: Literal["drop", "half"] = Field(
         default="drop",
-        description="own samples with equal rewards: left out, or half for each side (of a set: preferences.ties)",
+        description=(
+            "own samples with equal rewards: left out, or half for each side (of a set:"
+            " preferences.ties)"
+        ),
     )
     refresh_every: int = Field(
-        default=0, ge=0, description="rounds after which the reference becomes the current policy; 0 never"
+        default=0,
+        ge=0,
+        description="rounds after which the reference becomes the current policy; 0 never",
     )
-
-    @property
-    def compares(self) -> Literal["", "unit", "round"]:
-        return "unit"
 
     def check(self, given: Given) -> None:
         super().check(given)
+        check_company(self.name, given, within="unit")
         if given.ties == "drop" and self.ties == "half":
             raise UserError(
-                "algorithm.ties must be drop where the pairs are a set's, got 'half': it is about samples of one's own; "
-                "set preferences.ties to half"
+                "algorithm.ties must be drop where the pairs are a set's, got 'half': it is about"
+                " samples of one's own; set preferences.ties to half"
             )
 
     @property
-    def reference_rounds(self) -> int:
-        return self.refresh_every
+    def copies(self) -> Mapping[str, Copy]:
+        return {"reference": Every(self.refresh_every)} if self.refresh_every else {}
 
     @property
-    def uses(self) -> int:
+    def times_noised(self) -> int:
         return self.draws
 
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> PairBatch:
         parts = []
+
+        # of each unit's prompts the best and the worst sample
         for one, clean in zip(scored, final_latents(scored), strict=True):
             found = best_and_worst(one.total_B, one.unit.prompt_ids)
             if self.ties == "drop":
                 found = [pair for pair in found if one.total_B[pair[0]] > one.total_B[pair[1]]]
             if not found:
                 continue
+
+            # a tie has label one half
             winners, losers = (list(side) for side in zip(*found, strict=True))
-            label = np.where(one.total_B[winners] > one.total_B[losers], 1.0, 0.5).astype(np.float32)
+            label = np.where(one.total_B[winners] > one.total_B[losers], 1.0, 0.5).astype(
+                np.float32
+            )
             parts.append(
                 Pairs(
                     prompts=tuple(one.unit.prompts[w] for w in winners),
@@ -91,33 +108,48 @@ class DiffusionDPO(Algorithm):
                     second=clean[losers],
                     label_B=torch.from_numpy(label),
                     key=(one.unit.seed, *one.unit.key),
+                    plan=one.unit.plan,
                 )
             )
-        return self.pair_batch(parts)
+        return PairBatch(pairs=tuple(parts), draws=self.draws)
 
-    def pair_batch(self, pairs: Sequence[Pairs]) -> PairBatch:
-        return PairBatch(pairs=tuple(pairs), draws=self.draws)
+    def loss(self, batch: PairPass, policy: Policy) -> Loss:
+        # both pictures of a pair get the same noise, level and caption
+        first, second = batch.pairs.latents(lambda side: policy.as_latents(side.to(policy.device)))
+        level_B, noise, empty_B = noised(
+            policy, batch.key, first, batch.pairs.plan, self.caption_dropout
+        )
+        condition = policy.encode(batch.pairs.prompts, batch.pairs.plan).dropped(empty_B).rows(2)
+        both = torch.cat([first, second])
+        levels = level_B.repeat(2)
+        noises = torch.cat([noise, noise])
 
-    def loss(self, batch: PairPass, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
-        with torch.no_grad():
-            first, second = (policy.as_latents(side) for side in (batch.first, batch.second))
-        level_B, noise, empty_B = noised(policy, batch.key, first, self.caption_dropout)
-        condition = policy.encode(batch.prompts).dropped(empty_B).rows(2)
-        both, levels, noises = torch.cat([first, second]), level_B.repeat(2), torch.cat([noise, noise])
+        # how much better than the reference the policy denoises each side
         with torch.no_grad(), policy.as_reference():
             theirs_first, theirs_second = policy.error(both, noises, levels, condition).chunk(2)
         mine_first, mine_second = policy.error(both, noises, levels, condition).chunk(2)
         gain_B = (theirs_first - mine_first) - (theirs_second - mine_second)
         logit_B = self._strength(policy, level_B).to(gain_B) * gain_B
+
+        # the loss and the share of pairs that the policy orders as labelled
         loss_B = objectives.labelled_preference_loss(logit_B, batch.label_B)
-        agrees_B = torch.where(batch.label_B == 0.5, 0.5, ((logit_B > 0) == (batch.label_B > 0.5)).float())
+        agrees_B = torch.where(
+            batch.label_B == 0.5, 0.5, ((logit_B > 0) == (batch.label_B > 0.5)).float()
+        )
         return Loss(
             value=loss_B.mean(),
-            means={"preference/accuracy": agrees_B.mean(), "preference/logit": logit_B.detach().abs().mean()},
+            means={
+                "preference/accuracy": agrees_B.mean(),
+                "preference/logit": logit_B.detach().abs().mean(),
+            },
         )
 
     def _strength(self, policy: Policy, level_B: torch.Tensor) -> torch.Tensor:
         """(B,) what the difference of gains is multiplied with."""
         if self.weighting == "uniform":
             return torch.full_like(level_B, self.beta / 2.0)
-        return self.beta * policy.path.train_steps * elbo_weight(policy.path, level_B, policy.prediction)
+        return (
+            self.beta
+            * policy.path.train_steps
+            * elbo_weight(policy.path, level_B, policy.prediction)
+        )

@@ -8,26 +8,31 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from rlalign.algorithms.base import Algorithm, DifferentiableScorer, Loss, rewards_of, step_batch
-from rlalign.batches import StepBatch, StepPass
+from rlalign.algorithms._memory import Memory
+from rlalign.algorithms.base import Algorithm, Loss, rewards_of, step_batch
+from rlalign.core.batches import StepBatch, StepPass
+from rlalign.core.records import Scored
 from rlalign.diffusion.rollout import replay_log_prob
-from rlalign.memory import Memory
 from rlalign.policies.base import Policy
-from rlalign.records import Scored
 
 
 class Reinforce(Algorithm):
-    """The score-function gradient of the expected reward, nothing normalised: sum over steps of grad log p times (r - b).
+    """The score-function gradient of the expected reward, nothing normalised: sum over steps of
+    grad log p times (r - b).
 
-    Log-probs are joint here (summed over the D elements of a latent and over the K steps), rewards are raw; so the gradient
-    is D K times that of DDPO's score_function with equal advantages. One update a round.
+    Log-probs are joint here (summed over the D elements of a latent and over the K steps), rewards
+    are raw; so the gradient is D K times that of DDPO's score_function with equal advantages. One
+    update a round.
 
-    Source: Williams 1992, doi:10.1007/BF00992696; Black 2023, arXiv:2305.13301, equation of DDPO_SF.
+    Source: Williams 1992, doi:10.1007/BF00992696; Black 2023, arXiv:2305.13301, equation of
+    DDPO_SF.
     """
 
     baseline: Literal["none", "mean"] = Field(
         default="mean",
-        description="b: nothing, or the mean reward of the round; either leaves the expected gradient alone",
+        description=(
+            "b: nothing, or the mean reward of the round; either leaves the expected gradient alone"
+        ),
     )
 
     @property
@@ -40,10 +45,13 @@ class Reinforce(Algorithm):
         level = reward_B[kept].mean() if self.baseline == "mean" and kept.any() else 0.0
         return step_batch(scored, np.where(kept, reward_B - level, 0.0))
 
-    def loss(self, batch: StepPass, policy: Policy, scorer: DifferentiableScorer | None = None) -> Loss:
-        condition = policy.encode(batch.unit.prompts).rows(len(batch.steps))
-        log_prob_BS, _ = replay_log_prob(policy, batch.unit, batch.latents_BK1, batch.steps, condition)
-        elements = batch.latents_BK1[0, 0].numel()
-        # the learner averages over (sample, step) pairs: with the number of steps it is a sum over them
+    def loss(self, batch: StepPass, policy: Policy) -> Loss:
+        condition = policy.encode(batch.unit.prompts, batch.unit.plan).rows(len(batch.steps))
+        log_prob_BS, _ = replay_log_prob(
+            policy, batch.unit, batch.before_BS, batch.after_BS, batch.steps, condition
+        )
+        elements = batch.before_BS[0, 0].numel()
+        # the learner averages over (sample, step) pairs: with the number of steps it is a sum over
+        # them
         joint_BS = log_prob_BS * (elements * batch.learned)
         return Loss(value=(-batch.advantage_B[:, None] * joint_BS).mean())

@@ -1,10 +1,12 @@
 """The commands by name; exit codes and messages.
 
-0 success; 2 a user's mistake, one message; 130 stopped by Ctrl-C; anything else is a fault of ours and leaves a traceback (1).
+0 success; 2 a user's mistake, one message; 130 stopped by Ctrl-C; anything else is a fault of ours
+and leaves a traceback (1).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -13,10 +15,12 @@ from collections.abc import Sequence
 import typer
 
 from rlalign import __version__
-from rlalign.cli import fit, look, models, operate, rllib, sample, serve, train
-from rlalign.registry import UserError
+from rlalign.cli import common, fit, look, models, operate, rllib, sample, serve, streams, train
+from rlalign.core.registry import UserError
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+_WORK = ("train", "pretrain", "fit-reward", "sample", "serve-reward", "rllib", "evaluate", "export")
+"""Commands that are about what they do, and not about what they say."""
 
 app = typer.Typer(
     add_completion=False,
@@ -31,11 +35,14 @@ def rlalign(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and end."),
 ) -> None:
-    """Aligns diffusion models with rewards and preferences: on one laptop or on a Ray cluster, with the same numbers."""
+    """Aligns diffusion models with rewards and preferences: on one laptop or on a Ray cluster, with
+    the same numbers."""
     if version:
         print(f"rlalign {__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
+    elif context.invoked_subcommand in _WORK:
+        context.with_resource(streams.go_on_unread())
 
 
 app.command()(train.train)
@@ -54,26 +61,35 @@ for command in (operate.submit, operate.status, operate.logs, operate.stop, oper
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit code. A fault of ours propagates as the exception that it is."""
+    """Runs a command and returns the exit code. A fault of ours propagates as the exception that it
+    is."""
+    if arguments is None:
+        streams.use_utf8()
+    streams.prepare()
     if not sys.stderr.isatty():
-        os.environ.setdefault(
-            "TQDM_DISABLE", "1"
-        )  # bars of the libraries that load weights, one line per change in a log
+        # bars of the libraries that load weights, one line per change in a log
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
+        _refuse_bytes(sys.argv[1:] if arguments is None else arguments)
         code = app(arguments, prog_name="rlalign", standalone_mode=False)
-        sys.stdout.flush()  # a full disk or a closed pipe shows here, not at the interpreter's end
+        # a full disk or a closed pipe shows here, not at the interpreter's end
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except UserError as error:
         return _refused(str(error))
-    except typer.TyperException as error:  # the command line itself: an unknown command or option, a missing argument
+    except typer.TyperException as error:
+        # the command line itself: an unknown command or option, a missing argument
         return _refused(f"{error.format_message()} (rlalign --help says what there is)")
     except KeyboardInterrupt:
-        return train.STOPPED
-    except BrokenPipeError:
+        return common.STOPPED
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        # typer and rich make an exit of a reader who has gone; whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0  # whoever read has seen enough
+        return 0
     except RuntimeError as error:
-        from rlalign.precision import unrepeatable
+        from rlalign.networks.precision import unrepeatable
 
         if message := unrepeatable(error):
             return _refused(message)
@@ -82,9 +98,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _NO_ROOM:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        return _refused(f"{place}{os.strerror(error.errno)}; make room or name another folder, and start again")
+        return _refused(
+            f"{place}{os.strerror(error.errno)}; make room or name another folder, and start again"
+        )
+
+
+def _refuse_bytes(arguments: Sequence[str]) -> None:
+    """Raises UserError for an argument that is no text, such as a folder's name of another
+    encoding."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{argument!r}: names must be UTF-8, and this one is not; give it another name"
+            ) from error
 
 
 def _refused(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    # nobody can be told; the code says it
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
     return 2

@@ -1,28 +1,32 @@
-"""How much memory a run's workers hold: what loading leaves behind, what learning adds to it, and whether there is so much.
+"""How much memory a run's workers hold: what loading leaves behind, what learning adds to it, and
+whether there is so much.
 
-An estimate, for ``rlalign check``. Activations, which depend on kernels more than on settings, come on top.
+An estimate, for ``rlalign check``. Activations, which depend on kernels more than on settings, come
+on top.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
+
+from rlalign.runtime.roles import LEARNER, ROLLOUT, Role
 
 if TYPE_CHECKING:
     from rlalign.config import Run, RuntimeSettings
     from rlalign.policies.base import Policy
-    from rlalign.runtime.placement import Node
-    from rlalign.sample import Sample
+    from rlalign.runtime.placement import Bundle, Node
 
 Loaded = TypeVar("Loaded")
 
 LIBRARIES = 900_000_000
-"""Bytes of a worker's process beside its tensors: torch, diffusers and their like (measured on Linux, torch 2.15)."""
+"""Bytes of a worker's process beside its tensors: torch, diffusers and their like (measured on
+Linux, torch 2.15)."""
 
 
-def held(load: Callable[[], Loaded]) -> tuple[Loaded, int]:
+def measure_load(load: Callable[[], Loaded]) -> tuple[Loaded, int]:
     """(what was loaded, bytes of the tensors that this has left in memory, whatever holds them)."""
     before = _tensors()
     found = load()
@@ -36,7 +40,11 @@ def _tensors() -> dict[int, int]:
     gc.collect()
     found: dict[int, int] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.layout == torch.strided and not thing.is_meta:
+        if (
+            issubclass(type(thing), torch.Tensor)
+            and thing.layout == torch.strided
+            and not thing.is_meta
+        ):
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found
@@ -56,24 +64,30 @@ class Needs:
     on_gpu: frozenset[str] = field(default_factory=frozenset)
     """Roles whose tensors are on a GPU; ``reward`` is all rewards."""
 
-    def of(self, role: str) -> int:
+    def of(self, role: Role) -> int:
         """A worker's tensors."""
-        kind, _, title = role.partition(" ")
-        return {"learner": self.learner, "rollout": self.rollout, "reward": self.rewards.get(title, 0)}.get(kind, 0)
+        if role.reward:
+            return self.rewards.get(role.reward, 0)
+        return {LEARNER: self.learner, ROLLOUT: self.rollout}.get(role, 0)
 
-    def in_machine(self, roles: Iterable[str]) -> int:
-        """Memory of a machine that these workers take, a process each: tensors that are not on a GPU, and the libraries."""
+    def computes_on_gpu(self, role: Role) -> bool:
+        """Whether a worker's tensors are on a GPU."""
+        return ("reward" if role.reward else role.label) in self.on_gpu
+
+    def in_machine(self, roles: Iterable[Role]) -> int:
+        """Memory of a machine that these workers take, a process each: tensors that are not on a
+        GPU, and the libraries."""
         found = 0
         for role in roles:
-            found += LIBRARIES + (self.round if role == "learner" else 0)
-            found += 0 if role.partition(" ")[0] in self.on_gpu else self.of(role)
+            found += LIBRARIES + (self.round if role == LEARNER else 0)
+            found += 0 if self.computes_on_gpu(role) else self.of(role)
         return found
 
 
 def needs_of(run: Run, policy: Policy, loaded: int, rewards: Mapping[str, int]) -> Needs:
     """The needs of a run, of what its policy and its rewards hold once they are loaded."""
     # a differentiable reward is loaded by the learner too
-    own = sum(rewards[r.title] for r in run.rewards) if run.algorithm.eats == "prompts" else 0
+    own = sum(rewards[r.title] for r in run.rewards) if run.algorithm.eats.sampled_by_loss else 0
     return Needs(
         learner=loaded + own + learning(run, policy),
         rollout=loaded + trained(policy),  # weights come as a copy of their own
@@ -95,15 +109,19 @@ def trained(policy: Policy) -> int:
 
 
 def learning(run: Run, policy: Policy) -> int:
-    """What a learner holds beside its policy at the worst moment of an update: copies, moments, gradients."""
-    algorithm, settings, workers = run.algorithm, run.learner, run.runtime.learner_workers
+    """What a learner holds beside its policy at the worst moment of an update: copies, moments,
+    gradients."""
+    algorithm = run.algorithm
+    settings = run.learner
+    workers = run.runtime.learner.workers
     weights = trained(policy)
     critic = algorithm.critic(policy, run.plan)
     values = sum(p.numel() * p.element_size() for p in critic[0].parameters()) if critic else 0
-    kept = [settings.ema_decay > 0, algorithm.behaviour_decay, algorithm.wants_proximal, algorithm.reference_rounds]
-    copies = 1 + sum(bool(one) for one in kept)  # the weights before the first update, and what is asked for
-    # a flat gradient of every own shard stays until the update; beside them either those being computed, one a lane, or,
-    # with several learners, a table of all shards and the copy of it that is summed
+    # the weights before the first update, and what is asked for
+    copies = 1 + len(algorithm.copies) + (settings.ema_decay > 0)
+    # a flat gradient of every own shard stays until the update; beside them either those being
+    # computed, one a lane, or, with several learners, a table of all shards and the copy of it that
+    # is summed
     own = settings.shards // workers
     lanes = own if run.runtime.device == "cpu" else 1
     beside = 2 * settings.shards if workers > 1 else max(lanes, min(2, own))
@@ -112,61 +130,78 @@ def learning(run: Run, policy: Policy) -> int:
 
 
 def of_a_round(run: Run, policy: Policy) -> int:
-    """Latents (float32) and pictures of the larger of a round and an evaluation; a learner of steps has latents twice."""
-    from rlalign.assemble import drawn_size
+    """Latents (float32) and pictures of the larger of a round and an evaluation; a learner of steps
+    has latents twice."""
 
     latent = 4 * (run.plan.steps + 1)
     for size in policy.latent_shape(run.plan):
         latent *= size
-    height, width = drawn_size(policy, run.plan)
-    picture = 3 * height * width
+    height, width = policy.drawn_size(run.plan)
+    picture = 3 * run.plan.frames * height * width
     samples = run.samples_per_round if run.rolls_out else 0
-    copies = 2 if run.algorithm.eats == "steps" else 1
+    copies = 2 if run.algorithm.eats.per_step else 1
     return max(samples * (copies * latent + picture), run.evaluate.prompts * (latent + picture))
 
 
 def rows(needs: Needs) -> dict[str, str]:
     """What each worker holds, in words."""
-    learner = f"learner about {megabytes(needs.learner)} and {megabytes(needs.round)} of a round's samples, "
-    rewards = "".join(f", {title} worker about {megabytes(size)}" for title, size in needs.rewards.items())
+    learner = (
+        f"learner about {megabytes(needs.learner)} and {megabytes(needs.round)} of a round's"
+        " samples, "
+    )
+    rewards = "".join(
+        f", {title} worker about {megabytes(size)}" for title, size in needs.rewards.items()
+    )
     return {
-        "memory": f"{learner if needs.learner else ''}rollout worker about {megabytes(needs.rollout)}{rewards}; "
-        f"activations, and {megabytes(LIBRARIES)} of libraries a process, come on top",
+        "memory": (
+            f"{learner if needs.learner else ''}rollout worker about"
+            f" {megabytes(needs.rollout)}{rewards}; activations, and {megabytes(LIBRARIES)} of"
+            " libraries a process, come on top"
+        ),
     }
 
 
-def here(run: Run | Sample, needs: Needs) -> dict[str, str]:
-    """What this machine has, and what it would take: in one process, and with every worker in one of its own."""
+def here(bundles: Sequence[Bundle], needs: Needs) -> dict[str, str]:
+    """What this machine has, and what it would take: in one process, and with every worker in one
+    of its own."""
     import psutil
 
-    from rlalign.runtime.placement import bundles
-
-    roles = [bundle.role for bundle in bundles(run)]
+    roles = [bundle.role for bundle in bundles]
     once = list(dict.fromkeys(roles))
     alone = needs.in_machine(once) - LIBRARIES * (len(once) - 1)
     memory = psutil.virtual_memory()
     found = {
-        "this machine": f"{megabytes(memory.total)} of memory, {megabytes(memory.available)} of it free; "
-        f"--local takes about {megabytes(alone)}{_short(alone, memory.total)}, "
-        f"Ray about {megabytes(needs.in_machine(roles))}{_short(needs.in_machine(roles), memory.total)}"
+        "this machine": (
+            f"{megabytes(memory.total)} of memory, {megabytes(memory.available)} of it free;"
+            f" --local takes about {megabytes(alone)}{_short(alone, memory.total)}, Ray about"
+            f" {megabytes(needs.in_machine(roles))}{_short(needs.in_machine(roles), memory.total)}"
+        )
     }
-    return found | _gpu_here(run, needs, once)
+    return found | _gpu_here(bundles, needs, once)
 
 
-def _gpu_here(run: Run | Sample, needs: Needs, roles: Iterable[str]) -> dict[str, str]:
-    """The same of this machine's GPU, where there is one and something is to be on it; a worker may fill its share of one."""
-    from rlalign import devices
-    from rlalign.runtime.placement import bundles
+def _gpu_here(bundles: Sequence[Bundle], needs: Needs, roles: Iterable[Role]) -> dict[str, str]:
+    """The same of this machine's GPU, where there is one and something is to be on it; a worker may
+    fill its share of one."""
+    from rlalign.networks import devices
 
-    used = [role for role in roles if role.partition(" ")[0] in needs.on_gpu]
+    used = [role for role in roles if needs.computes_on_gpu(role)]
     if not used or not devices.gpus():
         return {}
-    size, alone = devices.gpu_memory(), sum(needs.of(role) for role in used)
-    share = {b.role: b.needs.get("GPU", 0.0) for b in bundles(run)}
-    each = [f"{r} {megabytes(needs.of(r))}{_short(needs.of(r), min(share[r], 1.0) * size)}" for r in used if share[r]]
+    # all of them on one card, and each on its share
+    size = devices.gpu_memory()
+    alone = sum(needs.of(role) for role in used)
+    share = {b.role: b.needs.get("GPU", 0.0) for b in bundles}
+    each = [
+        f"{r} {megabytes(needs.of(r))}{_short(needs.of(r), min(share[r], 1.0) * size)}"
+        for r in used
+        if share[r]
+    ]
     return {
-        "this machine's GPU": f"{megabytes(size)}; --local takes about {megabytes(alone)}{_short(alone, size)}"
-        + (f", on Ray {', '.join(each)}" if each else "")
+        "this machine's GPU": (
+            f"{megabytes(size)}; --local takes about {megabytes(alone)}{_short(alone, size)}"
+            + (f", on Ray {', '.join(each)}" if each else "")
+        )
     }
 
 

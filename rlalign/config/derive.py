@@ -1,11 +1,12 @@
-"""What follows from a Run: the JSON Schema of a run file, and the numbers that ``rlalign check`` prints."""
+"""What follows from a Run: the JSON Schema of a run file, and the numbers that ``rlalign check``
+prints."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rlalign.config.settings import PLUGINS, Run
-from rlalign.registry import load_class, names
+from rlalign.core.registry import load_class, names
 
 _REF = "#/$defs/{model}"
 
@@ -23,7 +24,8 @@ def schema() -> dict[str, Any]:
 
 
 def _one_of(shelf: str, defs: dict[str, Any]) -> dict[str, Any]:
-    """A plug-in of the shelf by its name, or one kept elsewhere, of which nothing is known; adds what they use to ``defs``."""
+    """A plug-in of the shelf by its name, or one kept elsewhere, of which nothing is known; adds
+    what they use to ``defs``."""
     options: list[dict[str, Any]] = []
     for name in names(shelf):
         one = load_class(shelf, name).model_json_schema(ref_template=_REF)
@@ -31,38 +33,78 @@ def _one_of(shelf: str, defs: dict[str, Any]) -> dict[str, Any]:
         one["properties"]["name"] = {"const": name, "description": f"a plug-in of rlalign/{shelf}"}
         one["required"] = sorted({*one.get("required", []), "name"})
         options.append(one)
-    kept = {"type": "string", "pattern": ":", "description": "package.module:Class of a plug-in kept elsewhere"}
-    return {"oneOf": [*options, {"type": "object", "properties": {"name": kept}, "required": ["name"]}]}
-
-
-def derived(run: Run) -> dict[str, str]:
-    """What follows from the settings alone, in words."""
-    learner, prompts, samples = run.learner, run.prompts, run.samples_per_round
-    updates = learner.updates_per_round * learner.epochs
-    evaluations = 2 + ((run.rounds - 1) // run.evaluate.every if run.evaluate.every else 0)
-    if run.preferences is not None:
-        pairs = run.preferences.pairs_per_round
-        return {
-            "pairs per round": f"{pairs:,} of {run.preferences.path}, {run.preferences.pairs_per_pass:,} in a pass",
-            "updates per round": f"{updates:,}",
-            "in all": f"{run.rounds:,} rounds, {pairs * run.rounds:,} pairs, {updates * run.rounds:,} updates; no sampling",
-            "evaluations": f"{evaluations:,} of {run.evaluate.prompts} samples",
-        }
-    units = run.units_per_round // learner.updates_per_round
-    passes = units * (
-        -(-run.plan.steps // learner.steps_per_pass) if run.algorithm.eats == "steps" else run.algorithm.uses
-    )
-    guided = "" if run.plan.guidance == 1.0 else ", each for the caption and for the empty one (guidance)"
-    each = f"samples{' and steps' if run.algorithm.eats == 'steps' else ''}"
-    rows = run.samples_per_unit * (learner.steps_per_pass if run.algorithm.eats == "steps" else 1)
+    kept = {
+        "type": "string",
+        "pattern": ":",
+        "description": "package.module:Class of a plug-in kept elsewhere",
+    }
     return {
-        "samples per round": f"{samples:,} = {prompts.per_round} prompts x {prompts.samples_per_prompt}",
-        "units per round": f"{run.units_per_round:,} of {run.samples_per_unit} samples",
-        "denoiser calls per round": f"{samples * run.plan.steps:,}{guided}",
-        "updates per round": f"{updates:,} of {samples // learner.updates_per_round} samples each",
-        "passes per update": f"at most {passes:,} of {rows} {each}, "
-        f"in {learner.shards} shard{'s' if learner.shards > 1 else ''}",
-        "in all": f"{run.rounds:,} rounds, {samples * run.rounds:,} samples, {samples * run.rounds * run.plan.steps:,} denoiser "
-        f"calls, {samples * run.rounds * len(run.rewards):,} reward queries, {updates * run.rounds:,} updates",
+        "oneOf": [*options, {"type": "object", "properties": {"name": kept}, "required": ["name"]}]
+    }
+
+
+def summarise_run(run: Run) -> dict[str, str]:
+    """What follows from the settings alone, in words."""
+    evaluations = 2 + ((run.rounds - 1) // run.evaluate.every if run.evaluate.every else 0)
+    of_rounds = _of_samples(run) if run.preferences is None else _of_pairs(run)
+    return {
+        **of_rounds,
         "evaluations": f"{evaluations:,} of {run.evaluate.prompts} samples",
+    }
+
+
+def _of_pairs(run: Run) -> dict[str, str]:
+    """What a run comes to that learns from a set of preferences."""
+    preferences = run.preferences
+    assert preferences is not None
+    pairs = preferences.pairs_per_round
+    updates = run.learner.updates_per_round * run.learner.epochs
+    return {
+        "pairs per round": (
+            f"{pairs:,} of {preferences.path}, {preferences.pairs_per_pass:,} in a pass"
+        ),
+        "updates per round": f"{updates:,}",
+        "in all": (
+            f"{run.rounds:,} rounds, {pairs * run.rounds:,} pairs, {updates * run.rounds:,}"
+            " updates; no sampling"
+        ),
+    }
+
+
+def _of_samples(run: Run) -> dict[str, str]:
+    """What a run comes to that learns from samples of its own."""
+    learner = run.learner
+    prompts = run.prompts
+    samples = run.samples_per_round
+    updates = learner.updates_per_round * learner.epochs
+    calls = samples * run.plan.steps
+
+    # an algorithm of steps takes a unit's steps a few at a time, the others take it as often as
+    # they use it
+    by_steps = run.algorithm.eats.per_step
+    uses = 1 if run.algorithm.eats.sampled_by_loss else run.algorithm.times_noised
+    if by_steps:
+        uses = -(-run.plan.steps // learner.steps_per_pass)
+    passes = run.units_per_round // learner.updates_per_round * uses
+    rows = run.samples_per_unit * (learner.steps_per_pass if by_steps else 1)
+
+    guided = run.policy.calls_per_look(run.plan) > 1
+    twice = ", each for the caption and for the empty one (guidance)" if guided else ""
+    return {
+        "samples per round": (
+            f"{samples:,} = {prompts.per_round} prompts x {prompts.samples_per_prompt}"
+        ),
+        "units per round": f"{run.units_per_round:,} of {run.samples_per_unit} samples",
+        "denoiser calls per round": f"{calls:,}{twice}",
+        "updates per round": f"{updates:,} of {samples // learner.updates_per_round} samples each",
+        "passes per update": (
+            f"at most {passes:,} of {rows} samples{' and steps' if by_steps else ''}, "
+            f"in {learner.shards} shard{'s' if learner.shards > 1 else ''}"
+        ),
+        "in all": (
+            f"{run.rounds:,} rounds, {samples * run.rounds:,} samples,"
+            f" {calls * run.rounds:,} denoiser calls,"
+            f" {samples * run.rounds * len(run.rewards):,} reward queries, {updates * run.rounds:,}"
+            " updates"
+        ),
     }

@@ -12,15 +12,28 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlalign import checkpoint
 from rlalign.config.settings import PLUGINS, Run
-from rlalign.registry import UserError, build, explain
+from rlalign.config.spelling import nest_path, nest_runtime, note_spelling
+from rlalign.core.files import UnreadableText, join_surrogates, parse_strict_json, read_text
+from rlalign.core.locations import locate
+from rlalign.core.registry import UserError, build, explain, read_reason
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that appears twice is an error, not the last one's victory."""
+    r"""YAML in which a key that appears twice is an error, not the last one's victory.
+
+    Its escapes mean what JSON's do: the pair \ud83d\ude00 is one character, as JSON writes
+    those outside the basic plane.
+    """
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        try:
+            return join_surrogates(value) if isinstance(value, str) else value
+        except UnreadableText as error:
+            raise UserError(f"line {node.start_mark.line + 1}: {error}") from error
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -29,7 +42,10 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         if not isinstance(key_node, yaml.ScalarNode):
             continue  # refused below: a list or a mapping is no key
         if key_node.value in seen:
-            raise UserError(f"line {key_node.start_mark.line + 1}: the key {key_node.value!r} appears twice; keep one")
+            raise UserError(
+                f"line {key_node.start_mark.line + 1}: the key {key_node.value!r} appears twice;"
+                " keep one"
+            )
         seen.add(key_node.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -41,15 +57,16 @@ _UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError for a missing, unreadable, empty or malformed one."""
+    """The mapping in a YAML file. Raises UserError for a missing, unreadable, empty or malformed
+    one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file{_near_file(path)}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: must be UTF-8 text; byte {error.start} is not") from error
+    except UnreadableText as error:
+        raise UserError(f"{path}: must be UTF-8 text; {error}") from error
     data = parse_yaml(text, str(path))
     if data is None:
         raise UserError(f"{path}: must hold a mapping of settings, and is empty")
@@ -59,7 +76,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """Parsed YAML; a syntax error is a UserError with its line."""
+    """Parsed YAML, or JSON; a syntax error is a UserError with its line."""
+    try:
+        return _parse_json(text)
+    except (ValueError, RecursionError):
+        # no JSON, or JSON with a mistake that the YAML parser names with its line
+        pass
+    # YAML, and every way in which a text may be none
     try:
         return yaml.load(text, Loader=_UniqueKeys)  # noqa: TID251 - a SafeLoader
     except UserError as error:
@@ -67,10 +90,33 @@ def parse_yaml(text: str, place: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{place}:{line} not YAML: {error.problem}") from error
-    except (KeyError, AttributeError) as error:  # what PyYAML itself falls over: `!!bool z`, `!!timestamp z`
+    except (
+        KeyError,
+        AttributeError,
+    ) as error:
+        # what PyYAML itself falls over: `!!bool z`, `!!timestamp z`
         raise UserError(f"{place}: not YAML: a value does not fit its !! tag") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2026-99-99
-        raise UserError(f"{place}: not YAML: {str(error).splitlines()[0]}") from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:
+        # ValueError: a date like 2026-99-99
+        raise UserError(f"{place}: not YAML: {read_reason(error)}") from error
+
+
+def _parse_json(text: str) -> Any:
+    """A JSON list or object. Most of JSON is YAML, but not its tabs, long keys, and line separators
+    within strings.
+
+    Raises ValueError for what is none, for NaN and Infinity, for a key that appears twice, and for
+    half a surrogate pair.
+    """
+    if not text.lstrip().startswith(("{", "[")):
+        raise ValueError("no list and no object")
+    found = parse_strict_json(text)
+    json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
 
 
 def _near_file(path: Path) -> str:
@@ -82,8 +128,9 @@ def _near_file(path: Path) -> str:
 
 def override(data: dict[str, Any], assignment: str) -> None:
     """Sets ``a.b=value`` in place; the value is YAML, a number in the path is a list's index."""
-    path, equals, text = assignment.partition("=")
-    *parents, last = path.strip().split(".")
+    given, equals, text = assignment.partition("=")
+    path = nest_path(given.strip())
+    *parents, last = path.split(".")
     if not equals or not all([*parents, last]):
         raise UserError(f"an override must read key=value, got {assignment!r}")
     place: Any = data
@@ -93,6 +140,8 @@ def override(data: dict[str, Any], assignment: str) -> None:
         else:
             place = place[_index(place, part, assignment)]
     value = parse_yaml(text, f"override {assignment!r}")
+    if path != given.strip():
+        note_spelling("the command line", (given.strip(),))
     if isinstance(place, dict):
         place[last] = value
     else:
@@ -103,14 +152,19 @@ def _index(place: Any, part: str, assignment: str) -> int:
     if not isinstance(place, list):
         raise UserError(f"override {assignment!r}: there is no {part!r} inside {place!r}")
     if not place:
-        raise UserError(f"override {assignment!r}: the list is empty and has no {part!r}; give the whole list")
+        raise UserError(
+            f"override {assignment!r}: the list is empty and has no {part!r}; give the whole list"
+        )
     if not (part.isascii() and part.isdigit() and int(part) < len(place)):
-        raise UserError(f"override {assignment!r}: {part!r} must be an index from 0 to {len(place) - 1} here")
+        raise UserError(
+            f"override {assignment!r}: {part!r} must be an index from 0 to {len(place) - 1} here"
+        )
     return int(part)
 
 
 def load_settings(cls: type[Settings], path: Path | str, overrides: Sequence[str] = ()) -> Settings:
-    """Any settings model from a YAML file with overrides applied, such as ``rlalign.pretrain.Pretrain``."""
+    """Any settings model from a YAML file with overrides applied, such as
+    ``rlalign.fitting.denoiser.Pretrain``."""
     return parse(cls, _read(path, overrides))
 
 
@@ -125,23 +179,31 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
 
 
 def _read(path: Path | str, overrides: Sequence[str]) -> dict[str, Any]:
-    data = read_yaml(Path(path))
+    data = nest_runtime(read_yaml(Path(path)), str(path))
     for assignment in overrides:
         override(data, assignment)
+        data = nest_runtime(data, "the command line")
     return data
 
 
 def parse_run(data: Mapping[str, Any]) -> Run:
-    """The Run of a mapping. Plug-ins are built first, so that their errors say where in the file they are."""
+    """The Run of a mapping. Plug-ins are built first, so that their errors say where in the file
+    they are."""
     made = parse_plugins(data, PLUGINS, ("rewards",))
     evaluate = made.get("evaluate")
     if isinstance(evaluate, Mapping) and "rewards" in evaluate:
-        made["evaluate"] = {**evaluate, "rewards": _rewards(evaluate["rewards"], "evaluate.rewards")}
+        made["evaluate"] = {
+            **evaluate,
+            "rewards": _rewards(evaluate["rewards"], "evaluate.rewards"),
+        }
     return parse(Run, made)
 
 
-def parse_plugins(data: Mapping[str, Any], plugins: Mapping[str, str], rewards: Sequence[str]) -> dict[str, Any]:
-    """The mapping with its plug-ins built: fields of ``plugins`` from their shelves, and lists of rewards."""
+def parse_plugins(
+    data: Mapping[str, Any], plugins: Mapping[str, str], rewards: Sequence[str]
+) -> dict[str, Any]:
+    """The mapping with its plug-ins built: fields of ``plugins`` from their shelves, and lists of
+    rewards."""
     made = dict(data)
     for field, shelf in plugins.items():
         if field in made:
@@ -151,30 +213,51 @@ def parse_plugins(data: Mapping[str, Any], plugins: Mapping[str, str], rewards: 
 
 def _rewards(value: Any, path: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise UserError(f"{path} must be a list of rewards such as [{{name: shapes}}], got {value!r}")
+        raise UserError(
+            f"{path} must be a list of rewards such as [{{name: shapes}}], got {value!r}"
+        )
     return [build("rewards", one, f"{path}.{i}") for i, one in enumerate(value)]
 
 
 def parse(cls: type[Settings], data: Mapping[Any, Any]) -> Settings:
+    """Settings of a class from a mapping. Raises UserError with the place, the rule, the value, and
+    the nearest valid name."""
     odd = next((k for k in data if not isinstance(k, str)), None)
     if odd is not None:
         raise UserError(f"settings must have names, got {odd!r}")
     try:
-        return cls.model_validate(dict(data))
+        return cls.model_validate(nest_runtime(data))
     except ValidationError as error:
         raise UserError(explain(error, cls, "")) from error
 
 
+def locate_run(run: Run, *, begun: bool, here: bool = True) -> Run:
+    """The run with absolute paths, so that it means the same in every folder; ``locate`` says what
+    is refused.
+
+    Of a run that has ``begun``, config.yaml keeps the paths that it has, and with them the identity
+    that its checkpoints name.
+    """
+    try:
+        located = locate(run, here=here)
+    except UserError as error:
+        if not begun:
+            raise
+        raise UserError(
+            f"{error}; a run with relative paths goes on from the folder in which it was started"
+        ) from error
+    if begun and located is not run:
+        before = resolved(run)
+        after = resolved(located)
+        located._as_written = {key: value for key, value in before.items() if after[key] != value}
+    return located
+
+
 def resolved(run: Run) -> dict[str, Any]:
     """The run as plain data, every default written out."""
-    return json.loads(run.model_dump_json())
+    return json.loads(run.model_dump_json()) | run._as_written
 
 
 def dump(run: Run) -> str:
     """The run as YAML, every default written out; ``load_run`` of it gives the same run."""
     return yaml.safe_dump(resolved(run), sort_keys=False, allow_unicode=True)
-
-
-def identity_of(run: Run) -> str:
-    """The digest that ties a checkpoint to its run."""
-    return checkpoint.identity(resolved(run))

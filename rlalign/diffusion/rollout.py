@@ -1,20 +1,24 @@
-"""Denoising as a decision process: produce trajectories, and take their log-probs again under other weights.
+"""Denoising as a decision process: produce trajectories, and take their log-probs again under other
+weights.
 
-Knows no policy by name: it takes anything with ``encode``, ``denoise``, ``decode``, ``latent_shape`` and a ``path``.
+Knows no policy by name: it takes anything with ``encode``, ``denoise``, ``decode``,
+``latent_shape`` and a ``path``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
 
+from rlalign.core.finite import NotFinite, message, watching
+from rlalign.core.media import as_uint8
+from rlalign.core.records import Plan, Trajectory, Unit
 from rlalign.diffusion.noise import noisy_steps, unit_noise
 from rlalign.diffusion.paths import NoisePath
 from rlalign.diffusion.steps import Gaussian, is_stochastic, step
-from rlalign.records import Plan, Trajectory, Unit
 
 
 class Denoiser(Protocol):
@@ -23,7 +27,7 @@ class Denoiser(Protocol):
     path: NoisePath
     device: str
 
-    def encode(self, prompts: Sequence[str]) -> Any: ...
+    def encode(self, prompts: Sequence[str], plan: Plan) -> Any: ...
     def denoise(
         self, x: torch.Tensor, level: torch.Tensor, condition: Any, guidance: float
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -33,30 +37,65 @@ class Denoiser(Protocol):
 
 @torch.no_grad()
 def rollout(
-    policy: Denoiser, unit: Unit, version: int, *, store: np.dtype[Any] | type = np.float32
+    policy: Denoiser, unit: Unit, version: int, *, start: torch.Tensor | None = None
 ) -> tuple[Trajectory, np.ndarray]:
     """Denoises one unit. Returns its trajectory and its media, uint8 of shape (B, F, 3, H, W).
 
-    Latents are rounded to the storage type first; the log-prob is taken of, and the chain goes on from, what is stored.
+    The chain begins at ``start`` (B, *latent), or where none is given at the unit's own noise.
+
+    Raises NotFinite where the latents or the pictures are not finite, in the name of the part of
+    the policy at fault.
+
+    Latents are stored in float32; the log-prob is taken of, and the chain goes on from, what is
+    stored.
     """
+    # the chain, with every latent and its log-prob
     shape = policy.latent_shape(unit.plan)
-    condition, schedule = policy.encode(unit.prompts), schedule_of(policy.path, unit)
-    x = _stored(unit_noise(unit, 0, shape), store, policy.device)
-    latents, log_probs = [x], []
+    condition = policy.encode(unit.prompts, unit.plan)
+    schedule = schedule_of(policy.path, unit)
+    noise = unit_noise(unit, 0, shape) if start is None else start
+    x = noise.to(policy.device, torch.float32)
+    latents = [x]
+    log_probs = []
     for k in range(unit.plan.steps):
         found, drawn = advance(policy, unit, schedule, k, x, condition)
-        x = _stored(drawn, store, policy.device)
+        x = drawn.float()
         latents.append(x)
         log_probs.append(found.gaussian.log_prob(x))
+
+    # what is kept of it
     trajectory = Trajectory(
         unit=unit,
         policy_version=version,
-        latents_BK1=torch.stack(latents, dim=1).cpu().numpy().astype(store, copy=False),
+        latents_BK1=torch.stack(latents, dim=1).cpu().numpy(),
         log_prob_BK=torch.stack(log_probs, dim=1).float().cpu().numpy(),
         stochastic_K=schedule.stochastic_K.numpy(),
     )
-    media = (policy.decode(x) * 255.0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-    return trajectory, media
+
+    # it stays so to the chain's end
+    if not np.isfinite(trajectory.latents_BK1[:, -1]).all():
+        refuse_latents(policy, unit, schedule, trajectory.latents_BK1, condition)
+    return trajectory, as_uint8(policy.decode(x))
+
+
+def refuse_latents(
+    policy: Any, unit: Unit, schedule: Schedule, latents_BK1: np.ndarray, condition: Any
+) -> NoReturn:
+    """Raises NotFinite for a unit's latents, by the step that they are not finite from and the part
+    of the policy at fault."""
+    finite_K1 = np.isfinite(latents_BK1).all(axis=(0, *range(2, latents_BK1.ndim)))
+    k = int(finite_K1.argmin()) - 1
+    where = f"at step {k + 1} of {unit.plan.steps}"
+    with watching(policy, where):
+        x = torch.from_numpy(latents_BK1[:, k].astype(np.float32)).to(policy.device)
+        advance(policy, unit, schedule, k, x, condition)
+    raise NotFinite(
+        message(
+            f"plan.rule {unit.plan.rule}",
+            "the denoiser's answer is finite; take other steps or rule",
+            where,
+        )
+    )
 
 
 class Schedule(NamedTuple):
@@ -72,7 +111,8 @@ class Schedule(NamedTuple):
 
 def schedule_of(path: NoisePath, unit: Unit) -> Schedule:
     """The schedule of a unit."""
-    plan, levels = unit.plan, path.levels(unit.plan.steps)
+    plan = unit.plan
+    levels = path.at(plan).levels(plan.steps)
     noisy = noisy_steps(unit)
     stochastic_K = is_stochastic(path, levels, rule=plan.rule, eta=plan.eta) & torch.tensor(noisy)
     return Schedule(levels, tuple(plan.eta if n else 0.0 for n in noisy), stochastic_K)
@@ -81,7 +121,8 @@ def schedule_of(path: NoisePath, unit: Unit) -> Schedule:
 def advance(
     policy: Denoiser, unit: Unit, schedule: Schedule, k: int, x: torch.Tensor, condition: Any
 ) -> tuple[Denoised, torch.Tensor]:
-    """Step k of a unit from latent ``x``: what the policy saw, and the next latent with the unit's own noise."""
+    """Step k of a unit from latent ``x``: what the policy saw, and the next latent with the unit's
+    own noise."""
     levels = schedule.levels
     found = denoised(policy, x, levels[k], levels[k + 1], condition, unit.plan, schedule.eta_K[k])
     if not schedule.stochastic_K[k]:
@@ -106,45 +147,61 @@ def denoised(
     plan: Plan,
     eta: float,
 ) -> Denoised:
-    """One step from ``level`` to ``level_next`` (scalars or (B,)) under the plan's rule and guidance, with noise ``eta``."""
+    """One step from ``level`` to ``level_next`` (scalars or (B,)) under the plan's rule and
+    guidance, with noise ``eta``."""
     clean, noise = policy.denoise(x, level, condition, plan.guidance)
     gaussian = step(x, clean, noise, policy.path, level, level_next, rule=plan.rule, eta=eta)
     return Denoised(gaussian, clean, noise)
 
 
-def replay(policy: Denoiser, unit: Unit, latents_BK1: torch.Tensor, steps: Sequence[int], condition: Any) -> Denoised:
-    """The policy's Gaussian, clean sample and noise at the given stochastic steps of a stored trajectory, in one pass.
+def moves(latents_BK1: torch.Tensor, steps: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S, ...) the latents that these steps of a trajectory started from, and those that they
+    went to."""
+    chosen = list(steps)
+    return latents_BK1[:, chosen], latents_BK1[:, [k + 1 for k in chosen]]
 
-    Tensors of shape (S * B, ...), step by step: row s * B + b is sample b at ``steps[s]``. With one step the pass has the
-    rollout's own shape, so on one device and thread count its log-prob equals the stored one bit for bit. ``condition`` is
+
+def by_step(x_BS: torch.Tensor) -> torch.Tensor:
+    """(B, S, ...) as (S * B, ...): row s * B + b is sample b at the s-th step."""
+    return x_BS.transpose(0, 1).flatten(0, 1)
+
+
+def replay(
+    policy: Denoiser, unit: Unit, before_BS: torch.Tensor, steps: Sequence[int], condition: Any
+) -> Denoised:
+    """The policy's Gaussian, clean sample and noise at the given stochastic steps of a stored
+    trajectory, in one pass.
+
+    ``before_BS`` (B, S, ...) are the latents that the S steps started from. Gives tensors of shape
+    (S * B, ...) in the order of ``by_step``. With one step the pass has the rollout's own shape, so
+    on one device and thread count its log-prob equals the stored one bit for bit. ``condition`` is
     that of the unit's B prompts, repeated S times.
     """
     plan = unit.plan
-    levels = policy.path.levels(plan.steps)
+    levels = policy.path.at(plan).levels(plan.steps)
     if len(steps) == 1:
         k = steps[0]
-        return denoised(policy, latents_BK1[:, k], levels[k], levels[k + 1], condition, plan, plan.eta)
-    rows = latents_BK1.shape[0]
+        return denoised(
+            policy, before_BS[:, 0], levels[k], levels[k + 1], condition, plan, plan.eta
+        )
+    rows = before_BS.shape[0]
     index = torch.as_tensor(list(steps))
-    x = latents_BK1[:, index].transpose(0, 1).flatten(0, 1)
-    now, then = levels[index].repeat_interleave(rows), levels[index + 1].repeat_interleave(rows)
+    x = by_step(before_BS)
+    now = levels[index].repeat_interleave(rows)
+    then = levels[index + 1].repeat_interleave(rows)
     return denoised(policy, x, now, then, condition, plan, plan.eta)
 
 
-def taken(latents_BK1: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
-    """(S * B, ...) the stored next latents of these steps, in ``replay``'s order of rows."""
-    return latents_BK1[:, [k + 1 for k in steps]].transpose(0, 1).flatten(0, 1)
-
-
 def replay_log_prob(
-    policy: Denoiser, unit: Unit, latents_BK1: torch.Tensor, steps: Sequence[int], condition: Any
+    policy: Denoiser,
+    unit: Unit,
+    before_BS: torch.Tensor,
+    after_BS: torch.Tensor,
+    steps: Sequence[int],
+    condition: Any,
 ) -> tuple[torch.Tensor, Denoised]:
-    """(B, S) log-probs, nats per element, of the stored next latents, and the steps they were taken under."""
-    found = replay(policy, unit, latents_BK1, steps, condition)
-    log_prob = found.gaussian.log_prob(taken(latents_BK1, steps))
-    return log_prob.reshape(len(steps), latents_BK1.shape[0]).transpose(0, 1), found
-
-
-def _stored(x: torch.Tensor, store: np.dtype[Any] | type, device: str) -> torch.Tensor:
-    kind = torch.float16 if np.dtype(store) == np.float16 else torch.float32
-    return x.to(device=device, dtype=kind).to(torch.float32)
+    """(B, S) log-probs, nats per element, of the latents that the steps went to, and the steps that
+    they are taken under."""
+    found = replay(policy, unit, before_BS, steps, condition)
+    log_prob = found.gaussian.log_prob(by_step(after_BS))
+    return log_prob.reshape(len(steps), before_BS.shape[0]).transpose(0, 1), found

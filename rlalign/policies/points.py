@@ -1,4 +1,5 @@
-"""The embedded models' small sibling: points in the plane, with an exact denoiser and nothing to load."""
+"""The embedded models' small sibling: points in the plane, with an exact denoiser and nothing to
+load."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from rlalign import lora
+from rlalign.core.records import Plan
+from rlalign.core.registry import UserError, read_reason
 from rlalign.diffusion.paths import VariancePreserving
-from rlalign.policies.base import Condition, Policy, PolicyRecipe
-from rlalign.records import Plan
-from rlalign.registry import UserError
+from rlalign.networks import lora
+from rlalign.policies.base import OWN_SIZE, Condition, Policy, PolicyRecipe, Words, refuse_frames
 
 MODES: dict[str, tuple[tuple[float, float], ...]] = {
     "left": ((-1.2, 0.6), (-1.2, -0.6)),
@@ -24,24 +25,33 @@ MODES: dict[str, tuple[tuple[float, float], ...]] = {
 """Word -> the centres where its points lie."""
 SPREAD = 0.15
 """Standard deviation of the points around a centre."""
-SIZE, REACH, BLOB = 16, 2.5, 0.45
-"""Pixels of a picture's side, the plane's half width in it, and the drawn blob's standard deviation in the plane."""
+SIZE = 16
+REACH = 2.5
+BLOB = 0.45
+"""Pixels of a picture's side, the plane's half width in it, and the drawn blob's standard deviation
+in the plane."""
 
 
 class Points(PolicyRecipe):
-    """Points in the plane: the exact denoiser of a Gaussian mixture for each caption, and a small network to be trained.
+    """Points in the plane: the exact denoiser of a Gaussian mixture for each caption, and a small
+    network to be trained.
 
-    The network's last layer starts at zero, so the untrained policy is exact. A picture is a bright spot on black.
+    The network's last layer starts at zero, so the untrained policy is exact. A picture is a bright
+    spot on black.
 
     Source: the score of a mixture of Gaussians in closed form; no paper.
     """
 
     hidden: int = Field(default=64, ge=1, description="width of the trained network")
-    path: str = Field(default="", description="a folder that a run has saved; empty is the untrained one")
+    path: str = Field(
+        default="", description="a folder that a run has saved; empty is the untrained one"
+    )
 
     def load(self, device: str) -> PointsPolicy:
         """The exact policy, or a trained one. Raises UserError for a folder that is not one."""
-        policy = PointsPolicy(device, self.hidden, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+        policy = PointsPolicy(
+            device, self.hidden, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha
+        )
         if self.path:
             policy.read(Path(self.path))
         return self.ready(policy)
@@ -58,7 +68,9 @@ class Residual(torch.nn.Module):
         torch.nn.init.zeros_(self.outer.weight)
         torch.nn.init.zeros_(self.outer.bias)
 
-    def forward(self, x_B2: torch.Tensor, t_B: torch.Tensor, about_B2: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_B2: torch.Tensor, t_B: torch.Tensor, about_B2: torch.Tensor
+    ) -> torch.Tensor:
         features_B6 = torch.cat([x_B2, t_B[:, None], (6.0 * t_B[:, None]).sin(), about_B2], dim=1)
         hidden = torch.nn.functional.silu(self.inner(features_B6))
         return self.outer(torch.nn.functional.silu(self.middle(hidden)))
@@ -69,8 +81,12 @@ class PointsPolicy(Policy):
 
     prediction = "epsilon"
 
-    def __init__(self, device: str, hidden: int, *, lora_rank: int = 0, lora_alpha: float = 0.0) -> None:
-        self.path, self.device, self._hidden = VariancePreserving.scaled_linear(), device, hidden
+    def __init__(
+        self, device: str, hidden: int, *, lora_rank: int = 0, lora_alpha: float = 0.0
+    ) -> None:
+        self.path = VariancePreserving.scaled_linear()
+        self.device = device
+        self._hidden = hidden
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.network = Residual(hidden).eval().to(device)
@@ -79,34 +95,40 @@ class PointsPolicy(Policy):
             lora.attach(self.network, rank=lora_rank, alpha=lora_alpha, targets=targets, seed=0)
         self.reference = {} if lora_rank else self.weights()
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """(B, 8, 3) centres with weights: those of the caption's words, or all where it has none that is known."""
+    def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
+        """(B, 8, 3) centres with weights: those of the caption's words, or all where it has none
+        that is known."""
         every = [mode for modes in MODES.values() for mode in modes]
 
         def rows(prompt: str) -> list[list[float]]:
-            found = [mode for word in prompt.lower().split() for mode in MODES.get(word, ())] or every
+            found = [
+                mode for word in prompt.lower().split() for mode in MODES.get(word, ())
+            ] or every
             return [[x, y, float((x, y) in found)] for x, y in every]
 
-        embeds_BLD = torch.tensor([rows(prompt) for prompt in prompts], device=self.device)
-        uncond_BLD = torch.tensor([rows("")] * len(prompts), device=self.device)
-        return Condition(embeds_BLD=embeds_BLD, uncond_BLD=uncond_BLD)
+        def words(texts: Sequence[str]) -> Words:
+            return Words({"embeds_BLD": torch.tensor([rows(t) for t in texts], device=self.device)})
 
-    def predict(
-        self,
-        x: torch.Tensor,
-        timestep_B: torch.Tensor,
-        embeds_BLD: torch.Tensor,
-        pooled_BD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """sigma * sum_i r_i (x - alpha m_i) / (alpha^2 s^2 + sigma^2), r the posterior of the centres, and the residual."""
+        return Condition(caption=words(prompts), empty=words([""] * len(prompts)))
+
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
+        """sigma * sum_i r_i (x - alpha m_i) / (alpha^2 s^2 + sigma^2), r the posterior of the
+        centres, and the residual."""
+        # the mean of the points under Gaussian noise is known in closed form
+        embeds_BLD = words["embeds_BLD"]
         x_B2 = x.flatten(1)
-        alpha_B, sigma_B = (f(timestep_B.cpu()).to(x_B2) for f in (self.path.alpha, self.path.sigma))
+        alpha_B, sigma_B = (
+            f(timestep_B.cpu()).to(x_B2) for f in (self.path.alpha, self.path.sigma)
+        )
         variance_B1 = (alpha_B**2 * SPREAD**2 + sigma_B**2)[:, None]
-        centres_BLD, weight_BL = embeds_BLD[..., :2].to(x_B2), embeds_BLD[..., 2].to(x_B2)
+        centres_BLD = embeds_BLD[..., :2].to(x_B2)
+        weight_BL = embeds_BLD[..., 2].to(x_B2)
         away_BLD = x_B2[:, None] - alpha_B[:, None, None] * centres_BLD
         logit_BL = weight_BL.log() - (away_BLD**2).sum(-1) / (2.0 * variance_B1)
         away_B2 = (logit_BL.softmax(1)[..., None] * away_BLD).sum(1)
         exact_B2 = sigma_B[:, None] * away_B2 / variance_B1
+
+        # the network adds what it has learned to that
         about_B2 = (weight_BL[..., None] * centres_BLD).sum(1) / weight_BL.sum(1, keepdim=True)
         t_B = timestep_B.to(x_B2) / self.path.train_steps
         kind = next(self.network.parameters()).dtype
@@ -132,7 +154,11 @@ class PointsPolicy(Policy):
         return torch.stack([x_B, y_B], dim=1)[:, :, None, None]
 
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
+        refuse_frames(plan)
         return (2, 1, 1)
+
+    def drawn_size(self, plan: Plan) -> tuple[int, int]:
+        return SIZE, SIZE
 
     def save(self, folder: Path) -> None:
         """The network's weights and its width; ``path`` of the recipe reads them."""
@@ -151,9 +177,10 @@ class PointsPolicy(Policy):
         try:
             self.network.load_state_dict(load_file(folder / "points.safetensors"))
         except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = read_reason(error)
             raise UserError(
-                f"policy.path must be a folder that a run of points with this width has saved, got {str(folder)!r} ({reason})"
+                "policy.path must be a folder that a run of points with this width has saved, got"
+                f" {str(folder)!r} ({reason})"
             ) from error
         if self.reference:
             self.reference = self.weights()

@@ -1,4 +1,5 @@
-"""The embedded model: a Stable Diffusion pipeline of a few million parameters that draws coloured shapes, shipped in assets."""
+"""The embedded model: a Stable Diffusion pipeline of a few million parameters that draws coloured
+shapes, shipped in assets."""
 
 from __future__ import annotations
 
@@ -6,21 +7,40 @@ from pathlib import Path
 
 from pydantic import Field
 
+from rlalign.core.locations import LocalPathOrHubId
+from rlalign.networks.pipelines.fitting import try_out
+from rlalign.networks.pipelines.schedulers import say_steps
 from rlalign.policies.base import PolicyRecipe
-from rlalign.policies.stable_diffusion import StableDiffusionPolicy, load_pipeline
+from rlalign.policies.stable_diffusion import (
+    TRIAL_SIDE,
+    NegativePrompt,
+    StableDiffusionPolicy,
+    load_stable_diffusion,
+)
 
 ASSET = Path(__file__).parent.parent / "assets" / "tiny"
 
 
 class Tiny(PolicyRecipe):
-    """The shipped 32x32 text-to-image model of coloured shapes, in Stable Diffusion's format; made by ``rlalign pretrain``.
+    """The shipped 32x32 text-to-image model of coloured shapes, in Stable Diffusion's format; made
+    by ``rlalign pretrain``.
 
     Source: Ho 2020, arXiv:2006.11239 (training); Rombach 2022, arXiv:2112.10752 (architecture).
     """
 
-    path: str = Field(default="", description="another folder of the same format; empty is the shipped one")
+    path: LocalPathOrHubId = Field(
+        default="", description="another folder of the same format; empty is the shipped one"
+    )
+    negative_prompt: NegativePrompt = ""
 
     def load(self, device: str) -> StableDiffusionPolicy:
         """The shipped weights, float32."""
-        pipeline = load_pipeline(self.path or str(ASSET), safety_checker=None)
-        return self.ready(StableDiffusionPolicy(pipeline, device, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha))
+        path = self.path or str(ASSET)
+        pipeline = load_stable_diffusion(path, self.denoiser_dtype)
+        policy = StableDiffusionPolicy(
+            pipeline, device, **self.lora_settings, negative_prompt=self.negative_prompt
+        )
+        return try_out(self.ready(policy), path, TRIAL_SIDE)
+
+    def announce(self) -> None:
+        say_steps(self.path or str(ASSET))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from rlalign.report.curves import Chart, Number, Series, line_chart, smoothed, stacked_bars
+from rlalign.report.curves import Chart, Number, Series, line_chart, smooth, stacked_bars
 from rlalign.report.files import Record, RunFiles
 from rlalign.report.numbers import main_title
 
@@ -31,24 +32,26 @@ def _rewards(run: RunFiles) -> list[Chart]:
     for title in run.held_out:
         x, y = _column(run.evaluations, f"held_out/{title}/mean")
         line = Series(label="held-out reward", x=x, y=y, colour=2, look="points")
-        found.append(
-            line_chart(f"{title} (held out)", "Measured on the evaluation's prompts, never trained on.", [line])
-        )
+        note = "Measured on the evaluation's prompts, never trained on."
+        found.append(line_chart(f"{title} (held out)", note, [line]))
     return [c for c in found if c is not None]
 
 
 def _reward(run: RunFiles, title: str) -> Chart | None:
     """Training per round with a centred mean, and the evaluations."""
     key = f"reward/{title}/mean"
-    (x, y), (seen, measured) = _column(run.rounds, key), _column(run.evaluations, key)
-    series, window = [], 2 * (len(x) // 40) + 1
+    x, y = _column(run.rounds, key)
+    seen, measured = _column(run.evaluations, key)
+    series = []
+    window = 2 * (len(x) // 40) + 1
     if window > 1:
         series.append(Series(label="", x=x, y=y, look="faint"))
     if x:
         label = f"training prompts, mean of {window} rounds" if window > 1 else "training prompts"
-        series.append(Series(label=label, x=x, y=smoothed(y, window)))
+        series.append(Series(label=label, x=x, y=smooth(y, window)))
     if seen:
-        series.append(Series(label="held-out prompts, fixed noise", x=seen, y=measured, colour=2, look="points"))
+        label = "held-out prompts, fixed noise"
+        series.append(Series(label=label, x=seen, y=measured, colour=2, look="points"))
     heading = "Total reward" if title == "total" else f"{title} reward"
     note = "Mean of a round's samples, and of the evaluation's."
     return line_chart(heading, note, series) if series else None
@@ -86,26 +89,38 @@ _OPTIMISER = (
     _Curve(
         key="entropy/per_step",
         title="Entropy of a step",
-        note="Mean of −log p of the samples' steps, nats per latent element; where the plan sets the noise it stays.",
+        note=(
+            "Mean of −log p of the samples' steps, nats per latent element; where the plan sets the"
+            " noise it stays."
+        ),
     ),
-    _Curve(key="grad_norm", title="Gradient norm", note="Before it is clipped.", limit=("learner", "max_grad_norm")),
+    _Curve(
+        key="grad_norm",
+        title="Gradient norm",
+        note="Before it is clipped.",
+        limit=("learner", "max_grad_norm"),
+    ),
 )
 
 
 def _optimiser(run: RunFiles) -> list[Chart]:
-    distances = list(dict.fromkeys(k for r in run.rounds for k in r if k.startswith("kl/")))
+    keys = dict.fromkeys(chain.from_iterable(run.rounds))
+    distances = [
+        _Curve(key=k, title=f"KL: {k[3:].replace('_', ' ')}", note=_KL_NOTE)
+        for k in keys
+        if k.startswith("kl/")
+    ]
     found = []
-    for one in (
-        *_OPTIMISER,
-        *(_Curve(key=k, title=f"KL: {k[3:].replace('_', ' ')}", note=_KL_NOTE) for k in distances),
-    ):
+    for one in (*_OPTIMISER, *distances):
         x, y = _column(run.rounds, one.key)
         if not any(v is not None for v in y):
             continue
         series = [Series(label=one.key, x=x, y=y)]
         limit = run.config.get(one.limit[0], {}).get(one.limit[1])
         if limit:
-            series.append(Series(label=".".join(one.limit), x=[x[0], x[-1]], y=[limit] * 2, colour=0, look="limit"))
+            ends = [x[0], x[-1]]
+            label = ".".join(one.limit)
+            series.append(Series(label=label, x=ends, y=[limit] * 2, colour=0, look="limit"))
         found.append(line_chart(one.title, one.note, series, log=one.log))
     return found
 
@@ -115,12 +130,21 @@ _KL_NOTE = "Distance from the reference policy, in the unit that the algorithm n
 
 def _pictures(run: RunFiles) -> list[Chart]:
     x, y = _column(run.evaluations, "diversity/pixel_rms")
-    note = "Root mean square distance between the evaluation's pictures at 8 × 8 pixels; falls when they grow alike."
-    found = [line_chart("Diversity", note, [Series(label="diversity", x=x, y=y, colour=2, look="points")])] if x else []
+    note = (
+        "Root mean square distance between the evaluation's pictures at 8 × 8 pixels; falls when"
+        " they grow alike."
+    )
+    found = []
+    if x:
+        series = [Series(label="diversity", x=x, y=y, colour=2, look="points")]
+        found.append(line_chart("Diversity", note, series))
     x, y = _column(run.evaluations, "kl/per_step_gaussian")
     if any(v for v in y):
         series = [Series(label="per step", x=x, y=y, colour=2, look="points")]
-        note = "Mean Gaussian KL of a step to the pretrained model, nats per latent element, on the policy's own trajectories."
+        note = (
+            "Mean Gaussian KL of a step to the pretrained model, nats per latent element, on the"
+            " policy's own trajectories."
+        )
         found.append(line_chart("Distance from the base model", note, series))
     return found
 

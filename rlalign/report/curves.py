@@ -1,7 +1,7 @@
 """Curves as inline SVG that follow the page's own colours and font; equal numbers give equal bytes.
 
-Colours are drawn as placeholders and become CSS variables (``--ink``, ``--rule``, ``--series-1`` ...), so that one drawing
-serves a light and a dark page. Text stays text.
+Colours are drawn as placeholders and become CSS variables (``--ink``, ``--rule``, ``--series-1``
+...), so that one drawing serves a light and a dark page. Text stays text.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _RULE = "#a100f0", "#a100f1"
+_INK = "#a100f0"
+_RULE = "#a100f1"
 _COLOURS = (_INK, *(f"#a1000{n}" for n in range(1, 7)))
 _LOOKS: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 1.8},
@@ -41,7 +43,8 @@ class Series:
     colour: int = 1
     """1 to 6; 0 is the ink's."""
     look: str = "line"
-    """line, points (a line with a mark at each value), faint (what a smoothed line was made of), or limit (dashed)."""
+    """line, points (a line with a mark at each value), faint (what a smoothed line was made of), or
+    limit (dashed)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,9 @@ class Chart:
     """(label, colour) of each series, where there are two or more; colour 0 is the ink's."""
 
 
-def line_chart(title: str, note: str, series: Sequence[Series], *, log: bool = False, along: str = "round") -> Chart:
+def line_chart(
+    title: str, note: str, series: Sequence[Series], *, log: bool = False, along: str = "round"
+) -> Chart:
     """Lines over rounds, or what else ``along`` says."""
     with _style():
         figure, axes = _axes()
@@ -64,8 +69,10 @@ def line_chart(title: str, note: str, series: Sequence[Series], *, log: bool = F
             y = [float("nan") if v is None or (log and v <= 0) else v for v in one.y]
             alone = sum(math.isfinite(v) for v in y) == 1
             mark = {"marker": "o", "markersize": 4.5} if one.look == "points" or alone else {}
-            axes.plot(one.x, y, color=_COLOURS[one.colour], solid_joinstyle="round", **mark, **_LOOKS[one.look])
-        known = [v for one in series for v in one.y if v is not None and v > 0]
+            style = {"color": _COLOURS[one.colour], "solid_joinstyle": "round"}
+            axes.plot(one.x, y, **style, **mark, **_LOOKS[one.look])
+        values = chain.from_iterable(one.y for one in series)
+        known = [v for v in values if v is not None and v > 0]
         if log and known:
             _log_scale(axes, decades=math.log10(max(known) / min(known)))
         svg = _finished(figure, axes, title)
@@ -74,7 +81,8 @@ def line_chart(title: str, note: str, series: Sequence[Series], *, log: bool = F
 
 
 def stacked_bars(title: str, note: str, series: Sequence[Series]) -> Chart:
-    """Bars of parts that add up. More than 60 rounds are averaged in groups of neighbours, and the note says so."""
+    """Bars of parts that add up. More than 60 rounds are averaged in groups of neighbours, and the
+    note says so."""
     rounds = list(series[0].x)
     group = max(1, -(-len(rounds) // _MOST_BARS))
     middles = [_mean(rounds[i : i + group]) for i in range(0, len(rounds), group)]
@@ -84,19 +92,25 @@ def stacked_bars(title: str, note: str, series: Sequence[Series]) -> Chart:
         for one in series:
             values = [float(v or 0.0) for v in one.y]
             heights = [_mean(values[i : i + group]) for i in range(0, len(values), group)]
-            axes.bar(middles, heights, bottom=base, width=0.82 * group, color=_COLOURS[one.colour], linewidth=0)
+            style = {"color": _COLOURS[one.colour], "linewidth": 0}
+            axes.bar(middles, heights, bottom=base, width=0.82 * group, **style)
             base = [b + h for b, h in zip(base, heights, strict=True)]
         svg = _finished(figure, axes, title)
     if group > 1:
         note = f"{note} Each bar is the mean of {group} rounds."
-    return Chart(title=title, note=note, svg=svg, legend=tuple((one.label, one.colour) for one in series))
+    return Chart(
+        title=title, note=note, svg=svg, legend=tuple((one.label, one.colour) for one in series)
+    )
 
 
-def smoothed(values: Sequence[Number], window: int) -> list[float]:
+def smooth(values: Sequence[Number], window: int) -> list[float]:
     """Mean over a centred window of known values, cut off at the ends; NaN where it holds none."""
     half = window // 2
-    known = [[float(v) for v in values[max(0, i - half) : i + half + 1] if v is not None] for i in range(len(values))]
-    return [_mean(part) if part else float("nan") for part in known]
+    means = []
+    for i in range(len(values)):
+        known = [float(v) for v in values[max(0, i - half) : i + half + 1] if v is not None]
+        means.append(_mean(known) if known else float("nan"))
+    return means
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -150,13 +164,16 @@ def _log_scale(axes: Axes, decades: float) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=9))
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=9)
+    )
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _finished(figure: Any, axes: Axes, title: str) -> str:
-    """The SVG without what a page needs not: headers, metadata, ids that nothing refers to, white space."""
+    """The SVG without what a page needs not: headers, metadata, ids that nothing refers to, white
+    space."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     low, high = axes.get_xlim()
@@ -169,13 +186,16 @@ def _finished(figure: Any, axes: Axes, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<g|<path) id="[A-Za-z0-9.]+_\d+"', r"\1", svg)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    svg = re.sub(r"<!--.*?-->|<style.*?</style>|<g/>", "", svg, flags=re.DOTALL)  # its style would reach the whole page
+    # its style would reach the whole page
+    svg = re.sub(r"<!--.*?-->|<style.*?</style>|<g/>", "", svg, flags=re.DOTALL)
     svg = re.sub(r" font-family: [^;]*;| transform=\"rotate\(-0 [^\"]*\"", "", svg)
     svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
     svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
-    svg = svg.replace("xlink:href", "href").replace("<svg", f'<svg role="img" aria-label="{_plain(title)}"', 1)
+    svg = svg.replace("xlink:href", "href").replace(
+        "<svg", f'<svg role="img" aria-label="{_plain(title)}"', 1
+    )
     for colour, name in (
-        (_INK, "ink-soft"),
+        (_INK, "soft"),
         (_RULE, "rule"),
         *((c, f"series-{i}") for i, c in enumerate(_COLOURS) if i),
     ):

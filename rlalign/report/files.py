@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rlalign.metrics import read_lines
+from rlalign.learning.metrics import read_lines
 
 Record = Mapping[str, Any]
 
@@ -34,7 +35,7 @@ class RunFiles:
     @property
     def trained(self) -> list[str]:
         """Titles of the rewards that the run trained on."""
-        keys = {k: None for r in [*self.rounds[:1], *self.evaluations[:1]] for k in r}
+        keys = dict.fromkeys(chain(*self.rounds[:1], *self.evaluations[:1]))
         titles = [k.split("/")[1] for k in keys if k.startswith("reward/") and k.endswith("/mean")]
         return [t for t in dict.fromkeys(titles) if t != "total"]
 
@@ -49,12 +50,15 @@ def read_run(folder: Path) -> RunFiles:
     """The files of a run folder; what is missing is empty."""
     import yaml
 
-    settings, final = folder / "config.yaml", folder / "evaluation.json"
+    settings = folder / "config.yaml"
+    final = folder / "evaluation.json"
     text = settings.read_text(encoding="utf-8") if settings.is_file() else ""
-    rounds, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluations.jsonl")
+    rounds = read_lines(folder / "metrics.jsonl")
+    evaluations = read_lines(folder / "evaluations.jsonl")
     found = json.loads(final.read_text(encoding="utf-8")) if final.is_file() else None
     if found is not None and rounds and found["round"] != rounds[-1]["round"]:
-        found = None  # the run was extended and has not come to its new end
+        # the run was extended and has not come to its new end
+        found = None
     return RunFiles(
         folder=folder,
         settings=text,

@@ -1,16 +1,22 @@
-"""The pictures of a report, read back from the sample grids: before and after, and through the run."""
+"""The pictures of a report, read back from the sample grids: before and after, and through the
+run."""
 
 from __future__ import annotations
 
 import base64
-import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
-from rlalign.pictures import Cell, read_grid
+import numpy as np
+
+from rlalign.core.media import encode_image, to_image
+from rlalign.core.pictures import Cell, read_grid
 from rlalign.report.files import RunFiles
 from rlalign.report.numbers import gap
 
-_STRIP_ROUNDS, _STRIP_PROMPTS = 7, 6
+_STRIP_ROUNDS = 7
+_STRIP_PROMPTS = 6
 _LOSSLESS = 128
 """Pixels: larger pictures are embedded as JPEG."""
 
@@ -43,25 +49,44 @@ class Gallery:
 
 def gallery(run: RunFiles) -> Gallery:
     """From the grids of the evaluations that have one."""
-    paths = {int(e["round"]): run.folder / "samples" / f"round-{e['round']:05d}.png" for e in run.evaluations}
-    grids = {r: cells for r, path in sorted(paths.items()) if path.is_file() and (cells := read_grid(path))}
+    grids: dict[int, list[Cell]] = {}
+    for number in sorted({int(e["round"]) for e in run.evaluations}):
+        path = run.folder / "samples" / f"round-{number:05d}.png"
+        found = read_grid(path) if path.is_file() else []
+        if found:
+            grids[number] = found
     known = list(grids)
     if len(known) < 2:
         return Gallery(rounds=[], strip=[], first=0, last=0, pairs=[])
-    first, last = known[0], known[-1]
+    first = known[0]
+    last = known[-1]
     pairs = [Pair(before=b, after=a) for b, a in zip(grids[first], grids[last], strict=False)]
+    # the film strip: so many rounds, evenly spaced, first and last among them
     count = min(len(known), _STRIP_ROUNDS)
-    rounds = [known[round(i * (len(known) - 1) / (count - 1))] for i in range(count)] if count > 2 else []
-    rows = min([_STRIP_PROMPTS, *(len(grids[r]) for r in rounds)])
-    strip = [[grids[r][i] for r in rounds] for i in range(rows)] if rounds else []
+    places = [round(i * (len(known) - 1) / (count - 1)) for i in range(count)] if count > 2 else []
+    rounds = [known[place] for place in places]
+    columns = [grids[r][:_STRIP_PROMPTS] for r in rounds]
+    strip = [list(row) for row in zip(*columns, strict=False)]
     return Gallery(rounds=rounds, strip=strip, first=first, last=last, pairs=pairs)
 
 
+def cells(media_NCHW: np.ndarray, captions: Sequence[str], scores: Iterable[float]) -> list[Cell]:
+    """uint8 pictures with their captions and scores; a score that is not finite is missing."""
+    return [
+        Cell(
+            picture=to_image(pixels),
+            caption=caption,
+            score=float(score) if isfinite(score) else None,
+        )
+        for pixels, caption, score in zip(media_NCHW, captions, scores, strict=True)
+    ]
+
+
 def picture_uri(cell: Cell) -> str:
-    """The picture as a data URI."""
-    small, blob = max(cell.picture.size) <= _LOSSLESS, io.BytesIO()
-    if small:
-        cell.picture.save(blob, format="PNG", optimize=True)
+    """The picture as a data URI: PNG where it is small, else JPEG."""
+    if max(cell.picture.size) <= _LOSSLESS:
+        kind, settings = "png", {"optimize": True}
     else:
-        cell.picture.save(blob, format="JPEG", quality=88)
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(blob.getvalue()).decode()}"
+        kind, settings = "jpeg", {"quality": 88}
+    blob = encode_image(cell.picture, kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(blob).decode()}"

@@ -25,14 +25,20 @@ class Headline:
         """The whole of it in one line."""
         if self.before is None or self.after is None:
             return self.what
-        text = f"{self.what}: {number(self.before)} → {number(self.after)} ({signed(self.after - self.before)})"
+        text = (
+            f"{self.what}: {number(self.before)} → {number(self.after)}"
+            f" ({signed(self.after - self.before)})"
+        )
         return text if self.wins is None else f"{text}; wins {100 * self.wins:.0f} % of pairs"
 
 
 def headline(run: RunFiles) -> Headline:
-    """From the paired comparison, else the evaluations so far, else the training rewards, else a plain statement."""
+    """From the paired comparison, else the evaluations so far, else the training rewards, else a
+    plain statement."""
     title = main_title(run)
-    key, named = f"reward/{title}/mean", f"{title} reward"
+    key = f"reward/{title}/mean"
+    named = f"{title} reward"
+    # the first of these that the run has come to
     if run.final is not None:
         samples = run.final["samples"]
         return Headline(
@@ -43,13 +49,21 @@ def headline(run: RunFiles) -> Headline:
             interval=paired_interval([(s["base"][title], s["aligned"][title]) for s in samples]),
         )
     if len(run.evaluations) > 1:
-        first, last = run.evaluations[0], run.evaluations[-1]
+        first = run.evaluations[0]
+        last = run.evaluations[-1]
         return Headline(
-            what=f"Mean {named} on held-out prompts until round {last['round']}", before=first[key], after=last[key]
+            what=f"Mean {named} on held-out prompts until round {last['round']}",
+            before=first[key],
+            after=last[key],
         )
     if len(run.rounds) > 1:
-        first, last = run.rounds[0], run.rounds[-1]
-        return Headline(what=f"Mean {named} in training, round 1 to {run.done}", before=first[key], after=last[key])
+        first = run.rounds[0]
+        last = run.rounds[-1]
+        return Headline(
+            what=f"Mean {named} in training, round 1 to {run.done}",
+            before=first[key],
+            after=last[key],
+        )
     return Headline(what="No two rounds to compare yet")
 
 
@@ -59,8 +73,11 @@ def main_title(run: RunFiles) -> str:
     return run.trained[0] if len(run.trained) == 1 and weights == [1.0] else "total"
 
 
-def paired_interval(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[float, float] | None:
-    """95 % interval of the mean of after - before, normal approximation; None under eight known pairs."""
+def paired_interval(
+    pairs: Sequence[tuple[float | None, float | None]],
+) -> tuple[float, float] | None:
+    """95 % interval of the mean of after - before, normal approximation; None under eight known
+    pairs."""
     gaps = [after - before for before, after in pairs if before is not None and after is not None]
     if len(gaps) < 8:
         return None
@@ -70,15 +87,27 @@ def paired_interval(pairs: Sequence[tuple[float | None, float | None]]) -> tuple
 
 
 def comparison(run: RunFiles) -> list[dict[str, Any]]:
-    """Rows of the table base against aligned; of the first and last evaluation where the run has not ended."""
+    """Rows of the table base against aligned; of the first and last evaluation where the run has
+    not ended."""
     if run.final is None and len(run.evaluations) < 2:
         return []
-    final = run.final or {"base": run.evaluations[0], "aligned": run.evaluations[-1], "win_rate": {}}
-    weights = {r.get("label") or r["name"]: r.get("weight", 1.0) for r in run.config.get("rewards", [])}
-    rows = (
-        [("total reward", "reward/total/mean", "total", "sum of weight × reward")] if main_title(run) == "total" else []
-    )
-    rows += [(t, f"reward/{t}/mean", t, f"trained on, weight {weights.get(t, 1.0):g}") for t in run.trained]
+    # the two ends of the comparison
+    final = run.final or {
+        "base": run.evaluations[0],
+        "aligned": run.evaluations[-1],
+        "win_rate": {},
+    }
+    # the rows: rewards that were followed, those that were measured, diversity
+    weights = {
+        r.get("label") or r["name"]: r.get("weight", 1.0) for r in run.config.get("rewards", [])
+    }
+    rows = []
+    if main_title(run) == "total":
+        rows = [("total reward", "reward/total/mean", "total", "sum of weight × reward")]
+    rows += [
+        (t, f"reward/{t}/mean", t, f"trained on, weight {weights.get(t, 1.0):g}")
+        for t in run.trained
+    ]
     rows += [(t, f"held_out/{t}/mean", t, "held out") for t in run.held_out]
     rows += [("diversity", "diversity/pixel_rms", "", "pixel distance of pairs, of 1")]
     return [
@@ -104,6 +133,7 @@ def cost(run: RunFiles) -> list[tuple[str, str]]:
     if not run.rounds:
         return []
     last = run.rounds[-1]
+    # sums over the run
     learning = sum(r["seconds/round"] or 0.0 for r in run.rounds)
     looking = sum(e["seconds"] or 0.0 for e in run.evaluations)
     dropped = sum(r.get("samples_dropped", 0) for r in run.rounds)
@@ -117,7 +147,10 @@ def cost(run: RunFiles) -> list[tuple[str, str]]:
         ("Time in rounds", clock(learning)),
         ("Time in evaluations", clock(looking)),
         ("Samples per second", f"{last['samples'] / max(learning, 1e-9):.1f}"),
-        ("Worker restarts", " + ".join(f"{n} {role}" for role, n in restarts.items() if n) or "none"),
+        (
+            "Worker restarts",
+            " + ".join(f"{n} {role}" for role, n in restarts.items() if n) or "none",
+        ),
         ("Largest staleness", f"{max(r.get('staleness/max', 0) for r in run.rounds)} rounds"),
     ]
     through = last.get("driver_bytes_per_sample")

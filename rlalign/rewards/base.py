@@ -10,25 +10,33 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rlalign.registry import Recipe, UserError
+from rlalign.core.media import as_floats
+from rlalign.core.registry import Recipe, UserError
 
 
 class Scorer(Protocol):
-    """A loaded reward: ``media_BFCHW`` float32 in [0, 1] and one prompt per sample -> float32 scores of shape (B,)."""
+    """A loaded reward: ``media_BFCHW`` float32 in [0, 1] and one prompt per sample -> float32
+    scores of shape (B,)."""
 
     def __call__(self, media_BFCHW: torch.Tensor, prompts: Sequence[str], /) -> torch.Tensor: ...
 
 
 class Reward(Recipe):
-    """Base of a reward: one number per picture; larger is better. ``load`` gives the live scorer."""
+    """Base of a reward: one number per picture; larger is better. ``load`` gives the live
+    scorer."""
 
     shelf: ClassVar[str] = "rewards"
     differentiable: ClassVar[bool] = False
 
-    weight: float = Field(default=1.0, allow_inf_nan=False, description="factor in the weighted total")
+    weight: float = Field(
+        default=1.0, allow_inf_nan=False, description="factor in the weighted total"
+    )
     label: str = Field(default="", description="name in the metrics; the plug-in's name when empty")
     on_error: Literal["raise", "drop"] | float = Field(
-        default="raise", description="what a failing or non-finite score does: raise, drop the sample, or this value"
+        default="raise",
+        description=(
+            "what a failing or non-finite score does: raise, drop the sample, or this value"
+        ),
     )
 
     @property
@@ -41,13 +49,16 @@ class Reward(Recipe):
         raise NotImplementedError
 
 
-def score(reward: Reward, scorer: Scorer, media_BFCHW: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+def score(
+    reward: Reward, scorer: Scorer, media_BFCHW: np.ndarray, prompts: Sequence[str]
+) -> np.ndarray:
     """Raw scores, float32 of shape (B,), of uint8 media under the reward's own error policy.
 
-    A sample to be dropped has score NaN. A scorer that raises under ``on_error: drop`` or a value is asked again sample by
-    sample, so that one bad picture does not take the others with it.
+    A sample to be dropped has score NaN. A scorer that raises under ``on_error: drop`` or a value
+    is asked again sample by sample, so that one bad picture does not take the others with it.
     """
-    pixels_BFCHW = torch.from_numpy(np.array(media_BFCHW)).float() / 255.0
+    pixels_BFCHW = as_floats(media_BFCHW)
+    # a failure ends the run
     if reward.on_error == "raise":
         score_B = _checked(reward, scorer(pixels_BFCHW, prompts), len(prompts))
         bad = [i for i, s in enumerate(score_B) if not math.isfinite(s)]
@@ -57,12 +68,16 @@ def score(reward: Reward, scorer: Scorer, media_BFCHW: np.ndarray, prompts: Sequ
                 "set its on_error to drop or to a number to go on"
             )
         return score_B
+    # or is a missing score, or a value
     try:
         score_B = _checked(reward, scorer(pixels_BFCHW, prompts), len(prompts))
     except UserError:
         raise
     except Exception:  # whatever a user's scorer raises, its stated policy answers for it
-        score_B = np.array([_one(scorer, pixels_BFCHW[i : i + 1], p) for i, p in enumerate(prompts)], dtype=np.float32)
+        score_B = np.array(
+            [_one(scorer, pixels_BFCHW[i : i + 1], p) for i, p in enumerate(prompts)],
+            dtype=np.float32,
+        )
     fill = math.nan if reward.on_error == "drop" else float(reward.on_error)
     return np.where(np.isfinite(score_B), score_B, np.float32(fill)).astype(np.float32)
 
@@ -76,11 +91,14 @@ def _one(scorer: Scorer, pixels_1FCHW: torch.Tensor, prompt: str) -> float:
 
 def _checked(reward: Reward, score_B: torch.Tensor, count: int) -> np.ndarray:
     if tuple(score_B.shape) != (count,):
-        raise UserError(f"rewards.{reward.title} must return shape ({count},), got {tuple(score_B.shape)}")
+        raise UserError(
+            f"rewards.{reward.title} must return shape ({count},), got {tuple(score_B.shape)}"
+        )
     return score_B.detach().to(torch.float32).cpu().numpy()
 
 
 def total(rewards: Sequence[Reward], raw: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The weighted sum of raw scores, float32 of shape (B,); NaN where any score of the sample is missing."""
+    """The weighted sum of raw scores, float32 of shape (B,); NaN where any score of the sample is
+    missing."""
     parts = [np.float32(r.weight) * raw[r.title] for r in rewards]
     return np.asarray(np.sum(np.stack(parts), axis=0, dtype=np.float32))

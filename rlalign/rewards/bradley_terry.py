@@ -9,25 +9,32 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from rlalign.core.locations import LocalPath
+from rlalign.networks.towers import load_towers
 from rlalign.rewards.base import Reward, Scorer
-from rlalign.towers import load_towers
 
 ASSET = Path(__file__).parent.parent / "assets" / "tiny_reward"
 
 
 class BradleyTerry(Reward):
-    """A picture's strength in paired comparisons: exp(logit_scale) * cos(image, text) of a fitted open_clip model.
+    """A picture's strength in paired comparisons: exp(logit_scale) * cos(image, text) of a fitted
+    open_clip model.
 
-    The difference of two scores is the log odds that the first picture is preferred. Where ties were modelled (fit.theta > 1)
-    decided pairs have longer odds, up to twice that logarithm; the order is the same. Gradients reach the picture.
+    The difference of two scores is the log odds that the first picture is preferred. Where ties
+    were modelled (fit.theta > 1) decided pairs have longer odds, up to twice that logarithm; the
+    order is the same. Gradients reach the picture.
 
-    Source: Bradley & Terry 1952, Biometrika 39 (the model); Kirstain 2023, arXiv:2305.01569 (the form of the score).
+    Source: Bradley & Terry 1952, Biometrika 39 (the model); Kirstain 2023, arXiv:2305.01569 (the
+    form of the score).
     """
 
     differentiable: ClassVar[bool] = True
 
-    path: str = Field(
-        default="", description="folder written by rlalign fit-reward; empty is the shipped one for 32x32 shapes"
+    path: LocalPath = Field(
+        default="",
+        description=(
+            "folder written by rlalign fit-reward; empty is the shipped one for 32x32 shapes"
+        ),
     )
 
     def load(self, device: str) -> Scorer:

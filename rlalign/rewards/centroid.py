@@ -10,22 +10,28 @@ from pydantic import Field
 
 from rlalign.rewards.base import Reward, Scorer
 
-DARK, FARTHEST = 1e-4, -8.0
+DARK = 1e-4
+FARTHEST = -8.0
 
 
 class Centroid(Reward):
-    """Minus the squared distance of the brightness's centre of mass from a place; the picture spans -1 to 1 both ways.
+    """Minus the squared distance of the brightness's centre of mass from a place; the picture spans
+    -1 to 1 both ways.
 
-    0 is the largest score; a black picture, which has no centre, gets -8, the distance between opposite corners. A video's
-    score is the mean over its frames.
+    0 is the largest score; a black picture, which has no centre, gets -8, the distance between
+    opposite corners. A video's score is the mean over its frames.
 
     Source: the first moments of an image (Hu 1962); no paper uses it as a reward.
     """
 
     differentiable: ClassVar[bool] = True
 
-    x: float = Field(default=0.0, ge=-1.0, le=1.0, description="the place: -1 is the left edge, 1 the right one")
-    y: float = Field(default=0.0, ge=-1.0, le=1.0, description="the place: -1 is the lower edge, 1 the upper one")
+    x: float = Field(
+        default=0.0, ge=-1.0, le=1.0, description="the place: -1 is the left edge, 1 the right one"
+    )
+    y: float = Field(
+        default=0.0, ge=-1.0, le=1.0, description="the place: -1 is the lower edge, 1 the upper one"
+    )
 
     def load(self, device: str) -> Scorer:
         """A scorer on whatever device the media are."""

@@ -8,22 +8,26 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from rlalign.core.locations import ArchitecturePath, LocalPathOrHubId
+from rlalign.networks.towers import published_towers
 from rlalign.rewards.base import Reward, Scorer
-from rlalign.towers import published_towers
 
 
 class Clip(Reward):
-    """The cosine of a picture and its caption in an open_clip model, times ``scale``. Gradients reach the picture.
+    """The cosine of a picture and its caption in an open_clip model, times ``scale``. Gradients
+    reach the picture.
 
-    Typical values of ViT-L/14: 0.15 to 0.35. Pictures are resized by torch's antialiased bicubic filter, so that gradients pass.
+    Typical values of ViT-L/14: 0.15 to 0.35. Pictures are resized by torch's antialiased bicubic
+    filter, so that gradients pass.
 
-    Source: Radford 2021, arXiv:2103.00020; as a score: Hessel 2021, arXiv:2104.08718 (CLIPScore, without its clipping at 0).
+    Source: Radford 2021, arXiv:2103.00020; as a score: Hessel 2021, arXiv:2104.08718 (CLIPScore,
+    without its clipping at 0).
     """
 
     differentiable: ClassVar[bool] = True
 
-    architecture: str = Field(default="ViT-L-14-quickgelu", description="any name that open_clip knows, or a JSON file")
-    weights: str = Field(
+    architecture: ArchitecturePath = "ViT-L-14-quickgelu"
+    weights: LocalPathOrHubId = Field(
         default="timm/vit_large_patch14_clip_224.openai",
         description="a .safetensors file, or a hub id with open_clip_model.safetensors",
     )

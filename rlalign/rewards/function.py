@@ -9,21 +9,27 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 
-from rlalign.registry import UserError, find
+from rlalign.core.registry import UserError, find
 from rlalign.rewards.base import Reward, Scorer
 
 
 class Function(Reward):
-    """A function of your own: ``(media_BFCHW, prompts, **arguments)`` -> B numbers, larger is better.
+    """A function of your own: ``(media_BFCHW, prompts, **arguments)`` -> B numbers, larger is
+    better.
 
-    It gets a float32 tensor in [0, 1] of shape (B, F, 3, H, W) and B prompts, and may return a list, an array or a tensor of
-    shape (B,); NaN or an exception is a failed score (``on_error``). No gradient passes.
+    It gets a float32 tensor in [0, 1] of shape (B, F, 3, H, W) and B prompts, and may return a
+    list, an array or a tensor of shape (B,); NaN or an exception is a failed score (``on_error``).
+    No gradient passes.
 
     Source: the callable named in the run file.
     """
 
-    call: str = Field(description="package.module:function, importable where the rewards are computed")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments passed with every call")
+    call: str = Field(
+        description="package.module:function, importable where the rewards are computed"
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments passed with every call"
+    )
 
     @field_validator("call")
     @classmethod
@@ -34,7 +40,8 @@ class Function(Reward):
         return call
 
     def load(self, device: str) -> Scorer:
-        """The scorer. The device is the callable's own affair: media come on the CPU. Raises UserError if it is not there."""
+        """The scorer. The device is the callable's own affair: media come on the CPU. Raises
+        UserError if it is not there."""
         function = find(self.call, f"rewards.{self.title}.call")
 
         def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -46,7 +53,9 @@ class Function(Reward):
         """What the callable returned as (B,) float32."""
         rule = f"rewards.{self.title}: {self.call} must return {count} numbers, one per picture"
         kind = type(returned).__name__
-        plain = [_detached(r) for r in returned] if isinstance(returned, list | tuple) else _detached(returned)
+        plain = _detached(returned)
+        if isinstance(returned, list | tuple):
+            plain = [_detached(one) for one in returned]
         try:
             score_B = torch.from_numpy(np.array(plain, dtype=np.float32))
         except (TypeError, ValueError) as error:

@@ -1,4 +1,5 @@
-"""ImageReward: what experts preferred, by a network that reads the caption while it looks at the picture."""
+"""ImageReward: what experts preferred, by a network that reads the caption while it looks at the
+picture."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from rlalign.registry import UserError
+from rlalign.core.locations import LocalPathOrHubId, TokenizerPathOrHubId
+from rlalign.core.registry import UserError, read_reason
+from rlalign.networks.towers import CLIP_MEAN, CLIP_STD, Preprocess, hub_file
 from rlalign.rewards.aesthetic import affine_head
 from rlalign.rewards.base import Reward, Scorer
-from rlalign.towers import CLIP_MEAN, CLIP_STD, Preprocess, hub_file
 
-_MEAN, _STD = 0.16717362830052426, 1.0333394966054072
+_MEAN = 0.16717362830052426
+_STD = 1.0333394966054072
 """Of the raw score: the published one is whitened with them."""
 _HEAD_WIDTH = 64
 """Numbers an attention head, in every BLIP."""
@@ -35,37 +38,50 @@ _VISION = (
 
 
 class ImageReward(Reward):
-    """The published score of ImageReward-v1.0: BLIP's text encoder reads the caption across the picture, an affine head follows.
+    """The published score of ImageReward-v1.0: BLIP's text encoder reads the caption across the
+    picture, an affine head follows.
 
-    About -2 to 2; whitened as the published score is. The shorter side is resized to 224 pixels, the centre cut out. The
-    published checkpoint is a pickle, which rlalign does not read: save its tensors with safetensors once, under their own
-    names (``blip.visual_encoder...``, ``blip.text_encoder...``, ``mlp.layers...``); all sizes are read from them. Gradients reach
-    the picture, as ReFL needs.
+    About -2 to 2; whitened as the published score is. The shorter side is resized to 224 pixels,
+    the centre cut out. The published checkpoint is a pickle, which rlalign does not read: save its
+    tensors with safetensors once, under their own names (``blip.visual_encoder...``,
+    ``blip.text_encoder...``, ``mlp.layers...``); all sizes are read from them. Gradients reach the
+    picture, as ReFL needs.
 
     Source: Xu 2023, arXiv:2304.05977, section 3; the encoder: Li 2022, arXiv:2201.12086 (BLIP).
     """
 
     differentiable: ClassVar[bool] = True
 
-    weights: str = Field(
-        description="the checkpoint's tensors as a .safetensors file, or a hub id with model.safetensors"
+    weights: LocalPathOrHubId = Field(
+        description=(
+            "the checkpoint's tensors as a .safetensors file, or a hub id with model.safetensors"
+        )
     )
-    tokenizer: str = Field(
-        default="google-bert/bert-base-uncased", description="folder of the BERT tokenizer, or hub id"
+    tokenizer: TokenizerPathOrHubId = Field(
+        default="google-bert/bert-base-uncased",
+        description="folder of the BERT tokenizer, or hub id",
     )
 
     def load(self, device: str) -> Scorer:
         """The scorer, its weights frozen. A missing, damaged or foreign file is a UserError."""
+        # what is loaded once
         vision, reader, weight_D, bias, words = self._loaded(device)
-        side, reading = vision.config.image_size, threading.Lock()
+        side = vision.config.image_size
+        reading = threading.Lock()
         preprocess = Preprocess(size=(side, side), mean=CLIP_MEAN, std=CLIP_STD)
 
         def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
             batch, frames = media_BFCHW.shape[:2]
-            seen = vision(pixel_values=preprocess(media_BFCHW.flatten(0, 1).to(device))).last_hidden_state
+            seen = vision(
+                pixel_values=preprocess(media_BFCHW.flatten(0, 1).to(device))
+            ).last_hidden_state
             with reading:
                 tokens = words(
-                    list(prompts), padding="max_length", max_length=_TOKENS, truncation=True, return_tensors="pt"
+                    list(prompts),
+                    padding="max_length",
+                    max_length=_TOKENS,
+                    truncation=True,
+                    return_tensors="pt",
                 ).to(device)
             hidden_NLD = reader(
                 input_ids=tokens.input_ids.repeat_interleave(frames, dim=0),
@@ -81,39 +97,55 @@ class ImageReward(Reward):
         """Both halves of BLIP, the head's weight and bias, and the tokenizer."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
-        from transformers import AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()  # it would tear the run's own
+        # it would tear the run's own
+        transformers_logging.disable_progress_bar()
         place = f"rewards.{self.title}"
         file = hub_file(self.weights, "model.safetensors", f"{place}.weights")
         if file.suffix != ".safetensors" or not file.is_file():
             raise UserError(
-                f"{place}.weights must name an existing .safetensors file, got {str(file)!r}; nothing is unpickled"
+                f"{place}.weights must name an existing .safetensors file, got {str(file)!r};"
+                " nothing is unpickled"
             )
+        # both halves of the network and the head, whose sizes the tensors say
         try:
             tensors = load_file(file)
-            vision, reader = _vision(tensors), _reader(tensors)
+            vision = _vision(tensors)
+            reader = _reader(tensors)
             weight_D, bias = affine_head(tensors, "mlp.")
         except KeyError as error:
             raise UserError(
-                f"{place}.weights: {file} is of another model: it has no {error}; save the tensors of ImageReward's checkpoint "
-                "under their own names"
+                f"{place}.weights: {file} is of another model: it has no {error}; save the tensors"
+                " of ImageReward's checkpoint under their own names"
             ) from error
         except (OSError, RuntimeError, ValueError, IndexError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{place}.weights: {file} is damaged or of another model ({reason})") from error
-        try:
-            words = AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=Path(self.tokenizer).is_dir())
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{place}.tokenizer: cannot load {self.tokenizer!r}: {reason}") from error
-        if len(words) > reader.config.vocab_size:
+            reason = read_reason(error)
             raise UserError(
-                f"{place}.tokenizer: {self.tokenizer!r} has {len(words)} tokens, and {file} knows {reader.config.vocab_size}; "
-                "name the tokenizer that it was trained with"
-            )
+                f"{place}.weights: {file} is damaged or of another model ({reason})"
+            ) from error
+        words = self._words(place, file, reader.config.vocab_size)
         return vision.to(device), reader.to(device), weight_D.to(device), bias.to(device), words
+
+    def _words(self, place: str, file: Path, known: int) -> Any:
+        """The tokenizer, which must not have more tokens than the network in ``file`` knows."""
+        from transformers import AutoTokenizer
+
+        try:
+            words = AutoTokenizer.from_pretrained(
+                self.tokenizer, local_files_only=Path(self.tokenizer).is_dir()
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = read_reason(error)
+            raise UserError(
+                f"{place}.tokenizer: cannot load {self.tokenizer!r}: {reason}"
+            ) from error
+        if len(words) > known:
+            raise UserError(
+                f"{place}.tokenizer: {self.tokenizer!r} has {len(words)} tokens, and {file} knows"
+                f" {known}; name the tokenizer that it was trained with"
+            )
+        return words
 
 
 def _vision(tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -131,7 +163,9 @@ def _vision(tensors: Mapping[str, torch.Tensor]) -> Any:
         num_attention_heads=width // _HEAD_WIDTH,
         layer_norm_eps=1e-6,
     )
-    return _network(BlipVisionModel, config, {_renamed(name): tensor for name, tensor in part.items()})
+    return _network(
+        BlipVisionModel, config, {_renamed(name): tensor for name, tensor in part.items()}
+    )
 
 
 def _renamed(name: str) -> str:
@@ -141,11 +175,13 @@ def _renamed(name: str) -> str:
 
 
 def _reader(tensors: Mapping[str, torch.Tensor]) -> Any:
-    """BLIP's text encoder that attends to a picture, its sizes read from the tensors; the names are transformers' own."""
+    """BLIP's text encoder that attends to a picture, its sizes read from the tensors; the names are
+    transformers' own."""
     from transformers import BlipTextConfig, BlipTextModel
 
     part = _part(tensors, "blip.text_encoder.")
-    part.pop("embeddings.position_ids", None)  # a count from 0, which older versions saved
+    # a count from 0, which older versions saved
+    part.pop("embeddings.position_ids", None)
     vocabulary, width = part["embeddings.word_embeddings.weight"].shape
     config = BlipTextConfig(
         vocab_size=vocabulary,
@@ -163,17 +199,29 @@ def _reader(tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _layers(part: Mapping[str, torch.Tensor], prefix: str) -> int:
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in part if name.startswith(prefix))
+    return 1 + max(
+        int(name.removeprefix(prefix).split(".")[0]) for name in part if name.startswith(prefix)
+    )
 
 
 def _network(kind: Any, config: Any, tensors: dict[str, torch.Tensor], **more: Any) -> Any:
-    """A frozen network in float32 with these weights and no others; KeyError names a missing one."""
+    """A frozen network in float32 with these weights and no others; KeyError names a missing
+    one."""
     model, found = kind.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True, **more
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **more,
     )
     if found["missing_keys"]:
         raise KeyError(sorted(found["missing_keys"])[0])

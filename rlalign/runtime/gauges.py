@@ -1,7 +1,8 @@
-"""What a run tells Ray's metrics, and so Prometheus: every number of a metrics line as a gauge, and what only pools know.
+"""What a run tells Ray's metrics, and so Prometheus: every number of a metrics line as a gauge, and
+what only pools know.
 
-``ray_rlalign_reward_total_mean{run}`` and so on; the names are listed by ``metric_names``. One object a process; metrics
-are made when they are first set, because Ray must run by then.
+``ray_rlalign_reward_total_mean{run}`` and so on; the names are listed by ``metric_names``. One
+object a process; metrics are made when they are first set, because Ray must run by then.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ COUNTERS = {
         ("run",),
     ),
     "rlalign_units_total": ("units of work produced and scored", ("run", "stream")),
-    "rlalign_units_retried_total": ("units that were given out again: a worker died, hung or failed", ("run", "role")),
+    "rlalign_units_retried_total": (
+        "units that were given out again: a worker died, hung or failed",
+        ("run", "role"),
+    ),
     "rlalign_reward_errors_total": ("scores that failed or were not finite", ("run", "reward")),
 }
 POOL_GAUGES = {
@@ -35,23 +39,27 @@ BOUNDARIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 def gauge_name(key: str) -> str:
-    """The gauge of a key of a metrics line: ``reward/total/mean`` -> ``rlalign_reward_total_mean``."""
+    """The gauge of a key of a metrics line: ``reward/total/mean`` ->
+    ``rlalign_reward_total_mean``."""
     return "rlalign_" + "".join(c if c.isalnum() else "_" for c in key)
 
 
 def metric_names() -> frozenset[str]:
-    """Names as Prometheus sees them, without a histogram's endings; the gauges of metrics lines come on top."""
+    """Names as Prometheus sees them, without a histogram's endings; the gauges of metrics lines
+    come on top."""
     return frozenset(f"ray_{name}" for name in (*COUNTERS, *POOL_GAUGES, *HISTOGRAMS))
 
 
 @contextlib.contextmanager
 def shown(what: str) -> Iterator[None]:
-    """Shows on the dashboard what this process does: a line of its log at the start, a span of the timeline at the end.
+    """Shows on the dashboard what this process does: a line of its log at the start, a span of the
+    timeline at the end.
 
-    The names of Ray's tasks, and of processes, are labels of Ray's own metrics: a name per unit would make series for ever
-    (16 kB a call in the caller, Ray 2.60). Lines and spans are neither.
+    The names of Ray's tasks, and of processes, are labels of Ray's own metrics: a name per unit
+    would make series for ever (16 kB a call in the caller, Ray 2.60). Lines and spans are neither.
     """
-    from ray._private import worker  # ray.timeline() draws these spans; Ray has no public way to add one
+    # ray.timeline() draws these spans; Ray has no public way to add one
+    from ray._private import worker
 
     here: Any = worker.global_worker
     print(what, flush=True)
@@ -60,10 +68,12 @@ def shown(what: str) -> Iterator[None]:
 
 
 class Gauges:
-    """Ray's metrics of one run. Counts and observations wait for ``flush``, so that a unit does not wait for them."""
+    """Ray's metrics of one run. Counts and observations wait for ``flush``, so that a unit does not
+    wait for them."""
 
     def __init__(self, run: str) -> None:
-        self._run, self._made = run, dict[str, Any]()
+        self._run = run
+        self._made = dict[str, Any]()
         self._counted: defaultdict[_Tagged, float] = defaultdict(float)
         self._observed: list[tuple[_Tagged, float]] = []
 
@@ -71,7 +81,9 @@ class Gauges:
         """A metrics line, or an evaluation, whose keys get ``evaluation/`` in front."""
         from ray.util.metrics import Gauge
 
-        evaluation = {f"evaluation/{key}": value for key, value in line.get("evaluation", {}).items()}
+        evaluation = {
+            f"evaluation/{key}": value for key, value in line.get("evaluation", {}).items()
+        }
         for key, value in {**line, **evaluation}.items():
             if isinstance(value, int | float) and value == value:
                 name = gauge_name(key)
@@ -100,14 +112,18 @@ class Gauges:
         """Hands over what was counted and observed."""
         from ray.util import metrics
 
-        counted, self._counted = self._counted, defaultdict(float)
+        counted = self._counted
+        self._counted = defaultdict(float)
         for (name, tags), by in counted.items():
-            self._of(metrics.Counter, name, *COUNTERS[name]).inc(by, tags={"run": self._run, **dict(tags)})
-        observed, self._observed = self._observed, []
-        for (name, tags), value in observed:
-            self._of(metrics.Histogram, name, *HISTOGRAMS[name], boundaries=list(BOUNDARIES)).observe(
-                value, tags={"run": self._run, **dict(tags)}
+            self._of(metrics.Counter, name, *COUNTERS[name]).inc(
+                by, tags={"run": self._run, **dict(tags)}
             )
+        observed = self._observed
+        self._observed = []
+        for (name, tags), value in observed:
+            self._of(
+                metrics.Histogram, name, *HISTOGRAMS[name], boundaries=list(BOUNDARIES)
+            ).observe(value, tags={"run": self._run, **dict(tags)})
 
     def _of(self, kind: Any, name: str, text: str, keys: tuple[str, ...], **settings: Any) -> Any:
         if name not in self._made:

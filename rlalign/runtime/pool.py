@@ -1,13 +1,27 @@
 """A group of equal actors that may grow, shrink and die: who is idle, who starts, who came back.
 
-Health, replacement and growth are RLlib's FaultTolerantActorManager; which unit is where is the coordinator's ledger. Ray
-restarts a killed actor by itself; this class only waits until it answers again, and says when it never will. An actor that
-waits for resources is demand that a cluster's autoscaler sees, not an error: the others work meanwhile.
+Every actor that was handed over is a member in one of five states:
+
+    starting --answers--> ready --lost, under a call--> away --answers--> ready
+        |                   |                             |
+        |                   +--not wanted any more, and at work--> leaving --released--> (no member)
+        |                                                 |
+        +--Ray will not start it again--> gone <----------+
+
+    starting, away   asked until they answer. One whose time is over is asked on, and counts as
+                     lost meanwhile: its node may come back
+    gone             never asked again
+    (no member)      where one that does not work goes at once when it is not wanted any more
+
+Which unit is where is the coordinator's ledger. Ray restarts a killed actor by itself; this class
+only waits until it answers again, and says when it never will. An actor that waits for resources is
+demand that a cluster's autoscaler sees, not an error: the others work meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,11 +31,12 @@ from typing import Any
 import ray
 import ray.exceptions
 from ray.actor import ActorHandle
-from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-from rlalign.config.settings import RuntimeSettings
-from rlalign.registry import UserError
+from rlalign.config import RuntimeSettings
+from rlalign.core.registry import UserError
+from rlalign.runtime.roles import Role
 
+PING_SECONDS = 10.0
 PROBE_SECONDS = 0.1
 
 
@@ -34,7 +49,8 @@ class PoolLost(RuntimeError):
 
 
 class ObjectGone(RuntimeError):
-    """What a call was given lay on a node, or belonged to a process, that is gone: it has to be made again."""
+    """What a call was given lay on a node, or belonged to a process, that is gone: it has to be
+    made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,210 +64,286 @@ class PoolState:
     restarts: int
 
 
-class Pool:
-    """Actors of one role. ``acquire`` hands out an idle one; every one that is acquired is released or reported lost.
+class State(enum.Enum):
+    """Of a member; the diagram on top says what leads from one to another."""
 
-    Members have numbers that their owner gives. All of it belongs into one running event loop.
+    STARTING = "starting"
+    READY = "ready"
+    AWAY = "away"
+    GONE = "gone"
+    LEAVING = "leaving"
+
+
+@dataclass(kw_only=True, eq=False)
+class Member:
+    """One actor of a pool."""
+
+    number: int
+    """Its owner's, of whom it tells two actors apart."""
+    actor: ActorHandle
+    state: State = State.STARTING
+    calls: int = 0
+    """That it was given and has not been released from."""
+    last_call: asyncio.Task[Any] | None = None
+    """The one that it was given last and has not answered."""
+    question: asyncio.Task[None] | None = None
+    """Asks it, while it starts or is away, until it answers."""
+    error: BaseException | None = None
+    """Why it is lost: what it died of, or that its time is over."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nobody counts on it any more: it is gone, or its time is over."""
+        return self.error is not None
+
+
+class Pool:
+    """Actors of one role. ``acquire`` hands out an idle one; every one that is acquired is released
+    or reported lost.
+
+    All of it belongs into one running event loop.
     """
 
     def __init__(
         self,
-        role: str,
+        role: Role,
         actors: Sequence[ActorHandle] = (),
         *,
         patience_seconds: float,
         start_seconds: float = 600.0,
         in_flight: int = 1,
     ) -> None:
-        """``in_flight`` 2 keeps the next call waiting at the actor, so that it need not wait for the way back."""
-        self.role, self._patience, self._start, self._in_flight = role, patience_seconds, start_seconds, in_flight
-        self._manager = FaultTolerantActorManager()
-        self._ids: dict[int, int] = {}
-        """A member's number -> its id at the manager."""
-        self._waiters: deque[asyncio.Future[int]] = deque()
-        self._out: Counter[int] = Counter()
-        """Id -> calls that it has."""
-        self._waits: dict[int, asyncio.Task[None]] = {}
-        self._never: dict[int, BaseException] = {}
-        """Those that Ray will not start again."""
-        self._overdue: dict[int, BaseException] = {}
-        self._retiring: set[int] = set()
-        self._started: set[int] = set()
-        self._last: dict[ActorHandle, asyncio.Task[Any]] = {}
-        """Actor -> the last call that it was given and has not answered."""
+        """``in_flight`` 2 keeps the next call waiting at the actor, so that it need not wait for
+        the way back."""
+        self.role = role
         self.restarts = 0
+        self._patience = patience_seconds
+        self._start = start_seconds
+        self._in_flight = in_flight
+        self._members: dict[int, Member] = {}
+        self._waiters: deque[asyncio.Future[Member]] = deque()
         self.adopt(dict(enumerate(actors)))
 
-    # --- who belongs to it --------------------------------------------------------------------------------------------
+    # --- who belongs to it -----------------------------------------------------------------------
 
-    def adopt(self, members: Mapping[int, ActorHandle]) -> None:
-        """These and no others belong to the pool from now on: new ones start, missing ones leave when their work is done."""
-        for number in members.keys() - self._ids.keys():
-            self._manager.add_actors([members[number]])
-            actor_id = self._ids[number] = self._manager.actor_ids()[-1]
-            self._manager.set_actor_state(actor_id, healthy=False)
-            self._wait_for(actor_id, TimeoutError(f"it did not start in {self._start:g} s"), self._start)
-        for number in self._ids.keys() - members.keys():
-            self._retiring.add(self._ids[number])
-            self._drop_if_drained(self._ids[number])
+    def adopt(self, actors: Mapping[int, ActorHandle]) -> None:
+        """These and no others belong to the pool from now on: new ones start, missing ones leave
+        when their work is done."""
+        late = TimeoutError("nothing yet: it waits for a place, or still loads")
+        for number in sorted(actors.keys() - self._members.keys()):
+            member = Member(number=number, actor=actors[number])
+            self._members[number] = member
+            self._ask(member, late, self._start)
+        for number in self._members.keys() - actors.keys():
+            self._dismiss(self._members[number])
 
     def numbers(self) -> set[int]:
         """Members, and those that leave and still work."""
-        return set(self._ids)
+        return set(self._members)
 
     def state(self) -> PoolState:
-        """How many are ready, start, are lost; busy ones are ready too."""
-        ids = set(self._ids.values())
-        lost = self._never.keys() | self._overdue.keys() | (self._waits.keys() & self._started)
+        """How many are ready, start, are lost; busy ones, and those that leave, are ready too."""
+        members = self._members.values()
+        count = Counter(member.state for member in members)
+        late = sum(member.state == State.STARTING and member.is_lost for member in members)
         return PoolState(
-            ready=len(ids - self._waits.keys() - self._never.keys()),
-            starting=len(self._waits.keys() - self._started - self._overdue.keys()),
-            lost=len(lost),
-            busy=sum(1 for i in ids if self._out[i]),
+            ready=count[State.READY] + count[State.LEAVING],
+            starting=count[State.STARTING] - late,
+            lost=count[State.AWAY] + count[State.GONE] + late,
+            busy=sum(member.calls > 0 for member in members),
             restarts=self.restarts,
         )
 
-    def _drop_if_drained(self, actor_id: int) -> None:
-        if self._out[actor_id]:
-            return
-        if task := self._waits.pop(actor_id, None):
-            task.cancel()
-        self._manager.remove_actor(actor_id)
-        self._ids = {n: i for n, i in self._ids.items() if i != actor_id}
-        for known in (self._never, self._overdue):
-            known.pop(actor_id, None)
-        self._retiring.discard(actor_id)
-        self._serve()
+    def _dismiss(self, member: Member) -> None:
+        """Takes one out that is not wanted any more, as soon as it has no calls."""
+        if member.question is not None:
+            member.question.cancel()
+            member.question = None
+        member.state = State.LEAVING
+        member.error = None
+        if not member.calls:
+            del self._members[member.number]
+            self._serve()
 
-    # --- who works ----------------------------------------------------------------------------------------------------
+    # --- who works -------------------------------------------------------------------------------
 
     async def acquire(self) -> tuple[int, ActorHandle]:
-        """The next idle actor, first come first served. Raises PoolLost when none is left that could become idle."""
-        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        """The next idle actor and its number, first come first served. Raises PoolLost when none is
+        left that could become idle.
+
+        Where actors refused to begin for a user's mistake, it is that UserError.
+        """
+        waiter: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         self._serve()
         try:
-            actor_id = await waiter
+            member = await waiter
         except asyncio.CancelledError:
             if not waiter.cancelled() and waiter.exception() is None:
-                self.release(waiter.result())
+                self.release(waiter.result().number)
             raise
-        return actor_id, self._manager.actors()[actor_id]
+        return member.number, member.actor
 
     def _serve(self) -> None:
-        """Gives the least busy actors to those who have waited longest; tells all of them when none will ever be free."""
-        if lost := self._lost_for_good():
-            while self._waiters:
-                waiter = self._waiters.popleft()
-                if not waiter.done():
-                    waiter.set_exception(PoolLost(lost))
+        """Gives the least busy actors to those who have waited longest; tells all of them when none
+        will ever be free."""
+        loss = self._loss()
         while self._waiters:
-            free = [i for i in self._manager.healthy_actor_ids() if self._out[i] < self._in_flight]
-            free = [i for i in free if i not in self._retiring]
-            if self._waiters[0].done():
-                self._waiters.popleft()
-            elif not free:
-                return
-            else:
-                actor_id = min(free, key=lambda i: (self._out[i], i))
-                self._out[actor_id] += 1
-                self._waiters.popleft().set_result(actor_id)
+            waiter = self._waiters[0]
 
-    def release(self, actor_id: int) -> None:
+            # the member with the fewest calls is taken, of those the one with the lowest number
+            free = [
+                member
+                for member in self._members.values()
+                if member.state == State.READY and member.calls < self._in_flight
+            ]
+            if not waiter.done():
+                if loss is not None:
+                    waiter.set_exception(loss)
+                elif free:
+                    member = min(free, key=lambda member: (member.calls, member.number))
+                    member.calls += 1
+                    waiter.set_result(member)
+                else:
+                    return
+            self._waiters.popleft()
+
+    def release(self, number: int) -> None:
         """The actor is idle again."""
-        self._out[actor_id] -= 1
-        if actor_id in self._retiring:
-            self._drop_if_drained(actor_id)
+        member = self._members[number]
+        member.calls -= 1
+        if member.state == State.LEAVING:
+            self._dismiss(member)
         self._serve()
 
-    def lost(self, actor_id: int, error: BaseException) -> None:
+    def lost(self, number: int, error: BaseException) -> None:
         """The actor died under a call: waits in the background until it answers again."""
-        if actor_id not in self._retiring and self._manager.is_actor_healthy(actor_id):
-            self._manager.set_actor_state(actor_id, healthy=False)
-            self._wait_for(actor_id, error, self._patience)
-        self.release(actor_id)
+        member = self._members[number]
+        if member.state == State.READY:
+            member.state = State.AWAY
+            self._ask(member, error, self._patience)
+        self.release(number)
 
     async def answer(self, actor: ActorHandle, ref: ray.ObjectRef, seconds: float) -> Any:
-        """The answer to a call that an actor was given just now; TimeoutError when the actor works on it for longer.
+        """The answer to a call that an actor was given just now; TimeoutError when the actor works
+        on it for longer.
 
-        An actor does one call after another, so a call that waits behind another one has not begun. A caller that goes away
-        leaves the call at the actor, and so its time running: those behind it still wait for it.
+        An actor does one call after another, so a call that waits behind another one has not begun.
+        A caller that goes away leaves the call at the actor, and so its time running: those behind
+        it still wait for it.
         """
-        mine = asyncio.ensure_future(_timed(ref, self._last.get(actor), seconds))
-        self._last[actor] = mine
-        mine.add_done_callback(lambda done: self._answered(actor, done))
-        return await asyncio.shield(mine)
+        member = next(one for one in self._members.values() if one.actor is actor)
+        call = asyncio.ensure_future(_await_in_turn(ref, member.last_call, seconds))
+        member.last_call = call
+        call.add_done_callback(lambda done: self._note_answer(member, done))
+        return await asyncio.shield(call)
 
-    def _answered(self, actor: ActorHandle, call: asyncio.Task[Any]) -> None:
-        if self._last.get(actor) is call:
-            del self._last[actor]
+    def _note_answer(self, member: Member, call: asyncio.Task[Any]) -> None:
+        if member.last_call is call:
+            member.last_call = None
         if not call.cancelled():
             call.exception()  # its caller may have gone away
 
-    def _wait_for(self, actor_id: int, error: BaseException, patience: float) -> None:
-        self._waits[actor_id] = asyncio.ensure_future(self._until_it_answers(actor_id, error, patience))
+    # --- who comes back --------------------------------------------------------------------------
 
-    async def _until_it_answers(self, actor_id: int, error: BaseException, patience: float) -> None:
-        deadline = time.monotonic() + patience
-        while True:
-            found = await self._answers(actor_id)
-            if found is True:
-                break
-            if isinstance(found, ray.exceptions.ActorDiedError):  # its constructor failed: Ray will not try again
-                self._never[actor_id] = found
-                del self._waits[actor_id]
+    def _ask(self, member: Member, error: BaseException, patience: float) -> None:
+        """Asks one that starts or is away until it answers. ``error`` says why it is lost when it
+        has not for ``patience`` seconds."""
+        member.question = asyncio.ensure_future(self._ask_until(member, error, patience))
+
+    async def _ask_until(self, member: Member, error: BaseException, patience: float) -> None:
+        began = asked = time.monotonic()
+        while (refusal := await _ping(member.actor)) is not None:
+            # its constructor failed: Ray will not try again, and a user's mistake would be the same
+            # one
+            if isinstance(refusal, ray.exceptions.ActorDiedError | UserError):
+                member.state = State.GONE
+                member.error = refusal
+                member.question = None
                 self._serve()
                 return
-            if time.monotonic() > deadline:
-                self._overdue[actor_id] = error  # still asked: a node may come back
+            # what was asked in time says nothing of now: this loop may have rested since
+            if asked - began > patience:
+                member.error = error  # still asked: a node may come back
                 self._serve()
             await asyncio.sleep(PROBE_SECONDS)
-        self.restarts += actor_id in self._started
-        self._started.add(actor_id)
-        self._overdue.pop(actor_id, None)
-        self._manager.set_actor_state(actor_id, healthy=True)
-        del self._waits[actor_id]
+            asked = time.monotonic()
+
+        # the actor answers: it counts as restarted where its process was lost
+        self.restarts += member.state == State.AWAY
+        member.state = State.READY
+        member.error = None
+        member.question = None
         self._serve()
 
-    async def _answers(self, actor_id: int) -> bool | BaseException:
-        try:
-            pong: Any = self._manager.actors()[actor_id].ping.remote()
-            async with asyncio.timeout(10.0):
-                await pong
-            return True
-        except (ray.exceptions.RayActorError, TimeoutError) as error:
-            return error
+    def _loss(self) -> PoolLost | UserError | None:
+        """What to say when no actor will answer again; None while one may."""
+        members = self._members.values()
+        if not members or not all(member.is_lost for member in members):
+            return None
+        errors = [m.error for m in sorted(members, key=lambda m: m.state == State.GONE)]
+        refusal = next((error for error in errors if isinstance(error, UserError)), None)
+        if refusal is not None:
+            return refusal
 
-    def _lost_for_good(self) -> str:
-        """What to say when no actor will answer again; empty while one may."""
-        hopeless = self._never.keys() | self._overdue.keys()
-        if not self._ids or len(hopeless) < len(self._ids):
-            return ""
-        last = list({**self._overdue, **self._never}.values())[-1]
-        return f"no {self.role} worker is left ({len(hopeless)} died for good); the last one said: {last}"
+        # what became of each, and the setting that gives it more time
+        fates = {
+            State.GONE: "died for good",
+            State.STARTING: f"did not start in {self._start:g} s: raise runtime.start_seconds",
+            State.AWAY: f"not back after {self._patience:g} s: raise runtime.recovery_seconds",
+        }
+        count = Counter(member.state for member in members)
+        said = ", ".join(f"{count[state]} {fate}" for state, fate in fates.items() if count[state])
+        return PoolLost(f"no {self.role} worker is left ({said}); the last one said: {errors[-1]}")
 
 
-async def _timed(ref: ray.ObjectRef, before: asyncio.Task[Any] | None, seconds: float) -> Any:
-    """The object; TimeoutError when it takes longer than ``seconds`` after the call before it was over."""
+async def _ping(actor: ActorHandle) -> BaseException | None:
+    """Why an actor does not answer; None where it does. What is wrong with us is raised."""
+    pong = asyncio.ensure_future(actor.ping.remote())
+    try:
+        # an answer that came while the loop rested counts, however long ago it was asked for
+        await asyncio.wait([pong], timeout=PING_SECONDS)
+        if not pong.done():
+            return TimeoutError(f"no answer in {PING_SECONDS:g} s")
+        pong.result()
+    except ray.exceptions.RayActorError as error:
+        return error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            return error.cause
+        raise
+    finally:
+        pong.cancel()  # where nobody waits for it any more
+    return None
+
+
+async def _await_in_turn(
+    ref: ray.ObjectRef, before: asyncio.Task[Any] | None, seconds: float
+) -> Any:
+    """The object; TimeoutError when it takes longer than ``seconds`` after the call before it was
+    over."""
     if before is not None and not before.done():
         await asyncio.wait([before])
     async with asyncio.timeout(seconds):
         return await ref
 
 
-async def tried(
+async def call_with_retries(
     what: str,
     pool: Pool,
     call: Callable[[ActorHandle], Awaitable[Any]],
     runtime: RuntimeSettings,
     again: Callable[[], None] = lambda: None,
 ) -> Any:
-    """The call on one actor after another until it succeeds, ``max_attempts`` times at most; then UnitFailed.
+    """The call on one actor after another until it succeeds, ``max_attempts`` times at most; then
+    UnitFailed.
 
-    A user's mistake is raised as it is, at once; ObjectGone where what the call was given is no more. An actor that hangs is
-    killed and comes back fresh. ``again`` is told of every try after the first.
+    A user's mistake is raised as it is, at once; ObjectGone where what the call was given is no
+    more. An actor that hangs is killed and comes back fresh. ``again`` is told of every try after
+    the first.
     """
     last = ""
+    seconds = runtime.unit_timeout_seconds
     for attempt in range(runtime.max_attempts):
         if attempt:
             again()
@@ -261,7 +353,8 @@ async def tried(
         except ray.exceptions.RayActorError as error:
             pool.lost(actor_id, error)
             last = f"its process died at work: {error}"
-        except ray.exceptions.RayTaskError as error:  # before TimeoutError: a task's error is also of its cause's class
+        # before TimeoutError: a task's error is also of its cause's class
+        except ray.exceptions.RayTaskError as error:
             pool.release(actor_id)
             if isinstance(error.cause, UserError):
                 raise error.cause from None
@@ -274,7 +367,7 @@ async def tried(
         except TimeoutError:
             ray.kill(actor, no_restart=False)  # hangs: a fresh process takes its place
             pool.lost(actor_id, TimeoutError(what))
-            last = f"no answer in {runtime.unit_timeout_seconds:g} s"
+            last = f"no answer in {seconds:g} s"
         except BaseException:
             pool.release(actor_id)
             raise
@@ -282,5 +375,6 @@ async def tried(
             pool.release(actor_id)
             return answer
     raise UnitFailed(
-        f"{what} failed on {runtime.max_attempts} attempts (runtime.max_attempts); the last one said:\n{last}"
+        f"{what} failed on {runtime.max_attempts} attempts (runtime.max_attempts); the last one"
+        f" said:\n{last}"
     )

@@ -1,7 +1,9 @@
-"""RLlib's own PPO on a run file: the denoising environment, an RLModule around a Policy, and the run.
+"""RLlib's own PPO on a run file: the denoising environment, an RLModule around a Policy, and the
+run.
 
-A tested reference, not the production path: RLlib sees each denoising step as a transition of its own. What it shares with
-rlalign's loop is the policy, the plan, the rewards and the evaluation's prompts and noise.
+A tested reference, not the production path: RLlib sees each denoising step as a transition of its
+own. What it shares with rlalign's loop is the policy, the plan, the rewards and the evaluation's
+prompts and noise.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchDiagGaussi
 from ray.rllib.core.rl_module.apis import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 
-from rlalign import evaluate
-from rlalign.collect import LocalCollect
-from rlalign.config import Run
-from rlalign.environment import Chain, Denoising
-from rlalign.metrics import Recorder
-from rlalign.records import Scored, Weights
-from rlalign.registry import UserError
+from rlalign.alignment.collect import LocalCollect
+from rlalign.alignment.environment import Chain, Denoising
+from rlalign.config import Run, locate_run
+from rlalign.core.media import as_uint8
+from rlalign.core.records import Scored, Weights
+from rlalign.core.registry import UserError
+from rlalign.learning import evaluate
+from rlalign.learning.metrics import Recorder
 from rlalign.rewards.base import score, total
 
 ENVIRONMENT = "rlalign/denoising"
@@ -32,20 +35,24 @@ OnRecord = Callable[[dict[str, Any]], None]
 
 
 def register() -> None:
-    """Makes the environment known to RLlib as ``rlalign/denoising``; its config has the Run under ``run``."""
+    """Makes the environment known to RLlib as ``rlalign/denoising``; its config has the Run under
+    ``run``."""
     from ray.tune.registry import register_env
 
     register_env(ENVIRONMENT, lambda config: environment(config["run"]))
 
 
 def environment(run: Run) -> Denoising:
-    """The environment of a run: its policy's last step, its prompts, its plan, the weighted sum of its rewards."""
+    """The environment of a run: its policy's last step, its prompts, its plan, the weighted sum of
+    its rewards."""
     torch.set_num_threads(1)
     scorers = [(reward, reward.load("cpu")) for reward in run.rewards]
 
     def scored(media_BFCHW: torch.Tensor, prompts: Any) -> np.ndarray:
-        media = (media_BFCHW * 255.0).round().clamp(0, 255).to(torch.uint8).numpy()  # as everywhere: rewards see uint8
-        return total(run.rewards, {r.title: score(r, scorer, media, prompts) for r, scorer in scorers})
+        media = as_uint8(media_BFCHW)  # as everywhere: rewards see uint8
+        return total(
+            run.rewards, {r.title: score(r, scorer, media, prompts) for r, scorer in scorers}
+        )
 
     return Denoising(run.policy.load("cpu"), scored, prompts_of(run), run.plan)
 
@@ -56,7 +63,8 @@ def prompts_of(run: Run) -> list[str]:
 
 
 class DenoisingModule(TorchRLModule, ValueFunctionAPI):
-    """A policy whose action distribution is the denoising step's own Gaussian, and a small value network beside it."""
+    """A policy whose action distribution is the denoising step's own Gaussian, and a small value
+    network beside it."""
 
     def setup(self) -> None:
         run: Run = self.model_config["run"]  # type: ignore[index]
@@ -66,7 +74,9 @@ class DenoisingModule(TorchRLModule, ValueFunctionAPI):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             size = int(self.observation_space.shape[0])  # type: ignore[index,union-attr]
-            self.value = torch.nn.Sequential(torch.nn.Linear(size, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+            self.value = torch.nn.Sequential(
+                torch.nn.Linear(size, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)
+            )
 
     def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
         gaussian = self.chain.gaussian(batch[Columns.OBS])
@@ -86,7 +96,8 @@ class DenoisingModule(TorchRLModule, ValueFunctionAPI):
 
 
 def ppo_config(run: Run, runners: int) -> Any:
-    """RLlib's PPO with a run's numbers: a round is an iteration, a sample an episode, the clip range that of joint log-probs."""
+    """RLlib's PPO with a run's numbers: a round is an iteration, a sample an episode, the clip
+    range that of joint log-probs."""
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
@@ -95,20 +106,25 @@ def ppo_config(run: Run, runners: int) -> Any:
     clip_range = getattr(run.algorithm, "clip_range", None)
     if clip_range is None:
         raise UserError(
-            f"rllib trains by PPO and takes the clip range of algorithm ddpo or grpo, got {run.algorithm.name}"
+            "rllib trains by PPO and takes the clip range of algorithm ddpo or grpo, got"
+            f" {run.algorithm.name}"
         )
     steps = run.samples_per_round * decisions
     lanes = max(1, run.samples_per_round // max(runners, 1) // 2)
     return (
         PPOConfig()
-        .environment(ENVIRONMENT, env_config={"run": run}, normalize_actions=False, clip_actions=False)
+        .environment(
+            ENVIRONMENT, env_config={"run": run}, normalize_actions=False, clip_actions=False
+        )
         .env_runners(
             num_env_runners=runners,
             num_envs_per_env_runner=lanes,
             batch_mode="complete_episodes",
             rollout_fragment_length="auto",
         )
-        .rl_module(rl_module_spec=RLModuleSpec(module_class=DenoisingModule, model_config={"run": run}))
+        .rl_module(
+            rl_module_spec=RLModuleSpec(module_class=DenoisingModule, model_config={"run": run})
+        )
         .training(
             lr=run.learner.lr,
             gamma=1.0,
@@ -129,14 +145,18 @@ def ppo_config(run: Run, runners: int) -> Any:
 
 
 def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> dict[str, Any]:
-    """Trains a run file by RLlib's PPO on a local Ray. Returns the comparison of base and trained, as evaluation.json has it."""
+    """Trains a run file by RLlib's PPO on a local Ray. Returns the comparison of base and trained,
+    as evaluation.json has it."""
     from rlalign.runtime import cluster
+    from rlalign.runtime.reservation import run_bundles
 
-    if run.policy.lora_rank or run.preferences is not None:
+    if run.policy.lora_rank or run.policy.adapter or run.preferences is not None:
         raise UserError(
-            "rllib trains all weights of a policy on samples of its own; lora_rank and preferences are for train"
+            "rllib trains all weights of a policy on samples of its own; lora_rank, adapter and"
+            " preferences are for train"
         )
-    cluster.connect(run, None)
+    run = locate_run(run, begun=False)
+    cluster.connect(run_bundles(run), run.runtime.device, None)
     import ray
 
     logging.getLogger("ray.rllib").setLevel(logging.ERROR)
@@ -144,26 +164,22 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
     try:
         register()
         algorithm = ppo_config(run, runners).build_algo()
-        recorder = Recorder(folder, -1)
         policy = run.policy.load("cpu")
         collect = LocalCollect(run)
         held = run.prompts.held_out(run.evaluate.prompts)
         units = evaluate.evaluation_units(held, run.plan, run.evaluate.seed, run.samples_per_unit)
 
         def evaluated(kind: str) -> list[Scored]:
-            return collect.gather(collect.order(units, Weights(version=0, kind=kind, tensors=policy.weights())))
+            return collect.gather(
+                collect.order(units, Weights(version=0, kind=kind, tensors=policy.weights()))
+            )
 
         base = evaluated("base")
-        for number in range(1, run.rounds + 1):
-            result = algorithm.train()
-            line = {"round": number, "reward/total/mean": float(result["env_runners"]["episode_return_mean"])}
-            recorder.write(line)
-            on_record(line)
+        _train_rounds(algorithm, run.rounds, Recorder(folder, -1), on_record)
         module = algorithm.get_module()
         policy.network.load_state_dict(module.denoiser.state_dict())
         trained = evaluated("current")
         algorithm.stop()
-        recorder.close()
     finally:
         ray.shutdown()
     titles = [r.title for r in run.rewards]
@@ -172,3 +188,14 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
     evaluate.write_json(folder / "evaluation.json", found)
     policy.save(folder / "policy")
     return found
+
+
+def _train_rounds(algorithm: Any, rounds: int, recorder: Recorder, on_record: OnRecord) -> None:
+    """Every round, with its line of metrics."""
+    for number in range(1, rounds + 1):
+        result = algorithm.train()
+        reward = float(result["env_runners"]["episode_return_mean"])
+        line = {"round": number, "reward/total/mean": reward}
+        recorder.write(line)
+        on_record(line)
+    recorder.close()

@@ -1,32 +1,81 @@
-"""The actors that do the work. They hold a policy or a scorer and nothing of the run's state: any of them may die."""
+"""The actors that do the work. They hold a policy or a scorer and nothing of the run's state: any
+of them may die."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
+import torch
 
-from rlalign.config import Run
-from rlalign.devices import usable
-from rlalign.records import Trajectory, Unit
-from rlalign.rewards.base import Reward
+from rlalign.alignment.models import Model, ready_policy
+from rlalign.config import RuntimeSettings
+from rlalign.core.records import Plan, Trajectory, Unit
+from rlalign.core.registry import UserError
+from rlalign.diffusion.paths import NoisePath
+from rlalign.engine import Work
+from rlalign.engine.local import LiveRewards, WorkResult, perform
+from rlalign.engine.pieces import Rollout
+from rlalign.networks.devices import usable
+from rlalign.rewards.base import Reward, score
 from rlalign.runtime.began import BEGAN
 from rlalign.runtime.gauges import shown
+from rlalign.runtime.rewards import RemoteRewards, RewardActors
+
+
+@contextlib.contextmanager
+def naming_the_node() -> Iterator[None]:
+    """On a cluster of several nodes a UserError from inside says on which one it was: a file may be
+    on another."""
+    try:
+        yield
+    except UserError as error:
+        if sum(bool(node["Alive"]) for node in ray.nodes()) < 2:
+            raise
+        raise UserError(
+            f"{error} (on node {ray.util.get_node_ip_address()} of the cluster)"
+        ) from error
 
 
 class Worker:
-    """What the pool's manager asks of an actor. ``apply`` never ends the process on an application's error."""
+    """What a pool asks of an actor.
+
+    A UserError of a subclass's constructor is raised where the worker is first asked for something:
+    of an actor whose constructor fails, Ray passes on a text alone.
+    """
 
     label = "worker"
     ready_at = 0.0
     """When the constructor was done, seconds since the epoch."""
+    refusal: UserError | None = None
+    """What the constructor raised."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "__init__" not in cls.__dict__:
+            return
+        begin: Callable[..., None] = cls.__init__
+
+        @functools.wraps(begin)
+        def begin_or_refuse(self: Worker, *args: Any, **kwargs: Any) -> None:
+            try:
+                begin(self, *args, **kwargs)
+            except UserError as error:
+                self.refusal = error
+
+        cls.__init__ = begin_or_refuse
 
     def ping(self) -> str:
-        """Alive."""
+        """Alive, and able to work."""
+        if self.refusal is not None:
+            raise self.refusal
         return "pong"
 
     def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -49,15 +98,28 @@ class Worker:
         return self.label
 
 
-class RolloutWorker(Worker):
-    """Holds a policy; denoises one unit a call under the weights that come with it."""
+@dataclass(frozen=True, kw_only=True)
+class PolicySource:
+    """What a policy worker loads, where it computes, and whom it asks for scores."""
 
-    def __init__(self, run: Run, label: str) -> None:
-        import torch
+    model: Model
+    runtime: RuntimeSettings
+    interpolation: float = 1.0
+    rewards: RewardActors | None = None
+    """None where its work asks for none."""
 
-        torch.set_num_threads(run.runtime.rollout_threads)
+
+class PolicyWorker(Worker):
+    """Holds a policy: makes a unit of a round a call, under the weights that come with it, or does
+    any other piece of work."""
+
+    def __init__(self, source: PolicySource, label: str) -> None:
+        torch.set_num_threads(source.runtime.rollout.threads)
         self.label = label
-        self._policy = run.policy.load(usable(run.runtime.device, "runtime.device"))
+        with naming_the_node():
+            device = usable(source.runtime.device, "runtime.device")
+            self._policy = ready_policy(source.model, device, source.interpolation)
+        self._rewards = LiveRewards(()) if source.rewards is None else RemoteRewards(source.rewards)
         self._tag: tuple[str, int] = ("", -1)
         self.ready_at = time.time()
 
@@ -65,42 +127,67 @@ class RolloutWorker(Worker):
     def produce(
         self, work: tuple[Unit, tuple[str, int]], tensors: Mapping[str, np.ndarray] | None = None
     ) -> tuple[Trajectory | None, np.ndarray | None, dict[str, Any]]:
-        """(trajectory, media uint8 BFCHW, facts): three objects, so that each goes only where it is needed.
+        """(trajectory, media uint8 BFCHW, facts): three objects, so that each goes only where it is
+        needed.
 
-        ``work`` is a unit and the tag of its weights. Without ``tensors`` the weights that the worker holds are meant; no
-        facts say that it holds others.
+        ``work`` is a unit and the tag of its weights. Without ``tensors`` the weights that the
+        worker holds are meant; no facts say that it holds others.
         """
-        import torch
-
-        from rlalign.diffusion.rollout import rollout
-
         start = time.monotonic()
         unit, tag = work
         if tag != self._tag and tensors is None:
             return None, None, {}
         with shown(f"{unit.key} under {tag[0]} v{tag[1]}"):
             if tensors is not None and tag != self._tag:
-                self._policy.set_weights({n: torch.from_numpy(np.array(a)) for n, a in tensors.items()})
+                self._policy.set_weights(
+                    {n: torch.from_numpy(np.array(a)) for n, a in tensors.items()}
+                )
                 self._tag = tag
-            trajectory, media = rollout(self._policy, unit, tag[1])
+            trajectory, media = self.do(Rollout(unit=unit, version=tag[1])).value
         return trajectory, media, {"seconds": time.monotonic() - start, "process": os.getpid()}
+
+    def do(self, work: Work) -> WorkResult:
+        """A piece of work, done."""
+        return perform(work, self._policy, self._rewards)
+
+    def shape(self, plan: Plan) -> tuple[NoisePath, tuple[int, ...]]:
+        """(noise path, latent shape under a plan)."""
+        return self._policy.path, self._policy.latent_shape(plan)
 
 
 class RewardWorker(Worker):
-    """Holds one reward's scorer; scores one unit's media a call."""
+    """Holds one reward's scorer; scores media, or differentiates their scores."""
 
     def __init__(self, reward: Reward, device: str, threads: int, label: str) -> None:
-        import torch
-
         torch.set_num_threads(threads)
         self.label = label
-        self._reward, self._scorer = reward, reward.load(usable(device, "runtime.device"))
+        self._reward = reward
+        with naming_the_node():
+            self._scorer = reward.load(usable(device, "runtime.device"))
+        self._lenient = LiveRewards([reward], scorers={reward.title: self._scorer})
         self.ready_at = time.time()
 
-    def score(self, media_BFCHW: np.ndarray, prompts: Sequence[str], what: str = "") -> tuple[np.ndarray, float]:
-        """(raw scores (B,) float32 under the reward's own error policy, seconds). ``what`` names the media."""
-        from rlalign.rewards.base import score
-
+    def score(
+        self, media_BFCHW: np.ndarray, prompts: Sequence[str], what: str = ""
+    ) -> tuple[np.ndarray, float]:
+        """(raw scores (B,) float32 under the reward's own error policy, seconds). ``what`` names
+        the media."""
         start = time.monotonic()
         with shown(f"{self._reward.title} of {what or 'media'}"):
             return score(self._reward, self._scorer, media_BFCHW, prompts), time.monotonic() - start
+
+    def score_or_drop(
+        self, media_BFCHW: np.ndarray, prompts: Sequence[str]
+    ) -> tuple[np.ndarray, str]:
+        """(raw scores (B,) of uint8 media, NaN where the scorer failed; what it last said when it
+        did)."""
+        found = self._lenient.score_bytes(media_BFCHW, prompts)
+        return found.raw[self._reward.title], self._lenient.reason
+
+    def gradient(
+        self, media_BFCHW: np.ndarray, prompts: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(raw scores (B,), d score / d media) of float media."""
+        media = torch.from_numpy(np.array(media_BFCHW))
+        value_B, gradient = self._lenient.gradient_of(self._reward, media, prompts)
+        return value_B, gradient.numpy()

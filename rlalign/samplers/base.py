@@ -1,19 +1,20 @@
-"""What a sampler is: a recipe that decides which latents to try, look at, weigh and keep; an engine does the work."""
+"""What a sampler is: a recipe that decides which latents to try, look at, weigh and keep; an engine
+does the work."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from rlalign.diffusion.noise import generator
-from rlalign.diffusion.steps import Gaussian
-from rlalign.records import Plan, Unit
-from rlalign.registry import Recipe, UserError
-from rlalign.work import Engine, NoScore, Seen, Swarm
+from rlalign.core.records import Plan, Unit, is_guided
+from rlalign.core.registry import Recipe, UserError
+from rlalign.engine import Engine, NoScore, Swarm, expand
+from rlalign.engine.particles import Scheme
 
 BACKWARD = 2
 """Denoiser calls that going back through one counts as, where methods get the same budget."""
@@ -22,8 +23,22 @@ MOST = 1 << 16
 """Largest number of candidates, particles or updates that a budget may buy."""
 
 
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Resampling = Annotated[Scheme, Field(description="resampling scheme")]
+Threshold = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="resample where the effective sample size is below this share; 1 always",
+    ),
+]
+Keep = Annotated[Literal["best", "weighted"], Field(description="which particle is the picture")]
+"""Settings of methods with particles."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Result:
     """What a method came to: one latent for each row that it was asked for."""
 
     latents: torch.Tensor
@@ -33,7 +48,8 @@ class Found:
     roots_BN: np.ndarray | None = None
     """(B, N) which first particle each last one descends from, where particles were resampled."""
     log_evidence_B: np.ndarray | None = None
-    """(B,) estimate of log E[exp(strength * reward)] under the plain sampler, where the method has one (unbiased without log)."""
+    """(B,) estimate of log E[exp(strength * reward)] under the plain sampler, where the method has
+    one (unbiased without log)."""
 
 
 class Sampler(Recipe):
@@ -47,12 +63,17 @@ class Sampler(Recipe):
     width: ClassVar[str] = ""
     """The setting that a budget of denoiser calls decides; empty where nothing is to decide."""
 
-    def sample(self, engine: Engine, unit: Unit) -> Found:
+    def check(self, unit: Unit) -> None:
+        """Raises UserError, before anything is sampled, for files that the settings name and that
+        cannot be used."""
+
+    def sample(self, engine: Engine, unit: Unit) -> Result:
         """One latent for each row of the unit."""
         raise NotImplementedError
 
     def calls(self, plan: Plan) -> int:
-        """Denoiser calls a picture, a guided pass counted twice; going back through them not counted."""
+        """Denoiser calls a picture, a guided pass counted twice; going back through them not
+        counted."""
         raise NotImplementedError
 
     def backward(self, plan: Plan) -> int:
@@ -60,36 +81,71 @@ class Sampler(Recipe):
         return 0
 
     def price(self, plan: Plan) -> int:
-        """Calls a picture with each way back counted as two more: what budgets and comparisons are made in."""
+        """Calls a picture with each way back counted as two more: what budgets and comparisons are
+        made in."""
         return self.calls(plan) + BACKWARD * self.backward(plan)
 
     def within(self, budget: int, plan: Plan) -> Sampler:
         """The method with the largest width whose price a picture fits a budget."""
         if not self.width:
             return self
-        low, high = 1, 1
+        low = 1
+        high = 1
         if self._sized(1).price(plan) > budget:
             raise UserError(
-                f"budget.denoiser_calls must be >= {self._sized(1).price(plan)} for {self.name} with this plan, got {budget}"
+                f"budget.denoiser_calls must be >= {self._sized(1).price(plan)} for {self.name}"
+                f" with this plan, got {budget}"
             )
         while high < MOST and self._sized(2 * high).price(plan) <= budget:
             high *= 2
-        low, high = high, min(2 * high, MOST)
+        low = high
+        high = min(2 * high, MOST)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._sized(middle).price(plan) <= budget else (low, middle - 1)
+            low, high = (
+                (middle, high) if self._sized(middle).price(plan) <= budget else (low, middle - 1)
+            )
         return self._sized(low)
 
     def _sized(self, width: int) -> Sampler:
         return self.model_copy(update={self.width: width})
 
 
+class ParticleSampler(Sampler):
+    """Base of a method whose ``particles`` are weighed and resampled; it has the settings
+    ``scheme``, ``threshold`` and ``keep`` too."""
+
+    needs_noise: ClassVar[bool] = True
+    width: ClassVar[str] = "particles"
+
+    particles: int
+    scheme: Resampling
+    threshold: Threshold
+    keep: Keep
+
+    def sample(self, engine: Engine, unit: Unit) -> Result:
+        return of_swarm(self.run(engine, unit), self.keep)
+
+    def run(self, engine: Engine, unit: Unit) -> Swarm:
+        """All particles with their weights."""
+        raise NotImplementedError
+
+    def begin(self, engine: Engine, unit: Unit) -> tuple[Unit, Swarm]:
+        """The rows of all particles, and the particles at the unit's noise."""
+        rows = expand(unit, self.particles)
+        x = engine.begin(rows)
+        return rows, Swarm(unit, x, self.particles, self.scheme, self.threshold)
+
+    def calls(self, plan: Plan) -> int:
+        return passes(plan) * plan.steps * self.particles
+
+
 def passes(plan: Plan) -> int:
     """Denoiser calls of one look."""
-    return 1 if plan.guidance == 1.0 else 2
+    return 2 if is_guided(plan.guidance) else 1
 
 
-def grouped(values_M: np.ndarray, count: int) -> np.ndarray:
+def group_rows(values_M: np.ndarray, count: int) -> np.ndarray:
     """(B * N,) -> (B, N) float64."""
     return np.asarray(values_M, dtype=np.float64).reshape(-1, count)
 
@@ -109,7 +165,9 @@ def refuse_unscored(known_BN: np.ndarray, x: torch.Tensor) -> None:
     empty = np.flatnonzero(~known_BN.any(axis=1))
     if len(empty):
         raise NoScore(
-            f"the rewards gave no score for any of the {known_BN.shape[1]} candidates of picture {int(empty[0]) + 1}", x
+            f"the rewards gave no score for any of the {known_BN.shape[1]} candidates of picture"
+            f" {int(empty[0]) + 1}",
+            x,
         )
 
 
@@ -118,26 +176,24 @@ def take(x: torch.Tensor, index_B: np.ndarray, count: int) -> torch.Tensor:
     return x[torch.from_numpy(np.arange(len(index_B)) * count + index_B)]
 
 
-def take_seen(seen: Seen, rows: np.ndarray) -> Seen:
-    """The rows of what was seen."""
-    index = torch.from_numpy(np.ascontiguousarray(rows))
-    total = seen.total_B[rows] if seen.total_B is not None else None
-    return Seen(
-        Gaussian(mean=seen.gaussian.mean[index], std=seen.gaussian.std), seen.clean[index], seen.noise[index], total
-    )
+def best_updates(updates: Sequence[tuple[np.ndarray, torch.Tensor]]) -> torch.Tensor:
+    """(B, ...) the latents with the best reward of all updates, each row for itself; ``updates``
+    are ((B,) rewards, (B, ...) latents)."""
+    values_UB = np.array([rewards_B for rewards_B, _ in updates])
+    best_B = np.where(np.isfinite(values_UB), values_UB, -np.inf).argmax(axis=0)
+    return torch.stack([updates[int(u)][1][b] for b, u in enumerate(best_B)])
 
 
-def of_swarm(swarm: Swarm, keep: Literal["best", "weighted"]) -> Found:
+def per_row(values_B: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) values in a shape that broadcasts over the rows of ``like``."""
+    return values_B.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def of_swarm(swarm: Swarm, keep: Literal["best", "weighted"]) -> Result:
     """One particle of each picture, with the lineage of all."""
-    return Found(
-        latents=take(swarm.x, swarm.chosen(keep), swarm.count),
+    return Result(
+        latents=take(swarm.x, swarm.choose(keep), swarm.count),
         series={"effective sample size": tuple(swarm.sizes)},
         roots_BN=swarm.roots_BN,
         log_evidence_B=swarm.log_evidence_B,
     )
-
-
-def row_rng(unit: Unit, row: int, *purpose: Any) -> np.random.Generator:
-    """A generator keyed by a row of a unit and a purpose, apart from the noise of its steps."""
-    key = unit.key
-    return generator("sampler", unit.seed, key.stream, key.round, unit.prompt_ids[row], unit.sample_ids[row], *purpose)

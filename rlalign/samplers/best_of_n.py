@@ -8,16 +8,17 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rlalign.records import Plan, Unit
-from rlalign.samplers.base import Found, Sampler, best, grouped, passes, refuse_unscored, take
-from rlalign.work import Engine, advance_rows, expand, part, score_rows
+from rlalign.core.records import Plan, Unit
+from rlalign.engine import Engine, advance_rows, expand, score_rows
+from rlalign.samplers.base import Result, Sampler, best, group_rows, passes, refuse_unscored, take
 
 
 class BestOfN(Sampler):
     """The best of N samples by reward, with or without dropping the worst on the way.
 
-    ``prune`` begins 2N, keeps N at a quarter and N / 2 at half of the steps. Pruning ranks by the reward of the clean
-    sample seen in the step before, and takes as many denoiser calls as N samples.
+    ``prune`` begins 2N, keeps N at a quarter and N / 2 at half of the steps. Pruning ranks by the
+    reward of the clean sample seen in the step before, and takes as many denoiser calls as N
+    samples.
 
     Source: Stiennon 2020, arXiv:2009.01325 (best of N); progressive seed pruning: arXiv:2607.21591.
     """
@@ -25,26 +26,33 @@ class BestOfN(Sampler):
     width: ClassVar[str] = "n"
 
     n: int = Field(default=4, ge=1, description="samples a picture")
-    prune: bool = Field(default=False, description="begin with 2N and drop the worst on the way, at equal cost")
+    prune: bool = Field(
+        default=False, description="begin with 2N and drop the worst on the way, at equal cost"
+    )
 
-    def sample(self, engine: Engine, unit: Unit) -> Found:
+    def sample(self, engine: Engine, unit: Unit) -> Result:
         steps = unit.plan.steps
         stages = self._stages(steps)
         count = stages[0][1]
-        rows, x = expand(unit, count), None
+        rows = expand(unit, count)
+        x = None
+        # from one stage to the next with the seeds that are kept
         for number, (start, _) in enumerate(stages):
             stop = stages[number + 1][0] if number + 1 < len(stages) else steps
             reached = advance_rows(engine, rows, x, start, stop)
             x = reached.x
             if number + 1 < len(stages):
-                total_BN = grouped(score_rows(engine, rows, reached.clean, steps).total_B, count)
+                total_BN = group_rows(score_rows(engine, rows, reached.clean, steps).total_B, count)
                 refuse_unscored(np.isfinite(total_BN), x)
                 kept = stages[number + 1][1]
                 keep = _keep(total_BN, kept)
-                x, rows, count = x[torch.from_numpy(keep)], _rows(rows, keep), kept
+                x = x[torch.from_numpy(keep)]
+                rows = rows.take(keep.tolist())
+                count = kept
+        # the best of what is left
         assert x is not None
-        total_BN = grouped(score_rows(engine, rows, x, steps).total_B, count)
-        return Found(latents=take(x, best(total_BN, x), count))
+        total_BN = group_rows(score_rows(engine, rows, x, steps).total_B, count)
+        return Result(latents=take(x, best(total_BN, x), count))
 
     def _stages(self, steps: int) -> list[tuple[int, int]]:
         """(first step, seeds from there on)."""
@@ -54,23 +62,15 @@ class BestOfN(Sampler):
 
     def calls(self, plan: Plan) -> int:
         stages = [*self._stages(plan.steps), (plan.steps, 0)]
-        return passes(plan) * sum((stages[i + 1][0] - stages[i][0]) * stages[i][1] for i in range(len(stages) - 1))
+        return passes(plan) * sum(
+            (stages[i + 1][0] - stages[i][0]) * stages[i][1] for i in range(len(stages) - 1)
+        )
 
 
 def _keep(total_BN: np.ndarray, count: int) -> np.ndarray:
     """Rows of the ``count`` best of each group, in their old order."""
-    ranked_BN = np.argsort(-np.where(np.isfinite(total_BN), total_BN, -np.inf), axis=1, kind="stable")[:, :count]
+    ranked_BN = np.argsort(
+        -np.where(np.isfinite(total_BN), total_BN, -np.inf), axis=1, kind="stable"
+    )[:, :count]
     groups, size = total_BN.shape
     return (np.sort(ranked_BN, axis=1) + np.arange(groups)[:, None] * size).ravel()
-
-
-def _rows(unit: Unit, rows: np.ndarray) -> Unit:
-    singles = [part(unit, slice(r, r + 1)) for r in rows.tolist()]
-    return unit.__class__(
-        key=unit.key,
-        prompts=tuple(s.prompts[0] for s in singles),
-        prompt_ids=tuple(s.prompt_ids[0] for s in singles),
-        sample_ids=tuple(s.sample_ids[0] for s in singles),
-        seed=unit.seed,
-        plan=unit.plan,
-    )

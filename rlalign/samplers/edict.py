@@ -1,22 +1,25 @@
-"""EDICT: exact inversion of the diffusion chain; pictures are edited by inverting them and sampling under another caption."""
+"""EDICT: exact inversion of the diffusion chain; pictures are edited by inverting them and sampling
+under another caption."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from rlalign.core.locations import NamesFile
+from rlalign.core.media import UnreadablePicture, as_floats, read_picture
+from rlalign.core.records import Plan, Unit, with_prompts
+from rlalign.core.registry import UserError
+from rlalign.engine import Engine, Rewards, Work
+from rlalign.engine.chains import Edict as Coupled
+from rlalign.engine.chains import Pair, charge
 from rlalign.policies.base import Policy
-from rlalign.records import Plan, Unit
-from rlalign.registry import UserError
-from rlalign.samplers.base import Found, Sampler, passes
-from rlalign.work import Engine, Rewards, Work
-from rlalign.work.chains import Edict as Coupled
-from rlalign.work.chains import Pair, charge
+from rlalign.samplers.base import Result, Sampler, passes
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
@@ -24,26 +27,36 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 class Edict(Sampler):
     """Two coupled chains that run backwards exactly: to edit pictures by inverting them.
 
-    From noise, or from ``source`` pictures noised by inverting ``strength`` of the steps under ``source_prompt`` and denoised
-    under each prompt. The picture is the first of the pair.
+    From noise, or from ``source`` pictures noised by inverting ``strength`` of the steps under
+    ``source_prompt`` and denoised under each prompt. The picture is the first of the pair.
 
     Source: Wallace 2022, arXiv:2211.12446.
     """
 
     p: float = Field(default=0.93, gt=0, le=1, description="mixing weight; 1 couples only")
-    precision: Literal["float64", "float32"] = Field(default="float64", description="of the chain and the denoiser")
-    alternate: bool = Field(default=True, description="whether the pair changes roles every other step")
-    source: tuple[Path, ...] = Field(default=(), description="pictures to edit, one a prompt (or one for all)")
-    source_prompt: tuple[str, ...] = Field(default=(), description="what the source pictures show, one each")
-    strength: float = Field(default=0.8, gt=0, le=1, description="share of the steps that an edit goes back")
+    precision: Literal["float64", "float32"] = Field(
+        default="float64", description="of the chain and the denoiser"
+    )
+    alternate: bool = Field(
+        default=True, description="whether the pair changes roles every other step"
+    )
+    source: Annotated[tuple[Path, ...], NamesFile()] = Field(
+        default=(), description="pictures to edit, one a prompt (or one for all)"
+    )
+    source_prompt: tuple[str, ...] = Field(
+        default=(), description="what the source pictures show, one each"
+    )
+    strength: float = Field(
+        default=0.8, gt=0, le=1, description="share of the steps that an edit goes back"
+    )
 
     @field_validator("precision", mode="before")
     @classmethod
     def _precise(cls, value: object) -> object:
         if value in ("float16", "bfloat16", "fp16", "bf16"):
             raise UserError(
-                f"precision must be float64 or float32, got {value!r}: inversion multiplies rounding errors by up to "
-                "p^(-2 * steps), about 1,400 for p 0.93 and 50 steps"
+                f"precision must be float64 or float32, got {value!r}: inversion multiplies"
+                " rounding errors by up to p^(-2 * steps), about 1,400 for p 0.93 and 50 steps"
             )
         return value
 
@@ -51,30 +64,43 @@ class Edict(Sampler):
     def _described(self) -> Edict:
         if len(self.source) != len(self.source_prompt):
             raise UserError(
-                f"source_prompt must say what each of the {len(self.source)} source pictures shows, got {len(self.source_prompt)}"
+                f"source_prompt must say what each of the {len(self.source)} source pictures shows,"
+                f" got {len(self.source_prompt)}"
             )
         return self
 
-    def sample(self, engine: Engine, unit: Unit) -> Found:
+    def check(self, unit: Unit) -> None:
+        if not self.source:
+            return
+        if len(self.source) not in (1, len(unit.prompts)):
+            raise UserError(
+                "sampler.source must name 1 picture or as many as there are pictures to make"
+                f" ({len(unit.prompts)}), got {len(self.source)}"
+            )
+        read_pictures(self.source, unit)
+
+    def sample(self, engine: Engine, unit: Unit) -> Result:
         steps = unit.plan.steps
         if not self.source:
             z = engine.begin(unit)
-            return Found(latents=self._run(engine, unit, z, z, 0))
-        if len(self.source) not in (1, len(unit.prompts)):
-            raise UserError(
-                f"sampler.source must name 1 picture or as many as there are pictures to make ({len(unit.prompts)}), "
-                f"got {len(self.source)}"
-            )
+            return Result(latents=self._run(engine, unit, z, z, 0))
+        self.check(unit)
         first = steps - max(1, round(self.strength * steps))
         media_BCHW = read_pictures(self.source, unit)
-        told = unit.__class__(**{**vars(unit), "prompts": _for_all(self.source_prompt, unit)})
+        told = with_prompts(unit, _for_all(self.source_prompt, unit))
         found: list[Pair] = engine.each(
-            told, lambda some, cut: _Invert(unit=some, media_BCHW=media_BCHW[cut], stop=first, settings=self)
+            told,
+            lambda some, cut: _Invert(
+                unit=some, media_BCHW=media_BCHW[cut], stop=first, settings=self
+            ),
         )
-        x, y = torch.cat([f.x for f in found]), torch.cat([f.y for f in found])
-        return Found(latents=self._run(engine, unit, x, y, first))
+        x = torch.cat([f.x for f in found])
+        y = torch.cat([f.y for f in found])
+        return Result(latents=self._run(engine, unit, x, y, first))
 
-    def _run(self, engine: Engine, unit: Unit, x: torch.Tensor, y: torch.Tensor, start: int) -> torch.Tensor:
+    def _run(
+        self, engine: Engine, unit: Unit, x: torch.Tensor, y: torch.Tensor, start: int
+    ) -> torch.Tensor:
         found: list[torch.Tensor] = engine.each(
             unit, lambda some, cut: _Run(unit=some, x=x[cut], y=y[cut], start=start, settings=self)
         )
@@ -82,7 +108,9 @@ class Edict(Sampler):
 
     def coupled(self, policy: Policy, unit: Unit) -> Coupled:
         """The chain on a policy."""
-        return Coupled(policy, unit, p=self.p, dtype=PRECISIONS[self.precision], alternate=self.alternate)
+        return Coupled(
+            policy, unit, p=self.p, dtype=PRECISIONS[self.precision], alternate=self.alternate
+        )
 
     def calls(self, plan: Plan) -> int:
         back = max(1, round(self.strength * plan.steps))
@@ -95,21 +123,22 @@ def _for_all(values: tuple[str, ...], unit: Unit) -> tuple[str, ...]:
 
 def read_pictures(paths: tuple[Path, ...], unit: Unit) -> torch.Tensor:
     """(B, 3, H, W) float32 in [0, 1]; UserError with the path of a picture that cannot be read."""
-    from PIL import Image, UnidentifiedImageError
-
     pictures = []
     for path in paths:
         try:
-            with Image.open(path) as picture:
-                pictures.append(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0)
-        except (OSError, UnidentifiedImageError) as error:
+            pictures.append(np.asarray(read_picture(path)))
+        except UnreadablePicture as error:
             raise UserError(
-                f"sampler.source: cannot read {str(path)!r} as a picture ({error}); is the path right?"
+                f"sampler.source: cannot read {str(path)!r} as a picture ({error}); is the path"
+                " right?"
             ) from error
     if len({p.shape for p in pictures}) > 1:
-        raise UserError(f"sampler.source: pictures must be of one size, got {sorted({p.shape[:2] for p in pictures})}")
-    media_NCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return media_NCHW if len(media_NCHW) == len(unit.prompts) else media_NCHW.expand(len(unit.prompts), -1, -1, -1)
+        raise UserError(
+            "sampler.source: pictures must be of one size, got"
+            f" {sorted({p.shape[:2] for p in pictures})}"
+        )
+    media_NCHW = as_floats(np.stack(pictures)).permute(0, 3, 1, 2)
+    return media_NCHW.expand(len(unit.prompts), -1, -1, -1)
 
 
 @dataclass(frozen=True, kw_only=True)

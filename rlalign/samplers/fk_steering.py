@@ -2,72 +2,77 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
-from rlalign.particles import Scheme
-from rlalign.records import Plan, Unit
-from rlalign.samplers.base import Found, Sampler, grouped, of_swarm, passes
-from rlalign.work import Engine, Swarm, expand, look_rows, score_rows
+from rlalign.core.records import Unit
+from rlalign.engine import Engine, Swarm, flat_rows, look_rows, score_rows
+from rlalign.samplers.base import (
+    Keep,
+    NonNegative,
+    ParticleSampler,
+    Resampling,
+    Threshold,
+    group_rows,
+)
 
 
-class FkSteering(Sampler):
+class FkSteering(ParticleSampler):
     """N particles follow the plain sampler, weighed and resampled by the reward of what is seen.
 
-    Potentials: exp(strength * (r - r before)) ("difference"), exp(strength * largest r so far) ("max"), exp(strength * sum of
-    r) ("sum"). Whatever was spent on the way, the last potential makes the product exp(strength * r(x_0)), so the weighted
-    particles target p(x_0) exp(strength * r(x_0)) for every choice; weights are carried where a step does not resample.
+    Potentials: exp(strength * (r - r before)) ("difference"), exp(strength * largest r so far)
+    ("max"), exp(strength * sum of r) ("sum"). Whatever was spent on the way, the last potential
+    makes the product exp(strength * r(x_0)), so the weighted particles target p(x_0) exp(strength *
+    r(x_0)) for every choice; weights are carried where a step does not resample.
 
-    Source: Singhal 2025, arXiv:2501.06848; resampling as in sequential Monte Carlo (Del Moral 2006).
+    Source: Singhal 2025, arXiv:2501.06848; resampling as in sequential Monte Carlo (Del Moral
+    2006).
     """
 
-    needs_noise: ClassVar[bool] = True
-    width: ClassVar[str] = "particles"
-
     particles: int = Field(default=8, ge=1, description="N, particles a picture")
-    strength: float = Field(
-        default=10.0, ge=0, allow_inf_nan=False, description="lambda, in 1 / reward units; 0 is plain"
+    strength: NonNegative = Field(
+        default=10.0, description="lambda, in 1 / reward units; 0 is plain"
     )
-    potential: Literal["difference", "max", "sum"] = Field(default="difference", description="how rewards weigh")
+    potential: Literal["difference", "max", "sum"] = Field(
+        default="difference", description="how rewards weigh"
+    )
     every: int = Field(default=1, ge=1, description="steps between two weighings")
-    start: float = Field(default=0.2, ge=0, le=1, description="share of the steps before the first weighing")
-    scheme: Scheme = Field(default="systematic", description="resampling scheme")
-    threshold: float = Field(
-        default=0.5, ge=0, le=1, description="resample where the effective sample size is below this share; 1 always"
+    start: float = Field(
+        default=0.2, ge=0, le=1, description="share of the steps before the first weighing"
     )
-    keep: Literal["best", "weighted"] = Field(default="best", description="which particle is the picture")
-
-    def sample(self, engine: Engine, unit: Unit) -> Found:
-        return of_swarm(self.run(engine, unit), self.keep)
+    scheme: Resampling = "systematic"
+    threshold: Threshold = 0.5
+    keep: Keep = "best"
 
     def run(self, engine: Engine, unit: Unit) -> Swarm:
-        """All particles with their weights."""
-        steps, count = unit.plan.steps, self.particles
-        rows = expand(unit, count)
-        swarm = Swarm(unit, engine.begin(rows), count, self.scheme, self.threshold)
+        rows, swarm = self.begin(engine, unit)
+        count = swarm.count
+        steps = unit.plan.steps
         spent_BN = np.zeros((len(unit.prompts), count))
         history_BN = _nothing(self.potential, spent_BN.shape)
+        # look, weigh and resample, step
         for k in range(steps):
             weighs = self._weighs(k, steps)
             seen = look_rows(engine, rows, swarm.x, k, score=weighs)
             if weighs and seen.total_B is not None:
-                reward_BN = swarm.known(grouped(seen.total_B, count))
+                reward_BN = swarm.fill_missing(group_rows(seen.total_B, count))
                 gain_BN, history_BN = self._gain(reward_BN, history_BN)
                 spent_BN = spent_BN + gain_BN
                 swarm.weigh(gain_BN)
                 parents = swarm.resample(k)
                 if parents is not None:
                     # everything that belongs to a particle moves with it
-                    spent_BN, history_BN = (np.take_along_axis(a, parents, axis=1) for a in (spent_BN, history_BN))
-                    flat = torch.from_numpy((parents + np.arange(len(parents))[:, None] * count).ravel())
-                    seen = seen._replace(
-                        gaussian=type(seen.gaussian)(mean=seen.gaussian.mean[flat], std=seen.gaussian.std)
+                    spent_BN, history_BN = (
+                        np.take_along_axis(a, parents, axis=1) for a in (spent_BN, history_BN)
                     )
+                    seen = seen.take(flat_rows(parents))
             swarm.x = seen.next(rows, k)
-        reward_BN = swarm.known(grouped(score_rows(engine, rows, swarm.x, steps).total_B, count))
+        # the last potential pays what is left of the reward
+        reward_BN = swarm.fill_missing(
+            group_rows(score_rows(engine, rows, swarm.x, steps).total_B, count)
+        )
         swarm.weigh(self.strength * reward_BN - spent_BN)
         swarm.finish(reward_BN)
         return swarm
@@ -80,11 +85,10 @@ class FkSteering(Sampler):
         """(log potential, what the next weighing needs to know)."""
         if self.potential == "difference":
             return self.strength * (reward_BN - history_BN), reward_BN
-        history_BN = np.maximum(history_BN, reward_BN) if self.potential == "max" else history_BN + reward_BN
+        history_BN = (
+            np.maximum(history_BN, reward_BN) if self.potential == "max" else history_BN + reward_BN
+        )
         return self.strength * history_BN, history_BN
-
-    def calls(self, plan: Plan) -> int:
-        return passes(plan) * plan.steps * self.particles
 
 
 def _nothing(potential: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rlalign.records import Plan, Unit
-from rlalign.samplers.base import Found, Sampler, passes
-from rlalign.work import Engine, advance_rows
+from rlalign.core.records import Plan, Unit
+from rlalign.engine import Engine, advance_rows
+from rlalign.samplers.base import Result, Sampler, passes
 
 
 class Plain(Sampler):
@@ -13,8 +13,8 @@ class Plain(Sampler):
     Source: Ho 2020, arXiv:2006.11239; Song 2020, arXiv:2010.02502.
     """
 
-    def sample(self, engine: Engine, unit: Unit) -> Found:
-        return Found(latents=advance_rows(engine, unit, None, 0, unit.plan.steps).x)
+    def sample(self, engine: Engine, unit: Unit) -> Result:
+        return Result(latents=advance_rows(engine, unit, None, 0, unit.plan.steps).x)
 
     def calls(self, plan: Plan) -> int:
         return passes(plan) * plan.steps

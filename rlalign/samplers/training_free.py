@@ -1,4 +1,5 @@
-"""Training-free guidance: clean-image gradients of the rewards, with the special cases of the field as settings."""
+"""Training-free guidance: clean-image gradients of the rewards, with the special cases of the field
+as settings."""
 
 from __future__ import annotations
 
@@ -9,74 +10,88 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rlalign.diffusion.noise import normal
+from rlalign.core.records import Plan, Unit
+from rlalign.diffusion.noise import noise_for
 from rlalign.diffusion.paths import coefficients
 from rlalign.diffusion.rollout import schedule_of
 from rlalign.diffusion.steps import Gaussian
+from rlalign.engine import Engine, Rewards, View, Work, join_views, see
 from rlalign.policies.base import Policy
-from rlalign.records import Plan, Unit
-from rlalign.samplers.base import Found, Sampler, passes
-from rlalign.work import Engine, Rewards, Seen, Work, see
+from rlalign.samplers.base import NonNegative, Result, Sampler, passes, per_row
 
 Course = Literal["increase", "decrease", "constant"]
 
 
 class TrainingFree(Sampler):
-    """Each step follows the gradient of the reward of the clean sample seen: DPS, LGD, MPGD, FreeDoM, universal guidance.
+    """Each step follows the gradient of the reward of the clean sample seen: DPS, LGD, MPGD,
+    FreeDoM, universal guidance.
 
-    x_next = step(x) + (alpha_next / alpha) D + alpha_next D0, with D = rho * gradient of log mean exp of the reward around the
-    clean sample, taken through the denoiser, and D0 of ``iterations`` moves of size mu of the clean sample itself.
-    rho alone is DPS, with ``draws`` LGD; mu alone is MPGD (no gradient through the denoiser); rho and ``recurrence`` FreeDoM;
-    all three universal guidance. ``recurrence`` noises the next latent back and does the step again.
+    x_next = step(x) + (alpha_next / alpha) D + alpha_next D0, with D = rho * gradient of log mean
+    exp of the reward around the clean sample, taken through the denoiser, and D0 of ``iterations``
+    moves of size mu of the clean sample itself. rho alone is DPS, with ``draws`` LGD; mu alone is
+    MPGD (no gradient through the denoiser); rho and ``recurrence`` FreeDoM; all three universal
+    guidance. ``recurrence`` noises the next latent back and does the step again.
 
-    Source: Ye 2024, arXiv:2409.15761 (TFG, algorithm 1); Chung 2022, arXiv:2209.14687 (DPS); He 2023, arXiv:2311.16424 (MPGD);
-    Yu 2023, arXiv:2303.09833 (FreeDoM); Bansal 2023, arXiv:2302.07121 (universal guidance).
+    Source: Ye 2024, arXiv:2409.15761 (TFG, algorithm 1); Chung 2022, arXiv:2209.14687 (DPS); He
+    2023, arXiv:2311.16424 (MPGD); Yu 2023, arXiv:2303.09833 (FreeDoM); Bansal 2023,
+    arXiv:2302.07121 (universal guidance).
     """
 
     needs_gradient: ClassVar[bool] = True
     width: ClassVar[str] = "recurrence"
 
-    rho: float = Field(
-        default=1.0, ge=0, allow_inf_nan=False, description="size of the move through the denoiser; 0 is none"
+    rho: NonNegative = Field(
+        default=1.0, description="size of the move through the denoiser; 0 is none"
     )
-    mu: float = Field(
-        default=1.0, ge=0, allow_inf_nan=False, description="size of the moves of the clean sample; 0 is none"
+    mu: NonNegative = Field(
+        default=1.0, description="size of the moves of the clean sample; 0 is none"
     )
-    rho_course: Course = Field(default="increase", description="how rho goes over the steps, mean 1")
+    rho_course: Course = Field(
+        default="increase", description="how rho goes over the steps, mean 1"
+    )
     mu_course: Course = Field(default="increase", description="how mu goes over the steps, mean 1")
     iterations: int = Field(default=1, ge=1, description="moves of the clean sample a step")
-    draws: int = Field(default=1, ge=1, description="noisy copies of the clean sample that the reward is averaged over")
-    spread: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="their noise, in sigma of the level")
+    draws: int = Field(
+        default=1,
+        ge=1,
+        description="noisy copies of the clean sample that the reward is averaged over",
+    )
+    spread: NonNegative = Field(default=0.0, description="their noise, in sigma of the level")
     recurrence: int = Field(default=1, ge=1, description="times that each step is done")
-    largest: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="largest norm of a gradient; 0 is any")
+    largest: NonNegative = Field(default=0.0, description="largest norm of a gradient; 0 is any")
 
-    def sample(self, engine: Engine, unit: Unit) -> Found:
-        steps, levels = unit.plan.steps, schedule_of(engine.path, unit).levels
+    def sample(self, engine: Engine, unit: Unit) -> Result:
+        steps = unit.plan.steps
+        levels = schedule_of(engine.path, unit).levels
         rho_K, mu_K = (self._course(engine, unit, c) for c in (self.rho_course, self.mu_course))
         x = engine.begin(unit)
         rewards = []
+        # every step as often as it recurs
         for k in range(steps):
             for turn in range(self.recurrence):
                 sizes = (self.rho * rho_K[k], self.mu * mu_K[k])
-                found: list[_Moved] = engine.each(
+                found: list[_MoveResult] = engine.each(
                     unit,
                     lambda some, cut, x=x, k=k, turn=turn, sizes=sizes: _Move(
-                        unit=some, x=x[cut], k=k, turn=turn, rho=sizes[0], mu=sizes[1], settings=self
+                        unit=some,
+                        x=x[cut],
+                        k=k,
+                        turn=turn,
+                        rho=sizes[0],
+                        mu=sizes[1],
+                        settings=self,
                     ),
                 )
-                gaussian = Gaussian(
-                    mean=torch.cat([f.seen.gaussian.mean for f in found]), std=found[0].seen.gaussian.std
-                )
-                seen = Seen(gaussian, torch.cat([f.seen.clean for f in found]), found[0].seen.noise)
+                seen = join_views([f.seen for f in found])
                 # the last turn has the plain sampler's noise
-                reached = seen.next(unit, k) if turn == self.recurrence - 1 else _next(seen, unit, k, turn)
-                if turn < self.recurrence - 1:
-                    x = self._back(engine, unit, reached, levels, k, turn)
+                if turn == self.recurrence - 1:
+                    x = seen.next(unit, k)
                 else:
-                    x = reached
-            known = [v for f in found for v in f.total_B.tolist() if np.isfinite(v)]
+                    x = self._back(engine, unit, _next(seen, unit, k, turn), levels, k, turn)
+            total_B = np.concatenate([f.total_B for f in found])
+            known = total_B[np.isfinite(total_B)].tolist()
             rewards.append(float(np.mean(known)) if known else float("nan"))
-        return Found(latents=x, series={"reward of the clean sample seen": tuple(rewards)})
+        return Result(latents=x, series={"reward of the clean sample seen": tuple(rewards)})
 
     def _course(self, engine: Engine, unit: Unit, course: Course) -> list[float]:
         levels = schedule_of(engine.path, unit).levels
@@ -89,12 +104,13 @@ class TrainingFree(Sampler):
     def _back(
         self, engine: Engine, unit: Unit, x: torch.Tensor, levels: torch.Tensor, k: int, turn: int
     ) -> torch.Tensor:
-        """From the next level back to step ``k``'s by the forward process, with noise of its own."""
+        """From the next level back to step ``k``'s by the forward process, with noise of its
+        own."""
         alpha, sigma = coefficients(engine.path, levels[k], x)
         alpha_next, sigma_next = coefficients(engine.path, levels[k + 1], x)
         keep = alpha / alpha_next
         spread = (sigma**2 - (keep * sigma_next) ** 2).clamp(min=0.0).sqrt()
-        return keep * x + spread * _noise(unit, ("back", k, turn), x.shape[1:]).to(x)
+        return keep * x + spread * _noise(unit, ("back", k, turn), x)
 
     def calls(self, plan: Plan) -> int:
         return passes(plan) * plan.steps * self.recurrence
@@ -103,21 +119,16 @@ class TrainingFree(Sampler):
         return self.calls(plan) if self.rho else 0
 
 
-def _noise(unit: Unit, purpose: tuple[str | int, ...], shape: torch.Size) -> torch.Tensor:
-    key = unit.key
-    rows = [
-        normal(("training_free", unit.seed, key.stream, key.round, p, s, *purpose), shape)
-        for p, s in zip(unit.prompt_ids, unit.sample_ids, strict=True)
-    ]
-    return torch.stack(rows)
+def _noise(unit: Unit, place: tuple[str | int, ...], like: torch.Tensor) -> torch.Tensor:
+    return noise_for(unit, "training_free", place, like.shape[1:]).to(like)
 
 
-def _next(seen: Seen, unit: Unit, k: int, turn: int) -> torch.Tensor:
-    return seen.gaussian.sample(_noise(unit, ("next", k, turn), seen.clean.shape[1:]).to(seen.clean))
+def _next(seen: View, unit: Unit, k: int, turn: int) -> torch.Tensor:
+    return seen.gaussian.sample(_noise(unit, ("next", k, turn), seen.clean))
 
 
-class _Moved(NamedTuple):
-    seen: Seen
+class _MoveResult(NamedTuple):
+    seen: View
     """With the moves in the Gaussian's mean."""
     total_B: np.ndarray
 
@@ -133,49 +144,61 @@ class _Move(Work):
     mu: float
     settings: TrainingFree
 
-    def do(self, policy: Policy, rewards: Rewards) -> _Moved:
-        schedule, levels = schedule_of(policy.path, self.unit), schedule_of(policy.path, self.unit).levels
+    def do(self, policy: Policy, rewards: Rewards) -> _MoveResult:
+        schedule = schedule_of(policy.path, self.unit)
+        levels = schedule_of(policy.path, self.unit).levels
+        # both moves, each from its own gradient
         with torch.enable_grad():
             x = self.x.to(policy.device).detach().requires_grad_(self.rho > 0)
             found = see(policy, self.unit, schedule, self.k, x)
-            total_B, through, clean = np.full(len(x), np.nan), None, found.clean.detach()
+            total_B = np.full(len(x), np.nan)
+            through = None
+            clean = found.clean.detach()
             if self.rho:
                 total_B, through = self._pull(policy, rewards, found.clean, x)
             for _ in range(self.settings.iterations if self.mu else 0):
                 clean = clean.detach().requires_grad_()
                 total_B, gradient = self._pull(policy, rewards, clean, clean)
                 clean = clean + self.mu * gradient
+        # added to the mean of the plain step
         with torch.no_grad():
             alpha, _ = coefficients(policy.path, levels[self.k], x)
             alpha_next, _ = coefficients(policy.path, levels[self.k + 1], x)
             mean = found.gaussian.mean.detach()
-            if through is not None and float(alpha.reshape(-1)[0]) > 0:  # pure noise of the flow path says nothing
+            # pure noise of the flow path says nothing
+            if through is not None and float(alpha.reshape(-1)[0]) > 0:
                 mean = mean + alpha_next / alpha * self.rho * through
             if self.mu:
                 mean = mean + alpha_next * (clean.detach() - found.clean.detach())
-        gaussian = Gaussian(mean=mean.cpu(), std=found.gaussian.std.detach().cpu())
-        return _Moved(Seen(gaussian, found.clean.detach().cpu(), found.noise.detach().cpu()), total_B)
+        moved = found._replace(gaussian=Gaussian(mean=mean, std=found.gaussian.std))
+        return _MoveResult(moved.to_cpu(), total_B)
 
     def _pull(
         self, policy: Policy, rewards: Rewards, clean: torch.Tensor, inputs: torch.Tensor
     ) -> tuple[np.ndarray, torch.Tensor]:
-        """((B,) log mean exp of the reward over noisy copies, its gradient with respect to ``inputs``, cut to ``largest``)."""
-        settings, unit = self.settings, self.unit
+        """((B,) log mean exp of the reward over noisy copies, its gradient with respect to
+        ``inputs``, cut to ``largest``)."""
+        settings = self.settings
+        unit = self.unit
         levels = schedule_of(policy.path, unit).levels
         _, sigma = coefficients(policy.path, levels[self.k], clean)
-        copies = [
-            clean + settings.spread * sigma * _noise(unit, ("copy", self.k, self.turn, d), clean.shape[1:]).to(clean)
-            if settings.spread
-            else clean
-            for d in range(settings.draws if settings.spread else 1)
-        ]
+        # the clean sample, or noisy copies of it
+        copies = [clean]
+        if settings.spread:
+            noises = [
+                _noise(unit, ("copy", self.k, self.turn, d), clean) for d in range(settings.draws)
+            ]
+            copies = [clean + settings.spread * sigma * noise for noise in noises]
+        # the gradient of the log of their mean reward
         media = policy.decode(torch.cat(copies))
         total_M, pull = rewards.gradient(media.detach(), unit.prompts * len(copies))
         total_DB = torch.from_numpy(np.asarray(total_M, dtype=np.float64)).reshape(len(copies), -1)
-        share_M = torch.softmax(total_DB, dim=0).flatten().to(pull)
-        (gradient,) = torch.autograd.grad(media, inputs, pull * share_M.reshape(-1, *([1] * (pull.ndim - 1))))
+        # a missing reward has no share
+        known_DB = torch.where(total_DB.isfinite(), total_DB, -torch.inf)
+        share_M = torch.softmax(known_DB, dim=0).nan_to_num().flatten().to(pull)
+        (gradient,) = torch.autograd.grad(media, inputs, pull * per_row(share_M, pull))
         if settings.largest:
             norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
-            gradient = gradient * (settings.largest / norm).clamp(max=1.0).reshape(-1, *([1] * (gradient.ndim - 1)))
-        value_B = (torch.logsumexp(total_DB, dim=0) - np.log(len(copies))).numpy()
+            gradient = gradient * per_row((settings.largest / norm).clamp(max=1.0), gradient)
+        value_B = (torch.logsumexp(known_DB, dim=0) - np.log(len(copies))).numpy()
         return value_B, gradient

@@ -1,4 +1,5 @@
-"""What tests of algorithms share: the toy policy on the flow path, scored units of it, numeric gradients."""
+"""What tests of algorithms share: the toy policy on the flow path, scored units of it, numeric
+gradients."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rlalign.batches import StepPass
+from rlalign.core.batches import StepPass
+from rlalign.core.records import Plan, Scored
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.policies.base import Policy
-from rlalign.records import Plan, Scored
 from tests.toy import ToyPolicy, collect, make_units
 
 
@@ -25,23 +26,30 @@ class FlowToy(ToyPolicy):
         self.path = RectifiedFlow(shift=3.0)
 
 
-def scored_of(policy: ToyPolicy, plan: Plan | None = None, *, count: int = 2, per_unit: int = 8) -> list[Scored]:
+def scored_of(
+    policy: ToyPolicy, plan: Plan | None = None, *, count: int = 2, per_unit: int = 8
+) -> list[Scored]:
     """Rolled out and scored units; the reward is the first number of the final latent."""
-    return collect(policy, make_units(count, per_unit=per_unit, plan=plan or Plan(steps=5, eta=1.0)))
+    return collect(
+        policy, make_units(count, per_unit=per_unit, plan=plan or Plan(steps=5, eta=1.0))
+    )
 
 
 def in_float64(one: StepPass) -> StepPass:
     """The pass with float64 tensors."""
     return replace(
         one,
-        latents_BK1=one.latents_BK1.double(),
+        before_BS=one.before_BS.double(),
+        after_BS=one.after_BS.double(),
         log_prob_BS=one.log_prob_BS.double(),
         advantage_B=one.advantage_B.double(),
         reward_B=one.reward_B.double(),
     )
 
 
-def numeric_gradient(value: Callable[[], torch.Tensor], policy: Policy, eps: float = 1e-6) -> torch.Tensor:
+def numeric_gradient(
+    value: Callable[[], torch.Tensor], policy: Policy, eps: float = 1e-6
+) -> torch.Tensor:
     """Central differences of ``value()`` with respect to every trainable weight, flat."""
     found = []
     with torch.no_grad():

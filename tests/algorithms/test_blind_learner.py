@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rlalign import learner, registry
+from rlalign.core import registry
+from rlalign.learning import learner
 
 
 def test_no_word_of_the_learner_is_an_algorithms() -> None:

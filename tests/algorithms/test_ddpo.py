@@ -1,7 +1,9 @@
-"""DDPO: its gradient against the closed form of a linear-Gaussian chain, and the invariants of its ratio."""
+"""DDPO: its gradient against the closed form of a linear-Gaussian chain, and the invariants of its
+ratio."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.base import step_batch
 from rlalign.algorithms.ddpo import DDPO
-from rlalign.batches import StepBatch, StepPass
+from rlalign.core.batches import StepBatch, StepPass
+from rlalign.core.records import Plan, Scored, Unit
+from rlalign.core.registry import UserError, build
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.diffusion.rollout import replay_log_prob
 from rlalign.diffusion.steps import step
-from rlalign.memory import Memory
-from rlalign.policies.base import Condition, Policy
-from rlalign.records import Plan, Scored, Unit
-from rlalign.registry import UserError, build
+from rlalign.policies.base import OWN_SIZE, Condition, Policy, Words
 from tests.toy import PLAN, ToyPolicy, as_float64, collect, first_number, gradient, make_units
 
 SCORE_FUNCTION = DDPO(form="score_function", advantage="global")
@@ -36,9 +38,11 @@ class Biases(torch.nn.Module):
 
 
 class ChainPolicy(Policy):
-    """x_next = a_k x + b_k + s_k z with learnable b: a denoiser whose DDPM posterior mean is that line, exactly.
+    """x_next = a_k x + b_k + s_k z with learnable b: a denoiser whose DDPM posterior mean is that
+    line, exactly.
 
-    The path has six levels; the network's output is the clean sample that makes the posterior's mean a_k x + b_k.
+    The path has six levels; the network's output is the clean sample that makes the posterior's
+    mean a_k x + b_k.
     """
 
     prediction = "sample"
@@ -46,20 +50,17 @@ class ChainPolicy(Policy):
     plan = Plan(steps=5, rule="ddpm", eta=1.0)
 
     def __init__(self) -> None:
-        self.path = VariancePreserving([0.9, 0.75, 0.6, 0.45, 0.3, 0.15], spacing="leading", offset=1)
+        self.path = VariancePreserving(
+            [0.9, 0.75, 0.6, 0.45, 0.3, 0.15], spacing="leading", offset=1
+        )
         self.network = Biases()
 
-    def encode(self, prompts: tuple[str, ...]) -> Condition:
+    def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
         empty = torch.zeros(len(prompts), 1, 1)
-        return Condition(embeds_BLD=empty, uncond_BLD=empty)
+        words = Words({"embeds_BLD": empty})
+        return Condition(caption=words, empty=words)
 
-    def predict(
-        self,
-        x: torch.Tensor,
-        timestep_B: torch.Tensor,
-        embeds_BLD: torch.Tensor,
-        pooled_BD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         k_B = 5 - timestep_B  # levels 5, 4, 3, 2, 1
         a_B = torch.tensor(A_K)[k_B].reshape(-1, 1, 1, 1)
         wanted = a_B * x + self.network.bias_K[k_B].reshape(-1, 1, 1, 1)
@@ -92,7 +93,8 @@ def chain() -> tuple[ChainPolicy, list[Scored]]:
 
 
 def estimates(policy: Policy, batch: StepBatch, algorithm: DDPO) -> np.ndarray:
-    """(units, K) one estimate per unit of dE[r] / db: minus the loss's gradient, times K for the mean over steps."""
+    """(units, K) one estimate per unit of dE[r] / db: minus the loss's gradient, times K for the
+    mean over steps."""
     rows = []
     for i in range(len(batch.units)):
         part = batch.pick([i])
@@ -114,8 +116,11 @@ def test_chain_steps_are_the_affine_ones(chain: tuple[ChainPolicy, list[Scored]]
 
 
 @pytest.mark.parametrize("algorithm", [SCORE_FUNCTION, IMPORTANCE], ids=lambda a: a.form)
-def test_policy_gradient_converges_to_the_closed_form(chain: tuple[ChainPolicy, list[Scored]], algorithm: DDPO) -> None:
-    """16 384 samples, seed 0: within 4 standard errors of every partial derivative, each below 0.03."""
+def test_policy_gradient_converges_to_the_closed_form(
+    chain: tuple[ChainPolicy, list[Scored]], algorithm: DDPO
+) -> None:
+    """16 384 samples, seed 0: within 4 standard errors of every partial derivative, each below
+    0.03."""
     policy, scored = chain
     reward_B = np.concatenate([s.total_B for s in scored])
     per_unit = estimates(policy, step_batch(scored, reward_B), algorithm)
@@ -127,7 +132,8 @@ def test_policy_gradient_converges_to_the_closed_form(chain: tuple[ChainPolicy, 
 def test_a_baseline_moves_no_mean_and_the_mean_reward_lowers_the_variance(
     chain: tuple[ChainPolicy, list[Scored]],
 ) -> None:
-    """Rewards lifted by 3: baseline 0 against baseline mean(r). The difference is within 4 of its standard errors."""
+    """Rewards lifted by 3: baseline 0 against baseline mean(r). The difference is within 4 of its
+    standard errors."""
     policy, scored = chain
     reward_B = np.concatenate([s.total_B for s in scored]) + 3.0
     without = estimates(policy, step_batch(scored, reward_B), SCORE_FUNCTION)
@@ -156,14 +162,18 @@ def test_importance_sampling_equals_score_function_before_the_first_update(guida
 
 def log_probs(policy: Policy, one: StepPass) -> torch.Tensor:
     condition = policy.encode(one.unit.prompts).rows(len(one.steps))
-    return replay_log_prob(policy, one.unit, one.latents_BK1, one.steps, condition)[0].detach()
+    return replay_log_prob(policy, one.unit, one.before_BS, one.after_BS, one.steps, condition)[
+        0
+    ].detach()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_ratio_is_exactly_one_before_the_first_update(guidance: float) -> None:
     """One step a pass has the rollout's own shape: float32, not a bit apart."""
     policy = ToyPolicy()
-    batch = IMPORTANCE.make_batch(collect(policy, make_units(4, plan=Plan(steps=5, guidance=guidance))), Memory())
+    batch = IMPORTANCE.make_batch(
+        collect(policy, make_units(4, plan=Plan(steps=5, guidance=guidance))), Memory()
+    )
     for one in batch.passes(1):
         loss = IMPORTANCE.loss(one, policy)
         assert loss.maxima["ratio/max_deviation"].item() == 0.0
@@ -174,11 +184,14 @@ def test_several_steps_a_pass_stay_below_a_tenth_of_the_clip_range() -> None:
     policy = ToyPolicy()
     batch = IMPORTANCE.make_batch(collect(policy, make_units(4)), Memory())
     for one in batch.passes(3):
-        assert IMPORTANCE.loss(one, policy).maxima["ratio/max_deviation"].item() <= IMPORTANCE.ratio_limit  # type: ignore[operator]
+        assert IMPORTANCE.loss(one, policy).maxima[
+            "ratio/max_deviation"
+        ].item() <= IMPORTANCE.ratio_limit(1)  # type: ignore[operator]
 
 
 def test_gradient_of_clipped_samples_is_exactly_zero() -> None:
-    """Ratios e^{+-0.01} at c = 1e-4: only the samples that may still improve pull, the others not by one bit."""
+    """Ratios e^{+-0.01} at c = 1e-4: only the samples that may still improve pull, the others not
+    by one bit."""
     policy = ToyPolicy()
     (unit,) = make_units(1, per_unit=4)
     batch = step_batch(collect(policy, [unit]), np.ones(4))
@@ -187,7 +200,9 @@ def test_gradient_of_clipped_samples_is_exactly_zero() -> None:
     advantage_B = torch.tensor([1.0, -1.0, 1.0, -1.0])
     moved = replace(one, log_prob_BS=one.log_prob_BS - shift_B[:, None], advantage_B=advantage_B)
     log_prob_BS = log_probs(policy, moved)
-    assert torch.allclose(log_prob_BS - moved.log_prob_BS, shift_B[:, None].expand(-1, 5), atol=1e-5)
+    assert torch.allclose(
+        log_prob_BS - moved.log_prob_BS, shift_B[:, None].expand(-1, 5), atol=1e-5
+    )
     for sample, clipped in enumerate([True, False, False, True]):
         mask_B = torch.zeros(4)
         mask_B[sample] = 1.0
@@ -198,7 +213,8 @@ def test_gradient_of_clipped_samples_is_exactly_zero() -> None:
 
 
 def test_gradient_under_guidance_equals_finite_differences() -> None:
-    """Central differences of step 1e-6 in float64 at three weights of the first layer: relative 1e-5."""
+    """Central differences of step 1e-6 in float64 at three weights of the first layer: relative
+    1e-5."""
     policy = ToyPolicy(dtype=torch.float64)
     plan = Plan(steps=5, guidance=3.0)
     batch = as_float64(IMPORTANCE.make_batch(collect(policy, make_units(1, plan=plan)), Memory()))
@@ -216,11 +232,14 @@ def test_gradient_under_guidance_equals_finite_differences() -> None:
             weight.view(-1)[entry] -= 2 * step_size
             down = SCORE_FUNCTION.loss(one, policy).value
             weight.view(-1)[entry] += step_size
-        assert whole[offset + entry].item() == pytest.approx(((up - down) / (2 * step_size)).item(), rel=1e-5, abs=1e-8)
+        assert whole[offset + entry].item() == pytest.approx(
+            ((up - down) / (2 * step_size)).item(), rel=1e-5, abs=1e-8
+        )
 
 
 def test_gradient_flows_through_both_halves_of_guidance() -> None:
-    """At w = 3 the guided prediction pulls -2 times on the empty caption's half and 3 times on the caption's (1e-12)."""
+    """At w = 3 the guided prediction pulls -2 times on the empty caption's half and 3 times on the
+    caption's (1e-12)."""
     policy = ToyPolicy(dtype=torch.float64)
     x = torch.randn(2, 2, 1, 1, dtype=torch.float64)
     level = policy.path.levels(5)[0]
@@ -228,15 +247,17 @@ def test_gradient_flows_through_both_halves_of_guidance() -> None:
     halves = {}
     for name in ("cond", "uncond"):
         only = Condition(
-            embeds_BLD=condition.embeds_BLD.double().requires_grad_(name == "cond"),
-            uncond_BLD=condition.uncond_BLD.double().requires_grad_(name == "uncond"),
+            caption=condition.caption.to(dtype=torch.float64),
+            empty=condition.empty.to(dtype=torch.float64),
         )
-        leaf = only.embeds_BLD if name == "cond" else only.uncond_BLD
+        leaf = (only.caption if name == "cond" else only.empty)["embeds_BLD"].requires_grad_(True)
         _, noise = policy.denoise(x, level, only, 3.0)
         (halves[name],) = torch.autograd.grad(noise.sum(), leaf)
         alone = leaf.detach().requires_grad_(True)
         t_B = policy.path.timestep(level).expand(2)
-        (raw,) = torch.autograd.grad(policy.predict(x, t_B, alone).sum(), alone)
+        (raw,) = torch.autograd.grad(
+            policy.predict(x, t_B, Words({"embeds_BLD": alone})).sum(), alone
+        )
         assert torch.allclose(halves[name], (3.0 if name == "cond" else -2.0) * raw, rtol=1e-12)
         assert halves[name].abs().max() > 0
 
@@ -252,12 +273,16 @@ def test_a_dropped_sample_has_no_pull() -> None:
 
     batch = IMPORTANCE.make_batch(collect(policy, units, reward=with_a_hole), Memory())
     assert batch.advantage[0][2].item() == 0.0
-    assert torch.isfinite(gradient(IMPORTANCE.loss(next(batch.passes(1)), policy).value, policy)).all()
+    assert torch.isfinite(
+        gradient(IMPORTANCE.loss(next(batch.passes(1)), policy).value, policy)
+    ).all()
 
 
 def test_make_batch_clips_and_clones() -> None:
     policy = ToyPolicy()
-    scored = collect(policy, make_units(2, per_unit=6), reward=lambda x: np.r_[100.0, np.zeros(len(x) - 1)])
+    scored = collect(
+        policy, make_units(2, per_unit=6), reward=lambda x: np.r_[100.0, np.zeros(len(x) - 1)]
+    )
     batch = DDPO(advantage="group", advantage_clip=0.5).make_batch(scored, Memory())
     assert max(a.abs().max().item() for a in batch.advantage) == 0.5
     assert scored[0].trajectory is not None
@@ -290,12 +315,14 @@ def test_how_units_split_a_round_changes_no_advantage() -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(UserError, match=r"algorithm\.min_count must be <= buffer_size \(8\), got 9"):
+    with pytest.raises(
+        UserError, match=r"algorithm\.min_count must be <= buffer_size \(8\), got 9"
+    ):
         build("algorithms", {"name": "ddpo", "buffer_size": 8, "min_count": 9}, "algorithm")
     with pytest.raises(UserError, match=r"algorithm\.clip_range must be > 0"):
         build("algorithms", {"name": "ddpo", "clip_range": 0.0}, "algorithm")
-    assert SCORE_FUNCTION.ratio_limit is None
-    assert DDPO().ratio_limit == pytest.approx(1e-5)
+    assert SCORE_FUNCTION.ratio_limit(1) is None
+    assert DDPO().ratio_limit(1) == pytest.approx(1e-5)
 
 
 def test_skipped_last_steps_are_outside_the_loss() -> None:

@@ -1,4 +1,5 @@
-"""Weighted denoising: RWR's weights and DiffusionNFT's pull, against closed forms and finite differences."""
+"""Weighted denoising: RWR's weights and DiffusionNFT's pull, against closed forms and finite
+differences."""
 
 from __future__ import annotations
 
@@ -8,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign import objectives
+from rlalign.algorithms import _objectives as objectives
+from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.ddpo import DDPO
 from rlalign.algorithms.diffusion_nft import DiffusionNFT
 from rlalign.algorithms.reinforce import Reinforce
 from rlalign.algorithms.rwr import RWR
-from rlalign.batches import ImagePass
-from rlalign.memory import Memory
-from rlalign.policies.base import Condition
-from rlalign.records import Plan
+from rlalign.core.batches import ImagePass
+from rlalign.core.records import Plan
+from rlalign.policies.base import Condition, Words
 from tests.algorithms.helpers import FlowToy, in_float64, numeric_gradient, scored_of
 from tests.algorithms.test_dpok import moved
 from tests.toy import ToyPolicy, gradient
@@ -29,7 +30,8 @@ def wide(one: ImagePass) -> ImagePass:
 
 
 def test_o13_weighted_regression_moves_a_gaussian_by_the_tilt() -> None:
-    """p = N(.5, 1.2^2), r = .6 x, temperature .8: the weighted mean is .5 + 1.2^2 * .6 / .8 = 1.58, the std stays.
+    """p = N(.5, 1.2^2), r = .6 x, temperature .8: the weighted mean is .5 + 1.2^2 * .6 / .8 = 1.58,
+    the std stays.
 
     200 000 draws, seed 0, margin .02.
     """
@@ -42,7 +44,8 @@ def test_o13_weighted_regression_moves_a_gaussian_by_the_tilt() -> None:
 
 
 def test_o5_the_weights_tilt() -> None:
-    """p exp(r / beta) of N(0, 1) with r = -(x - 1.5)^2, beta .5: mean 1.2, variance .2 (200 001 points of a grid)."""
+    """p exp(r / beta) of N(0, 1) with r = -(x - 1.5)^2, beta .5: mean 1.2, variance .2 (200 001
+    points of a grid)."""
     x = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
     density = torch.exp(-(x**2) / 2)
     weight = objectives.reward_weights(-((x - 1.5) ** 2), 0.5) * density
@@ -52,7 +55,8 @@ def test_o5_the_weights_tilt() -> None:
 
 
 def test_o5_a_linear_reward_moves_a_gaussian_and_keeps_its_std() -> None:
-    """p exp(r / beta) of N(m, s^2) with r = a x is N(m + a s^2 / beta, s^2): all moments by quadrature (1e-9)."""
+    """p exp(r / beta) of N(m, s^2) with r = a x is N(m + a s^2 / beta, s^2): all moments by
+    quadrature (1e-9)."""
     m, s, a, beta = 0.3, 0.8, -1.7, 0.6
     x = torch.linspace(m - 14 * s, m + 14 * s, 200_001, dtype=torch.float64)
     weight = objectives.reward_weights(a * x, beta) * torch.exp(-(((x - m) / s) ** 2) / 2)
@@ -97,20 +101,21 @@ def test_rwr_is_the_denoising_loss_weighted(make: type[ToyPolicy]) -> None:
 
 
 def test_a_dropped_condition_is_the_empty_one_in_all_its_parts() -> None:
-    """Token embeddings and the pooled vector, row by row; families without a pooled vector have none after it either."""
-    parts = {"embeds_BLD": (3, 2, 4), "uncond_BLD": (3, 2, 4), "pooled_BD": (3, 5), "uncond_pooled_BD": (3, 5)}
-    whole = Condition(**{name: torch.randn(shape) for name, shape in parts.items()})
+    """Token embeddings and the pooled vector, row by row."""
+    shapes = {"embeds_BLD": (3, 2, 4), "pooled_BD": (3, 5)}
+    own, empty = (Words({n: torch.randn(shape) for n, shape in shapes.items()}) for _ in range(2))
     empty_B = torch.tensor([True, False, True])
-    found = whole.dropped(empty_B)
-    for own, empty in (("embeds_BLD", "uncond_BLD"), ("pooled_BD", "uncond_pooled_BD")):
-        assert torch.equal(getattr(found, own)[empty_B], getattr(whole, empty)[empty_B])
-        assert torch.equal(getattr(found, own)[~empty_B], getattr(whole, own)[~empty_B])
-    assert replace(whole, pooled_BD=None, uncond_pooled_BD=None).dropped(empty_B).pooled_BD is None
+    found = Condition(caption=own, empty=empty).dropped(empty_B).caption
+    assert found.tensors.keys() == shapes.keys()
+    for name in shapes:
+        assert torch.equal(found[name][empty_B], empty[name][empty_B])
+        assert torch.equal(found[name][~empty_B], own[name][~empty_B])
 
 
 @pytest.mark.parametrize(("share", "empty"), [(0.0, 0), (1.0, 8), (0.5, 3)])
 def test_dropped_captions_are_asked_with_the_empty_one(share: float, empty: int) -> None:
-    """RWR's caption dropout: the rows that are dropped get ``uncond``, the others their own; how many, by the pass's key."""
+    """RWR's caption dropout: the rows that are dropped get ``uncond``, the others their own; how
+    many, by the pass's key."""
 
     class Watched(ToyPolicy):
         def error(self, clean, noise, level, condition):  # type: ignore[no-untyped-def]
@@ -122,24 +127,33 @@ def test_dropped_captions_are_asked_with_the_empty_one(share: float, empty: int)
     one = next(iter(algorithm.make_batch(scored_of(policy, ODE), Memory()).passes(1, (1, 0))))
     algorithm.loss(one, policy)
     own = policy.encode(one.unit.prompts)
-    dropped = [bool((policy.asked.embeds_BLD[i] == own.uncond_BLD[i]).all()) for i in range(8)]
-    kept = [bool((policy.asked.embeds_BLD[i] == own.embeds_BLD[i]).all()) for i in range(8)]
+    asked_BLD = policy.asked.caption["embeds_BLD"]
+    dropped = [bool((asked_BLD[i] == own.empty["embeds_BLD"][i]).all()) for i in range(8)]
+    kept = [bool((asked_BLD[i] == own.caption["embeds_BLD"][i]).all()) for i in range(8)]
     assert [not k for k in kept] == dropped
     assert sum(dropped) == empty
 
 
 def test_o12_the_gradient_at_the_old_policy() -> None:
-    """Unnormalised: 2 (2 r - 1) (old - clean) / D; r = 1/2 pulls nowhere; it does not depend on beta there."""
+    """Unnormalised: 2 (2 r - 1) (old - clean) / D; r = 1/2 pulls nowhere; it does not depend on
+    beta there."""
     old = torch.tensor([[0.3, -0.7]], dtype=torch.float64)
     clean = torch.tensor([[1.0, 0.2]], dtype=torch.float64)
     for share in (0.0, 0.3, 0.5, 1.0):
         for beta in (0.1, 1.0):
             new = old.clone().requires_grad_(True)
             value = objectives.forward_reinforcement(
-                new, old, clean, torch.tensor([share], dtype=torch.float64), beta=beta, self_normalised=False
+                new,
+                old,
+                clean,
+                torch.tensor([share], dtype=torch.float64),
+                beta=beta,
+                self_normalised=False,
             )
             (found,) = torch.autograd.grad(value.sum(), new)
-            assert torch.allclose(found, 2 * (2 * share - 1) * (old - clean) / 2, rtol=1e-12, atol=1e-12)
+            assert torch.allclose(
+                found, 2 * (2 * share - 1) * (old - clean) / 2, rtol=1e-12, atol=1e-12
+            )
 
 
 def test_o12_the_minimiser() -> None:
@@ -149,7 +163,12 @@ def test_o12_the_minimiser() -> None:
     for share, beta in ((0.8, 0.5), (0.2, 1.0), (0.5, 0.3)):
         best = (old + (2 * share - 1) * (clean - old) / beta).requires_grad_(True)
         value = objectives.forward_reinforcement(
-            best, old, clean, torch.tensor([share], dtype=torch.float64), beta=beta, self_normalised=False
+            best,
+            old,
+            clean,
+            torch.tensor([share], dtype=torch.float64),
+            beta=beta,
+            self_normalised=False,
         )
         (found,) = torch.autograd.grad(value.sum(), best)
         assert found.abs().max() < 1e-12
@@ -175,7 +194,8 @@ def test_nft_by_finite_differences(make: type[ToyPolicy]) -> None:
 def test_nfts_own_scale_is_not_differentiated(beta: float) -> None:
     """By default each side is divided by w = mean |x - clean|, which is held fixed.
 
-    d/dnew = 2 (r (x+ - clean) / w+ - (1 - r) (x- - clean) / w-) / D, written out (1e-12); beta cancels but for x+ and x-.
+    d/dnew = 2 (r (x+ - clean) / w+ - (1 - r) (x- - clean) / w-) / D, written out (1e-12); beta
+    cancels but for x+ and x-.
     """
     rng = np.random.default_rng(0)
     old, clean = (torch.from_numpy(rng.standard_normal((4, 6))) for _ in range(2))
@@ -184,7 +204,10 @@ def test_nfts_own_scale_is_not_differentiated(beta: float) -> None:
     value_B = objectives.forward_reinforcement(new, old, clean, share_B, beta=beta)
     (found,) = torch.autograd.grad(value_B.sum(), new)
     with torch.no_grad():
-        towards, away = ((1 - beta) * old + beta * new - clean), ((1 + beta) * old - beta * new - clean)
+        towards, away = (
+            ((1 - beta) * old + beta * new - clean),
+            ((1 + beta) * old - beta * new - clean),
+        )
         r = share_B[:, None]
         wanted = 2 / 6 * (r * towards / towards.abs().mean(1, keepdim=True))
         wanted -= 2 / 6 * (1 - r) * away / away.abs().mean(1, keepdim=True)
@@ -192,7 +215,8 @@ def test_nfts_own_scale_is_not_differentiated(beta: float) -> None:
 
 
 def test_nft_by_default_is_that_gradient_through_the_network() -> None:
-    """The class with beta 1 and its own scale, as by default: the written-out pull on what the network says (float64, 1e-10)."""
+    """The class with beta 1 and its own scale, as by default: the written-out pull on what the
+    network says (float64, 1e-10)."""
     seen: list[torch.Tensor] = []
 
     class Watched(FlowToy):
@@ -204,7 +228,9 @@ def test_nft_by_default_is_that_gradient_through_the_network() -> None:
     policy = Watched(dtype=torch.float64)
     policy.snapshots = {"behaviour": policy.weights()}
     algorithm = DiffusionNFT(kl_weight=0.0)
-    one = wide(next(iter(algorithm.make_batch(scored_of(FlowToy(), ODE), Memory()).passes(1, (1, 0)))))
+    one = wide(
+        next(iter(algorithm.make_batch(scored_of(FlowToy(), ODE), Memory()).passes(1, (1, 0))))
+    )
     moved(policy, 0.02)
     found = gradient(algorithm.loss(one, policy).value, policy)
     seen.clear()
@@ -214,7 +240,12 @@ def test_nft_by_default_is_that_gradient_through_the_network() -> None:
     towards, away = (new - one.clean_BCHW).detach(), (2 * old - new - one.clean_BCHW).detach()
     r = one.weight_B[:, None, None, None]
     scales = [side.flatten(1).abs().mean(1)[:, None, None, None] for side in (towards, away)]
-    pull = algorithm.advantage_clip * 2 / (2 * len(new)) * (r * towards / scales[0] - (1 - r) * away / scales[1])
+    pull = (
+        algorithm.advantage_clip
+        * 2
+        / (2 * len(new))
+        * (r * towards / scales[0] - (1 - r) * away / scales[1])
+    )
     wanted = gradient((pull * new).sum(), policy)
     assert wanted.abs().max() > 1e-3
     assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12)
@@ -239,7 +270,8 @@ def test_nft_draws_take_different_levels_of_the_plan() -> None:
 
 
 def test_o23_reinforce_is_d_times_k_times_ddpos_score_function() -> None:
-    """Equal advantages, float64: the joint log-prob, summed over steps, against the mean over elements and steps (1e-9)."""
+    """Equal advantages, float64: the joint log-prob, summed over steps, against the mean over
+    elements and steps (1e-9)."""
     policy = ToyPolicy(dtype=torch.float64)
     scored = scored_of(policy, Plan(steps=4, eta=1.0))
     literal = Reinforce().make_batch(scored, Memory())

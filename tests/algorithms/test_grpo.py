@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign import objectives
+from rlalign.algorithms import _objectives as objectives
+from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.grpo import GRPO, time_steps
+from rlalign.core.records import Plan
 from rlalign.diffusion.rollout import replay
-from rlalign.memory import Memory
-from rlalign.records import Plan
 from tests.algorithms.helpers import FlowToy, in_float64, numeric_gradient, scored_of
 from tests.algorithms.test_dpok import moved
 from tests.toy import ToyPolicy, gradient
@@ -45,8 +45,11 @@ def test_the_coded_kl_is_the_exact_one_times_the_level_distance() -> None:
 
 
 @pytest.mark.parametrize(("make", "plan"), [(FlowToy, PLAN), (ToyPolicy, Plan(steps=5))])
-def test_the_coded_kl_divides_by_the_diffusion_per_unit_of_time(make: type[ToyPolicy], plan: Plan) -> None:
-    """|mean - mean_ref|^2 / (2 g^2), g^2 = std^2 / |dt|, dt of a path of length 1: on timesteps too (200 of 1000 are 0.2)."""
+def test_the_coded_kl_divides_by_the_diffusion_per_unit_of_time(
+    make: type[ToyPolicy], plan: Plan
+) -> None:
+    """|mean - mean_ref|^2 / (2 g^2), g^2 = std^2 / |dt|, dt of a path of length 1: on timesteps too
+    (200 of 1000 are 0.2)."""
     policy = moved(make(dtype=torch.float64))
     levels = policy.path.levels(plan.steps)
     longest = 1000.0 if make is ToyPolicy else 1.0
@@ -57,9 +60,13 @@ def test_the_coded_kl_divides_by_the_diffusion_per_unit_of_time(make: type[ToyPo
         step = (levels[k] - levels[k + 1]) / longest
         assert 0 < step < 1
         with torch.no_grad():
-            mine = replay(policy, one.unit, one.latents_BK1, one.steps, policy.encode(one.unit.prompts)).gaussian
+            mine = replay(
+                policy, one.unit, one.before_BS, one.steps, policy.encode(one.unit.prompts)
+            ).gaussian
             with policy.as_reference():
-                theirs = replay(policy, one.unit, one.latents_BK1, one.steps, policy.encode(one.unit.prompts)).gaussian
+                theirs = replay(
+                    policy, one.unit, one.before_BS, one.steps, policy.encode(one.unit.prompts)
+                ).gaussian
         wanted = ((mine.mean - theirs.mean) ** 2 / (2 * mine.std**2 / step)).mean()
         found = GRPO(kl_weight=1.0, kl_form="coded").loss(one, policy).value
         assert found.item() == pytest.approx(wanted.item(), rel=1e-9)
@@ -67,21 +74,27 @@ def test_the_coded_kl_divides_by_the_diffusion_per_unit_of_time(make: type[ToyPo
 
 @pytest.mark.parametrize(("make", "plan"), [(FlowToy, PLAN), (ToyPolicy, Plan(steps=5))])
 def test_guard_divides_by_the_time_step(make: type[ToyPolicy], plan: Plan) -> None:
-    """At ratio 1 each step's loss is -A / |dt|; five steps of a path of length 1 have a mean weight of at least 5."""
+    """At ratio 1 each step's loss is -A / |dt|; five steps of a path of length 1 have a mean weight
+    of at least 5."""
     policy = make(dtype=torch.float64)
-    steps = time_steps(policy, plan.steps)
+    steps = time_steps(policy, plan)
     assert steps.sum().item() == pytest.approx(1.0, abs=0.2)
     values = []
-    for one in GRPO(guard=True, skip_last=0).make_batch(scored_of(policy, plan), Memory()).passes(1):
+    for one in (
+        GRPO(guard=True, skip_last=0).make_batch(scored_of(policy, plan), Memory()).passes(1)
+    ):
         one = in_float64(one)
         one = type(one)(**{**vars(one), "advantage_B": torch.ones_like(one.advantage_B)})
         values.append(-GRPO(guard=True).loss(one, policy).value.item())
-        assert values[-1] == pytest.approx(1.0 / steps[one.steps[0]].item(), rel=1e-3), "the ratio is 1 up to float32"
+        assert values[-1] == pytest.approx(1.0 / steps[one.steps[0]].item(), rel=1e-3), (
+            "the ratio is 1 up to float32"
+        )
     assert np.mean(values) >= 5.0
 
 
 def test_o3_guard_centres_the_log_ratio() -> None:
-    """Under the behaviour policy log r has mean -d^2 / (2 s^2) and std d / (s sqrt(D)); centred and scaled: 0 and d / sqrt(D).
+    """Under the behaviour policy log r has mean -d^2 / (2 s^2) and std d / (s sqrt(D)); centred and
+    scaled: 0 and d / sqrt(D).
 
     100 000 draws of D = 16 elements, seed 0; margins of 4 standard errors.
     """
@@ -91,14 +104,16 @@ def test_o3_guard_centres_the_log_ratio() -> None:
     log_ratio = (-((std * z - shift) ** 2) / (2 * std**2) + z**2 / 2).mean(1)
     margin = 4 * shift / (std * np.sqrt(elements * count))
     assert log_ratio.mean().item() == pytest.approx(-(shift**2) / (2 * std**2), abs=margin)
-    ratio = objectives.guarded_ratio(log_ratio, torch.full((count,), shift**2), torch.full((count,), std))
+    ratio = objectives.guarded_ratio(
+        log_ratio, torch.full((count,), shift**2), torch.full((count,), std)
+    )
     assert ratio.log().mean().item() == pytest.approx(0.0, abs=margin)
     assert ratio.log().std().item() == pytest.approx(shift / np.sqrt(elements), rel=0.02)
 
 
 def test_two_groups_show_what_the_std_is_of() -> None:
     """Groups {0, 1} and {10, 30}: group std gives +-1 each, the round's std +-.04 and +-.83."""
-    from rlalign.advantages import within_groups
+    from rlalign.algorithms._advantages import within_groups
 
     reward_B = np.array([0.0, 1.0, 10.0, 30.0], dtype=np.float32)
     groups = [0, 0, 1, 1]
@@ -110,5 +125,8 @@ def test_two_groups_show_what_the_std_is_of() -> None:
 
 def test_the_last_steps_are_left_out() -> None:
     policy = FlowToy()
-    steps = {p.steps[0] for p in GRPO(skip_last=2).make_batch(scored_of(policy, PLAN), Memory()).passes(1)}
+    steps = {
+        p.steps[0]
+        for p in GRPO(skip_last=2).make_batch(scored_of(policy, PLAN), Memory()).passes(1)
+    }
     assert steps == {0, 1, 2}

@@ -1,23 +1,24 @@
-"""``refresh_every``: through the learner, the reference is the weights after the last round that k divides, and nothing else."""
+"""``refresh_every``: through the learner, the reference is the weights after the last round that k
+divides, and nothing else."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.base import Algorithm
 from rlalign.algorithms.d3po import D3PO
 from rlalign.algorithms.diffusion_dpo import DiffusionDPO
-from rlalign.learner import Beside, Learner, LearnerSettings
-from rlalign.memory import Memory
+from rlalign.learning.learner import Learner, LearnerSettings
 from rlalign.policies.base import Policy
 from tests.toy import ToyPolicy, collect, make_units
 
 
 def learner_of(algorithm: Algorithm, *, lora_rank: int = 0) -> Learner:
     policy = ToyPolicy(lora_rank=lora_rank)
-    beside = Beside(refresh_reference=algorithm.reference_rounds)
-    return Learner(policy, algorithm.loss, LearnerSettings(lr=1e-2), seed=0, beside=beside)
+    settings = LearnerSettings(lr=1e-2)
+    return Learner(policy, algorithm.loss, settings, seed=0, copies=algorithm.copies)
 
 
 def said_as_reference(policy: Policy, *, pretrained: bool = False) -> torch.Tensor:
@@ -44,7 +45,8 @@ def round_of(learner: Learner, algorithm: Algorithm, round: int) -> None:
 def test_the_reference_is_the_policy_of_the_last_multiple_of_k(
     make: type[D3PO] | type[DiffusionDPO], every: int, lora_rank: int
 ) -> None:
-    """Seven rounds, bit for bit; with LoRA too, where the pretrained reference is the adapter switched off."""
+    """Seven rounds, bit for bit; with LoRA too, where the pretrained reference is the adapter
+    switched off."""
     algorithm = make(beta=5.0, refresh_every=every)
     learner = learner_of(algorithm, lora_rank=lora_rank)
     pretrained = after = said(learner.policy)

@@ -1,4 +1,5 @@
-"""A network inside this machine, in which Ray may listen as on a cluster: Linux namespaces, gone with all processes at exit."""
+"""A network inside this machine, in which Ray may listen as on a cluster: Linux namespaces, gone
+with all processes at exit."""
 
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ _INSIDE = (
     "mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && ip link set lo up && "
     f"ip addr add {HEAD}/24 dev lo && echo ready && exec sleep 3600"
 )
-_NEW = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+_NEW = [
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "--net",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+]
 
 
 def missing() -> str:
@@ -44,30 +54,32 @@ class Network:
         ]
 
     def run(
-        self, *command: str, env: Mapping[str, str] | None = None, timeout: float = 120
+        self, *command: str, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """A command that ends."""
-        return subprocess.run([*self._enter, *command], env=env, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run([*self._enter, *command], env=env, capture_output=True, text=True)
 
     def start(self, *command: str, log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """A command that goes on; what it prints goes to ``log``."""
         with log.open("wb") as out:
-            return subprocess.Popen([*self._enter, *command], env=env, stdout=out, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                [*self._enter, *command], env=env, stdout=out, stderr=subprocess.STDOUT
+            )
 
     def status_of(self, url: str, token: str = "") -> int:
         """The HTTP status that a URL answers with inside; 0 where nothing answers."""
         header = f"Authorization: Bearer {token}" if token else "X-None: none"
         done = subprocess.run(
-            [*self._enter, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-H", "@-", url],
-            input=header, capture_output=True, text=True, timeout=60,
+            [*self._enter, *"curl --noproxy * -s -o /dev/null -w %{http_code} -H @-".split(), url],
+            input=header, capture_output=True, text=True,
         )  # fmt: skip
         return int(done.stdout or 0)
 
     def text_of(self, url: str, token: str) -> str:
         """What a URL answers inside."""
         done = subprocess.run(
-            [*self._enter, "curl", "-s", "-H", "@-", url],
-            input=f"Authorization: Bearer {token}", capture_output=True, text=True, timeout=60,
+            [*self._enter, "curl", "--noproxy", "*", "-s", "-H", "@-", url],
+            input=f"Authorization: Bearer {token}", capture_output=True, text=True,
         )  # fmt: skip
         return done.stdout
 
@@ -89,8 +101,9 @@ def private_network() -> Iterator[Network]:
         holder.wait()
 
 
-def wait_for(what: str, condition, log: Path | None = None, seconds: float = 120) -> None:
-    """Waits until ``condition()`` holds; fails with the end of ``log`` where it does not in time."""
+def wait_for(what: str, condition, log: Path | None = None, seconds: float = 800) -> None:
+    """Waits until ``condition()`` holds; fails with the end of ``log`` before the test's own limit
+    ends it."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

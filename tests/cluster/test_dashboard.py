@@ -1,4 +1,5 @@
-"""The Grafana dashboard and the Prometheus files: sound in themselves, and asked of a real Prometheus that watches a real run."""
+"""The Grafana dashboard and the Prometheus files: sound in themselves, and asked of a real
+Prometheus that watches a real run."""
 
 from __future__ import annotations
 
@@ -27,10 +28,13 @@ CLUSTER = Path(__file__).parents[2] / "cluster"
 PROMETHEUS = os.environ.get("RLALIGN_PROMETHEUS") or shutil.which("prometheus")
 DASHBOARD: dict[str, Any] = json.loads((CLUSTER / "grafana" / "rlalign.json").read_text())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
-EXPRESSIONS = {f"{p['title']} {t['refId']}": t["expr"] for p in PANELS for t in p.get("targets", ())}
+EXPRESSIONS = {
+    f"{p['title']} {t['refId']}": t["expr"] for p in PANELS for t in p.get("targets", ())
+}
 HISTOGRAM = ("_bucket", "_sum", "_count")
 
-# A run's names that depend on its settings; the run below has them all. The dashboard names some by a pattern.
+# A run's names that depend on its settings; the run below has them all. The dashboard names some by
+# a pattern.
 SETTINGS = (
     *SMALL,
     "rounds=12",
@@ -54,7 +58,7 @@ def filled_in(expression: str) -> str:
     return expression.replace("$run", ".*").replace("$__rate_interval", "60s")
 
 
-# --- the dashboard by itself ------------------------------------------------------------------------------------------
+# --- the dashboard by itself ---------------------------------------------------------------------
 
 
 def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
@@ -63,7 +67,9 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
     taken: dict[tuple[int, int], str] = {}
     for panel in PANELS:
         place = panel["gridPos"]
-        assert place["x"] >= 0 and place["x"] + place["w"] <= 24 and place["w"] > 0 and place["h"] > 0
+        assert (
+            place["x"] >= 0 and place["x"] + place["w"] <= 24 and place["w"] > 0 and place["h"] > 0
+        )
         for x in range(place["x"], place["x"] + place["w"]):
             for y in range(place["y"], place["y"] + place["h"]):
                 assert (x, y) not in taken, f"{panel['title']} lies on {taken.get((x, y))}"
@@ -73,7 +79,10 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
 def test_panels_use_the_two_variables_and_say_what_they_show() -> None:
     assert DASHBOARD["schemaVersion"] >= 39 and DASHBOARD["uid"] == "rlalign"
     variables = {v["name"]: v for v in DASHBOARD["templating"]["list"]}
-    assert {v: variables[v]["type"] for v in variables} == {"datasource": "datasource", "run": "query"}
+    assert {v: variables[v]["type"] for v in variables} == {
+        "datasource": "datasource",
+        "run": "query",
+    }
     for panel in (p for p in PANELS if p["type"] != "row"):
         assert panel["description"].endswith(".")
         refs = [t["refId"] for t in panel["targets"]]
@@ -88,9 +97,10 @@ def test_panels_use_the_two_variables_and_say_what_they_show() -> None:
 def test_the_dashboard_shows_what_an_operator_asks_for() -> None:
     shown = " ".join(EXPRESSIONS.values())
     for metric in (
-        "reward_total_mean reward_total_std evaluation_held_out kl ratio_max_deviation ratio_clip_fraction grad_norm "
-        "samples_total seconds_rollout seconds_reward seconds_update seconds_sync queue_depth staleness_max workers "
-        "restarts_rollout restarts_reward unit_seconds_bucket reward_seconds_bucket reward_errors_total units_retried_total"
+        "reward_total_mean reward_total_std evaluation_held_out kl ratio_max_deviation"
+        " ratio_clip_fraction grad_norm samples_total seconds_rollout seconds_reward seconds_update"
+        " seconds_sync queue_depth staleness_max workers restarts_rollout restarts_reward"
+        " unit_seconds_bucket reward_seconds_bucket reward_errors_total units_retried_total"
     ).split():
         assert f"ray_rlalign_{metric}" in shown, metric
     assert "ray_object_store_memory" in shown
@@ -108,10 +118,14 @@ class Recorded:
         assert value == value and set(tags) == {"run"}
 
 
-def test_every_metric_of_ours_is_one_that_a_run_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counters, pools and histograms by their list; gauges by what the records of a real run become."""
+@pytest.mark.slow
+def test_every_metric_of_ours_is_one_that_a_run_sends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counters, pools and histograms by their list; gauges by what the records of a real run
+    become."""
+    from rlalign.alignment.loop import train_local
     from rlalign.config import load_run
-    from rlalign.loop import train_local
     from rlalign.runtime import gauges
 
     run = load_run(CONFIGS / "quickstart.yaml", [*SETTINGS, "rounds=2"])
@@ -125,13 +139,19 @@ def test_every_metric_of_ours_is_one_that_a_run_sends(tmp_path: Path, monkeypatc
     sent |= {f"ray_{name}{end}" for name in gauges.HISTOGRAMS for end in HISTOGRAM}
     for title, expression in EXPRESSIONS.items():
         for name in names(expression):
-            assert not name.startswith("ray_rlalign_") or name in sent, f"{title}: no run sends {name}"
+            assert not name.startswith("ray_rlalign_") or name in sent, (
+                f"{title}: no run sends {name}"
+            )
         for pattern in patterns(expression):
-            assert any(re.fullmatch(pattern, name) for name in sent), f"{title}: no run sends {pattern}"
+            assert any(re.fullmatch(pattern, name) for name in sent), (
+                f"{title}: no run sends {pattern}"
+            )
 
 
 def test_a_name_is_found_in_an_expression() -> None:
-    assert names('histogram_quantile(0.5, sum by (le) (rate(ray_a_bucket{run=~"ray_no"}[5m]))) + ray_b') == {
+    assert names(
+        'histogram_quantile(0.5, sum by (le) (rate(ray_a_bucket{run=~"ray_no"}[5m]))) + ray_b'
+    ) == {
         "ray_a_bucket",
         "ray_b",
     }
@@ -146,7 +166,7 @@ def test_the_scrape_config_reads_rays_own_list() -> None:
     assert job["file_sd_configs"][0]["files"] == [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
 
 
-# --- a real Prometheus ------------------------------------------------------------------------------------------------
+# --- a real Prometheus ---------------------------------------------------------------------------
 
 
 class Prometheus:
@@ -159,7 +179,7 @@ class Prometheus:
         """The data that it answers; AssertionError with its words where it refuses."""
         url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(query)}"
         try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
+            with urllib.request.urlopen(url) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as refusal:
             raise AssertionError(f"{query}: {refusal.read().decode()}") from refusal
@@ -174,9 +194,13 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture
 def prometheus(short_folder: Path) -> Iterator[Prometheus]:
-    """The shipped configuration, but every second, and for the Ray whose files are in ``short_folder``."""
+    """The shipped configuration, but every second, and for the Ray whose files are in
+    ``short_folder``."""
     if PROMETHEUS is None:
-        pytest.skip("needs Prometheus: on PATH, or named by RLALIGN_PROMETHEUS (Debian: apt-get install prometheus)")
+        pytest.skip(
+            "needs Prometheus: on PATH, or named by RLALIGN_PROMETHEUS (Debian: apt-get install"
+            " prometheus)"
+        )
     text = (CLUSTER / "prometheus" / "prometheus.yml").read_text()
     config = short_folder / "prometheus.yml"
     config.write_text(text.replace("/tmp/ray/", f"{short_folder}/ray/").replace("10s", "1s"))
@@ -186,18 +210,19 @@ def prometheus(short_folder: Path) -> Iterator[Prometheus]:
     log = short_folder / "prometheus.log"
     command = [PROMETHEUS, f"--config.file={config}", f"--web.listen-address={server.address}"]
     with log.open("wb") as out:
-        process = subprocess.Popen([*command, f"--storage.tsdb.path={short_folder}/data"], stdout=out, stderr=out)
-    deadline = time.monotonic() + 60
+        process = subprocess.Popen(
+            [*command, f"--storage.tsdb.path={short_folder}/data"], stdout=out, stderr=out
+        )
     while True:
         try:
             urllib.request.urlopen(f"http://{server.address}/-/ready", timeout=5).close()
             break
         except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
             time.sleep(0.2)
     yield server
     process.terminate()
-    process.wait(timeout=60)
+    process.wait()
 
 
 FLAKY = '''
@@ -217,8 +242,9 @@ def score(media, prompts):
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_prometheus_answers_every_panel_of_a_real_run(prometheus: Prometheus, short_folder: Path) -> None:
+def test_prometheus_answers_every_panel_of_a_real_run(
+    prometheus: Prometheus, short_folder: Path
+) -> None:
     (short_folder / "flaky.py").write_text(FLAKY)
     rewards = "rewards=[{name: shapes}, {name: function, call: 'flaky:score', label: flaky}]"
     env = os.environ | {
@@ -227,23 +253,34 @@ def test_prometheus_answers_every_panel_of_a_real_run(prometheus: Prometheus, sh
         "PYTHONPATH": str(short_folder),
     }
     began = time.time()
-    command = [sys.executable, "-m", "rlalign", "train", str(CONFIGS / "quickstart.yaml"), *SETTINGS, rewards]
+    command = [
+        sys.executable,
+        "-m",
+        "rlalign",
+        "train",
+        str(CONFIGS / "quickstart.yaml"),
+        *SETTINGS,
+        rewards,
+    ]
     run = subprocess.run(
         [*command, "--out", str(short_folder / "run")],
         env=env,
         cwd=short_folder,
         capture_output=True,
         text=True,
-        timeout=400,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     missing = []
     for title, expression in EXPRESSIONS.items():
-        found = prometheus.ask("query_range", query=filled_in(expression), start=began, end=time.time(), step=1)[
-            "result"
-        ]
-        if not any(float(value) == float(value) for series in found for _, value in series["values"]):
+        found = prometheus.ask(
+            "query_range", query=filled_in(expression), start=began, end=time.time(), step=1
+        )["result"]
+        if not any(
+            float(value) == float(value) for series in found for _, value in series["values"]
+        ):
             missing.append(f"{title}: {expression}")
     assert not missing, "\n".join(missing)
-    runs = prometheus.ask("series", **{"match[]": "ray_rlalign_round", "start": began, "end": time.time()})
+    runs = prometheus.ask(
+        "series", **{"match[]": "ray_rlalign_round", "start": began, "end": time.time()}
+    )
     assert {series["run"] for series in runs} == {"quickstart"}

@@ -1,4 +1,5 @@
-"""The deployment files: Ray's own validators where there are some, and what must hold in each of them."""
+"""The deployment files: Ray's own validators where there are some, and what must hold in each of
+them."""
 
 from __future__ import annotations
 
@@ -43,13 +44,19 @@ def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
 def health_settings() -> dict[str, dict[str, int]]:
     """File -> the health settings that its head is started with."""
     text = (CLUSTER / "ray-env.sh").read_text()
-    found = {"ray-env.sh": dict(re.findall(r"^export RAY_health_check_(\w+)=\$\{\w+:-(\d+)\}", text, re.MULTILINE))}
+    found = {
+        "ray-env.sh": dict(
+            re.findall(r"^export RAY_health_check_(\w+)=\$\{\w+:-(\d+)\}", text, re.MULTILINE)
+        )
+    }
     options = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())["docker"]["head_run_options"]
     found["ray-up.yaml"] = dict(re.findall(r"RAY_health_check_(\w+)=(\d+)", " ".join(options)))
     for name, spec in ray_clusters().items():
         env = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
         found[name] = {
-            e["name"].removeprefix("RAY_health_check_"): e["value"] for e in env if "health_check" in e["name"]
+            e["name"].removeprefix("RAY_health_check_"): e["value"]
+            for e in env
+            if "health_check" in e["name"]
         }
     return {name: {k: int(v) for k, v in values.items()} for name, values in found.items()}
 
@@ -69,7 +76,7 @@ def test_ray_knows_the_health_settings() -> None:
         assert f"RAY_health_check_{name}".encode() in server, name
 
 
-# --- ray up -----------------------------------------------------------------------------------------------------------
+# --- ray up --------------------------------------------------------------------------------------
 
 
 def validate(config: dict[str, Any]) -> dict[str, Any]:
@@ -131,12 +138,14 @@ def test_ray_up_is_closed_to_strangers(ray_up: dict[str, Any]) -> None:
     assert any("/shared/runs" in command for command in ray_up["initialization_commands"])
 
 
-# --- Kubernetes -------------------------------------------------------------------------------------------------------
+# --- Kubernetes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob"])
 def test_kuberay_clusters_as_rays_autoscaler_reads_them(name: str) -> None:
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _derive_autoscaling_config_from_ray_cr,
+    )
 
     spec = ray_clusters()[name]
     config = _derive_autoscaling_config_from_ray_cr(
@@ -161,7 +170,11 @@ def test_kuberay_pods(name: str) -> None:
     assert spec["authOptions"]["mode"] == "token"
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     assert "enableIngress" not in spec["headGroupSpec"]
-    claims = {d["metadata"]["name"] for d in documents("kuberay/shared.yaml") if d["kind"] == "PersistentVolumeClaim"}
+    claims = {
+        d["metadata"]["name"]
+        for d in documents("kuberay/shared.yaml")
+        if d["kind"] == "PersistentVolumeClaim"
+    }
     for group in groups(spec):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
@@ -180,14 +193,23 @@ def test_kuberay_pods(name: str) -> None:
 
 def assert_unprivileged(pod: dict[str, Any]) -> None:
     """What Kubernetes' "restricted" standard asks for."""
-    assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
+    assert (
+        pod["securityContext"]["runAsNonRoot"] is True
+        and pod["securityContext"]["runAsUser"] == 1000
+    )
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     for container in pod["containers"]:
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
 
 
 def test_the_standing_clusters_dashboard_is_on_loopback() -> None:
-    assert ray_clusters()["raycluster"]["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+    assert (
+        ray_clusters()["raycluster"]["headGroupSpec"]["rayStartParams"]["dashboard-host"]
+        == "127.0.0.1"
+    )
 
 
 def test_the_jobs_cluster_is_the_standing_one() -> None:
@@ -210,7 +232,9 @@ def test_the_job_runs_a_command_that_exists() -> None:
     spec = documents("kuberay/rayjob.yaml")[0]["spec"]
     program, command, config, *options = spec["entrypoint"].split()
     assert (program, command) == ("rlalign", "train")
-    mounts = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    mounts = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
+        "volumeMounts"
+    ]
     assert str(Path(config).parent) in {m["mountPath"] for m in mounts}
     named = {o for o in options if o.startswith("--")}
     told = CliRunner().invoke(app, [command, "--help"]).output
@@ -227,8 +251,12 @@ def test_the_network_policy_is_about_these_pods_and_ports() -> None:
     ports = {p["port"] for rule in policy["spec"]["ingress"] for p in rule.get("ports", ())}
     for head in heads:
         assert ports <= {p["containerPort"] for p in head["spec"]["containers"][0]["ports"]}
-    assert all(rule.get("from") for rule in policy["spec"]["ingress"]), "a rule without 'from' admits everyone"
-    submitter = documents("kuberay/rayjob.yaml")[0]["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    assert all(rule.get("from") for rule in policy["spec"]["ingress"]), (
+        "a rule without 'from' admits everyone"
+    )
+    submitter = documents("kuberay/rayjob.yaml")[0]["spec"]["submitterPodTemplate"]["metadata"][
+        "labels"
+    ]
     assert {"podSelector": {"matchLabels": submitter}} in [
         source for rule in policy["spec"]["ingress"] for source in rule["from"]
     ]
@@ -252,5 +280,7 @@ def test_no_file_names_a_secret() -> None:
     for file in files:
         text = file.read_text()
         assert not re.search(r"RAY_AUTH_TOKEN=\S", text), file
-        assert not re.search(r"(?i)(password|secret_?key|api_?key)\s*[:=]\s*['\"]?[A-Za-z0-9]", text), file
+        assert not re.search(
+            r"(?i)(password|secret_?key|api_?key)\s*[:=]\s*['\"]?[A-Za-z0-9]", text
+        ), file
     assert json.dumps(documents("kuberay/shared.yaml")).count('"kind": "Secret"') == 0

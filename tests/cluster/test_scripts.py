@@ -1,4 +1,5 @@
-"""The start scripts and the Slurm script, run for real on a private network: who may come in, and that a node lost is seen."""
+"""The start scripts and the Slurm script, run for real on a private network: who may come in, and
+that a node lost is seen."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def home() -> Iterator[Path]:
 def nodes(network: Network, token: str) -> dict[str, str]:
     """Address -> state, as the dashboard says."""
     try:
-        summary = json.loads(network.text_of(f"{DASHBOARD}/nodes?view=summary", token))["data"]["summary"]
+        summary = json.loads(network.text_of(f"{DASHBOARD}/nodes?view=summary", token))["data"][
+            "summary"
+        ]
     except (ValueError, KeyError):
         return {}
     return {node["ip"]: node["raylet"].get("state", "") for node in summary}
@@ -88,8 +91,12 @@ def test_a_cluster_by_hand(network: Network, home: Path) -> None:
         "--places",
         "3",
     ]
-    network.start(*join, "--cpus", "2", "--metrics-port", "8081", "--", "--block", log=worker_log, env=env)
-    wait_for("the worker", lambda: nodes(network, token) == {HEAD: "ALIVE", WORKER: "ALIVE"}, worker_log)
+    network.start(
+        *join, "--cpus", "2", "--metrics-port", "8081", "--", "--block", log=worker_log, env=env
+    )
+    wait_for(
+        "the worker", lambda: nodes(network, token) == {HEAD: "ALIVE", WORKER: "ALIVE"}, worker_log
+    )
 
     for path in ("/api/jobs/", "/api/cluster_status", "/nodes?view=summary", "/api/v0/actors"):
         assert network.status_of(DASHBOARD + path) == 401, path
@@ -107,7 +114,9 @@ def test_a_cluster_by_hand(network: Network, home: Path) -> None:
     assert network.run("ray", "status", env=stranger).returncode != 0
     assert_secret(token, network, home, besides=token_file)
 
-    raylets = network.run("pgrep", "-f", f"raylet/raylet .*--node_ip_address={WORKER}").stdout.split()
+    raylets = network.run(
+        "pgrep", "-f", f"raylet/raylet .*--node_ip_address={WORKER}"
+    ).stdout.split()
     assert len(raylets) == 1
     network.run("kill", "-KILL", *raylets)
     wait_for("the loss of the worker", lambda: nodes(network, token).get(WORKER) == "DEAD", log)
@@ -118,7 +127,15 @@ def test_a_head_on_loopback_listens_on_nothing_else(network: Network, home: Path
     env, log = environment(HOME=str(home)), home / "head.log"
     places = json.dumps({"rollout": 2, "reward": 2, "learner": 1})
     network.start(
-        str(CLUSTER / "start-head.sh"), "--cpus", "6", "--resources", places, "--", "--block", log=log, env=env
+        str(CLUSTER / "start-head.sh"),
+        "--cpus",
+        "6",
+        "--resources",
+        places,
+        "--",
+        "--block",
+        log=log,
+        env=env,
     )
     wait_for("the dashboard", lambda: network.status_of(f"{DASHBOARD}/api/version") > 0, log)
     token = (home / ".ray" / "auth_token").read_text()
@@ -131,15 +148,18 @@ def test_a_head_on_loopback_listens_on_nothing_else(network: Network, home: Path
 
 
 def shims(folder: Path) -> Path:
-    """`srun` and `scontrol` of a made-up Slurm whose nodes n1, n2, n3 are this machine: a step just runs."""
+    """`srun` and `scontrol` of a made-up Slurm whose nodes n1, n2, n3 are this machine: a step just
+    runs."""
     folder.mkdir()
     (folder / "scontrol").write_text("#!/usr/bin/env bash\nprintf '%s\\n' n1 n2 n3\n")
     (folder / "srun").write_text(
         "#!/usr/bin/env bash\n"
         'echo "srun $*" >> "$SHIM_LOG"\n'
-        "while [[ $1 == -* ]]; do [[ $1 == --nodelist=n* ]] && number=${1#--nodelist=n}; shift; done\n"
+        "while [[ $1 == -* ]]; do [[ $1 == --nodelist=n* ]] && number=${1#--nodelist=n}; shift;"
+        " done\n"
         "program=$1; shift\n"
-        "exec unshare --mount bash -c 'mount -t tmpfs none /tmp/ray && exec \"$@\"' _ "  # a node has its own /tmp
+        # a node has its own /tmp
+        "exec unshare --mount bash -c 'mount -t tmpfs none /tmp/ray && exec \"$@\"' _ "
         '"$program" --node-ip "10.77.0.$number" --metrics-port "808$number" "$@"\n'
     )
     for file in folder.iterdir():
@@ -147,7 +167,9 @@ def shims(folder: Path) -> Path:
     return folder
 
 
-def slurm(network: Network, home: Path, run: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+def slurm(
+    network: Network, home: Path, run: Path, *settings: str
+) -> subprocess.CompletedProcess[str]:
     env = environment(
         HOME=str(home),
         SLURM_JOB_ID="77",
@@ -163,7 +185,12 @@ def slurm(network: Network, home: Path, run: Path, *settings: str) -> subprocess
     spooled = home / "slurm_script"  # Slurm runs a copy that lies elsewhere
     shutil.copy(CLUSTER / "slurm.sbatch", spooled)
     return network.run(
-        "bash", str(spooled), str(ROOT / "configs" / "quickstart.yaml"), str(run), *settings, env=env, timeout=500
+        "bash",
+        str(spooled),
+        str(ROOT / "configs" / "quickstart.yaml"),
+        str(run),
+        *settings,
+        env=env,
     )
 
 
@@ -171,7 +198,7 @@ def slurm(network: Network, home: Path, run: Path, *settings: str) -> subprocess
 def test_a_slurm_job_and_the_same_line_again(network: Network, home: Path) -> None:
     shims(home / "bin")
     run = home / "run"
-    roles = [f"runtime.{role}_resources={{{role}: 1}}" for role in ("rollout", "reward", "learner")]
+    roles = [f"runtime.{role}.resources={{{role}: 1}}" for role in ("rollout", "reward", "learner")]
     settings = [*SMALL, "rounds=2", *roles]
     done = slurm(network, home, run, *settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

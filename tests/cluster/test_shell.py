@@ -1,4 +1,5 @@
-"""The shell scripts without a Ray: they parse, they help, and they refuse what is wrong before anything starts."""
+"""The shell scripts without a Ray: they parse, they help, and they refuse what is wrong before
+anything starts."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ SCRIPTS = ("start-head.sh", "start-worker.sh", "slurm.sbatch", "ray-env.sh")
 def test_scripts_parse(name: str) -> None:
     subprocess.run(["bash", "-n", CLUSTER / name], check=True)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "--external-sources", CLUSTER / name], check=True, cwd=CLUSTER)
+        subprocess.run(
+            ["shellcheck", "--external-sources", CLUSTER / name], check=True, cwd=CLUSTER
+        )
     if name != "ray-env.sh":
         assert "set -euo pipefail" in (CLUSTER / name).read_text()
     assert name in ("ray-env.sh", "slurm.sbatch") or os.access(CLUSTER / name, os.X_OK)
@@ -27,7 +30,10 @@ def test_scripts_parse(name: str) -> None:
 
 def script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", CLUSTER / name, *arguments], env={**os.environ, **env}, capture_output=True, text=True, timeout=60
+        ["bash", CLUSTER / name, *arguments],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -43,12 +49,18 @@ def test_help_is_the_scripts_own_comment() -> None:
     ("arguments", "message"),
     [
         (["--role", "rollout"], "--head must be HOST:PORT, got ''"),
-        (["--head", "10.0.0.5:6379", "--role", "cook"], "--role must be rollout, reward or learner, got 'cook'"),
+        (
+            ["--head", "10.0.0.5:6379", "--role", "cook"],
+            "--role must be rollout, reward or learner, got 'cook'",
+        ),
         (
             ["--head", "10.0.0.5:6379", "--role", "reward", "--places", "0"],
             "--places must be a whole number >= 1, got '0'",
         ),
-        (["--head", "127.0.0.1:6379", "--role", "reward"], "is a loopback address, which no worker can join"),
+        (
+            ["--head", "127.0.0.1:6379", "--role", "reward"],
+            "is a loopback address, which no worker can join",
+        ),
         (["--hea", "10.0.0.5:6379"], "unknown argument --hea"),
     ],
 )
@@ -76,8 +88,12 @@ def test_a_new_token_is_random_and_its_owners_alone(tmp_path: Path) -> None:
     tokens = []
     for name in ("one", "two"):
         path = tmp_path / name / "token"
+        script = (
+            f"source {CLUSTER}/ray-env.sh;"
+            " rlalign_new_token; rlalign_new_token; rlalign_require_token"
+        )
         made = subprocess.run(
-            ["bash", "-euc", f"source {CLUSTER}/ray-env.sh; rlalign_new_token; rlalign_new_token; rlalign_require_token"],
+            ["bash", "-euc", script],
             env={**os.environ, "RAY_AUTH_TOKEN_PATH": str(path)}, capture_output=True, text=True,
         )  # fmt: skip
         assert made.returncode == 0, made.stderr
@@ -94,3 +110,41 @@ def test_cpus_are_counted_whatever_openmp_is_told() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert int(counted.stdout) == len(os.sched_getaffinity(0))
+
+
+def sourced(names: str, **environment: str) -> list[str]:
+    """The values of variables after ray-env.sh."""
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k.lower() != "no_proxy" and k not in ("TMPDIR", "RAY_TMPDIR")
+    }
+    script = f'source {CLUSTER}/ray-env.sh; for name in {names}; do echo "${{!name:-}}"; done'
+    told = subprocess.run(
+        ["bash", "-euc", script],
+        env={**clean, **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return told.stdout.splitlines()
+
+
+def test_rays_own_clients_ask_loopback_past_any_proxy() -> None:
+    own = "".join(
+        f",{one}"
+        for one in subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+    )
+    assert sourced("no_proxy NO_PROXY") == [f"localhost,127.0.0.1,::1{own}"] * 2
+    assert (
+        sourced("no_proxy NO_PROXY", NO_PROXY="a.b", no_proxy="c.d")
+        == [f"c.d,a.b,localhost,127.0.0.1,::1{own}"] * 2
+    )
+
+
+def test_a_jobs_long_tmpdir_leaves_room_for_sockets() -> None:
+    assert sourced("RAY_TMPDIR TMPDIR") == ["", ""]
+    assert sourced("RAY_TMPDIR TMPDIR", TMPDIR="/scratch/7") == ["", "/scratch/7"]
+    long = "/scratch/slurm_jobdir_of_a_long_name/1355700"
+    assert sourced("RAY_TMPDIR TMPDIR", TMPDIR=long) == [f"/tmp/rlalign-{os.getuid()}"] * 2
+    assert sourced("RAY_TMPDIR TMPDIR", TMPDIR=long, RAY_TMPDIR="/scratch/7") == [
+        "/scratch/7",
+        long,
+    ]

@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
+from rlalign.core.records import Plan
+from rlalign.core.registry import UserError, build
 from rlalign.data import shapes
 from rlalign.data.prompts.base import Prompts, prompt_id
 from rlalign.diffusion.noise import unit_noise
-from rlalign.records import Plan
-from rlalign.registry import UserError, build
 
 PLAN = Plan(steps=3)
 WORDS = [f"prompt {i}" for i in range(10)]
@@ -68,7 +68,8 @@ def test_a_small_pool_is_used_evenly():
 
 
 def test_over_many_rounds_every_prompt_gets_its_share():
-    """2 000 rounds of 4 out of 10, seed 0: each prompt 800 times, within 4.5 standard deviations of a hypergeometric draw."""
+    """2 000 rounds of 4 out of 10, seed 0: each prompt 800 times, within 4.5 standard deviations of
+    a hypergeometric draw."""
     source = listed(per_round=4, per_unit=4)
     counts = dict.fromkeys(WORDS, 0)
     for round in range(2000):
@@ -97,7 +98,8 @@ def test_units_hold_consecutive_prompts_each_repeated():
 
 @pytest.mark.parametrize("words", [WORDS, WORDS[:1], ["same", "same", "other"]])
 def test_no_two_samples_of_a_round_share_their_noise(words):
-    """A prompt that is drawn twice, or stands twice in the list, has samples of its own each time."""
+    """A prompt that is drawn twice, or stands twice in the list, has samples of its own each
+    time."""
     drawn = rows(listed(words, per_round=12, per_unit=3, samples_per_prompt=2).units(0, 1, PLAN))
     assert len(drawn) == 24
     assert len({(number, sample) for _, number, sample in drawn}) == 24
@@ -107,7 +109,9 @@ def test_the_noise_keys_do_not_depend_on_the_units_size():
     """The same samples with the same noise, however many prompts go into a unit."""
     found = {}
     for per_unit in (1, 2, 3, 6):
-        units = listed(WORDS[:4], per_round=6, per_unit=per_unit, samples_per_prompt=2).units(3, 1, PLAN)
+        units = listed(WORDS[:4], per_round=6, per_unit=per_unit, samples_per_prompt=2).units(
+            3, 1, PLAN
+        )
         assert len(units) == 6 // per_unit
         found[per_unit] = (rows(units), torch.cat([unit_noise(u, 1, (2, 2)) for u in units]))
     for (one, noise_one), (two, noise_two) in itertools.pairwise(found.values()):
@@ -155,7 +159,9 @@ def test_a_list_is_its_own_pool():
     assert list(source.pool()) == WORDS
     assert source.held_out(2) == [(prompt_id("x"), "x"), (prompt_id("y"), "y")]
     assert [text for _, text in source.held_out(3)] == ["x", "y", "x"], "starts over"
-    assert [text for _, text in listed().held_out(2)] == WORDS[:2], "none given: the first of the pool"
+    assert [text for _, text in listed().held_out(2)] == WORDS[:2], (
+        "none given: the first of the pool"
+    )
 
 
 def test_an_empty_list_is_refused():
@@ -171,23 +177,147 @@ def test_a_file_has_a_prompt_on_each_line(tmp_path):
     assert list(source.pool()) == ["a cat", "a dog", "ein grüner Kreis"]
     assert [text for _, text in source.held_out(2)] == ["a cat", "a dog"]
     assert {text for _, text in source.draw(0, 1)} == set(source.pool())
-    assert [t for _, t in prompts("file", path=str(path), held_out_path=str(held_out)).held_out(1)] == ["a bird"]
+    assert [
+        t for _, t in prompts("file", path=str(path), held_out_path=str(held_out)).held_out(1)
+    ] == ["a bird"]
 
 
 @pytest.mark.parametrize("content", ["", "\n  \n"])
 def test_an_empty_file_is_refused(tmp_path, content):
     path = tmp_path / "empty.txt"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"prompts\.path must hold at least one prompt, got an empty file"):
+    with pytest.raises(
+        UserError, match=r"prompts\.path must hold at least one prompt, got an empty file"
+    ):
         prompts("file", path=str(path)).draw(0, 1)
 
 
 def test_a_missing_or_unreadable_file_is_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
     for path in (tmp_path / "no.txt", tmp_path, tmp_path / "latin.txt"):
-        with pytest.raises(UserError, match=r"prompts\.path must be a readable UTF-8 text file, got "):
+        with pytest.raises(
+            UserError, match=r"prompts\.path must be a readable UTF-8 text file, got "
+        ):
             prompts("file", path=str(path)).draw(0, 1)
     (tmp_path / "yes.txt").write_text("a cat")
     source = prompts("file", path=str(tmp_path / "yes.txt"), held_out_path=str(tmp_path / "no.txt"))
     with pytest.raises(UserError, match=r"prompts\.held_out_path must be a readable"):
         source.held_out(1)
+
+
+# text as it is
+
+
+def read(path, content: str | bytes) -> list[str]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(prompts("file", path=str(path)).pool())
+
+
+def refused_prompts(path, content: str | bytes) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path, content)
+    message = str(caught.value)
+    assert (
+        message.startswith("prompts.path must be a ")
+        and repr(str(path)) in message
+        and "\n" not in message
+    )
+    return message
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    path = tmp_path / "p.txt"
+    assert read(path, "\ufeffa cat\n\ufeffa dog\r\n") == ["a cat", "a dog"], (
+        "as two files put together have it"
+    )
+    with pytest.raises(UserError, match="got an empty file"):
+        read(path, "\ufeff\n")
+
+
+def test_newlines_alone_end_a_prompt(tmp_path):
+    inside = [
+        "one\u2028two",
+        "one\x85two",
+        "one\x0ctwo",
+        "one\x0btwo",
+        "one\x1ctwo",
+        "one\x1e\u2029two",
+    ]
+    for newline in ("\n", "\r\n", "\r"):
+        assert read(tmp_path / "p.txt", newline.join(inside)) == inside
+    path = tmp_path / "p.txt"
+    with path.open(encoding="utf-8-sig") as opened:
+        assert list(prompts("file", path=str(path)).pool()) == [line.strip() for line in opened], (
+            "as Python reads it"
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a cat\n".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        ("a cat\n".encode("utf-32"), "it is UTF-32; save it as UTF-8"),
+        ("a cat\na dog".encode("utf-16-le"), "line 1 holds a NUL"),
+        ("a cat\nein Kätzchen".encode("latin-1"), "byte 11 is not (line 2)"),
+        (b"a cat\n\xed\xa0\xbd", "byte 6 is not (line 2)"),
+        (b"\x1f\x8b\x08\x00abc", "byte 1 is not"),
+    ],
+)
+def test_other_encodings_and_files_of_bytes_are_refused(tmp_path, content, said):
+    assert said in refused_prompts(tmp_path / "p.txt", content)
+
+
+LINES = '{"prompt": "a cat", "n": 1}\n\n{"prompt": "a dog", "n": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("p.jsonl", LINES, "JSON lines"),
+        ("p.NDJSON", LINES, "JSON lines"),
+        ("p.txt", LINES, "JSON lines"),
+        ("p.txt", "\ufeff" + LINES.replace("\n", "\r\n"), "JSON lines"),
+        ("p.txt", '["a cat", 1]\n["a dog", 2]\n', "JSON lines"),
+        ("p.json", '["a cat"]', "JSON"),
+        ("p.txt", '["a cat",\n "a dog"]', "JSON"),
+        ("p", '{"prompts": [\n"a cat"\n]}', "JSON"),
+        ("p.csv", "prompt,id\na cat,1\n", "CSV"),
+        ("p.CSV", "a cat\na dog\n", "CSV"),
+        ("p.txt", 'prompt,id\n"a cat, asleep",1\n', "CSV"),
+        ("p.txt", ",Prompt\n0,a cat\n", "CSV"),
+        ("p.txt", "caption;id\na cat;1\n", "CSV"),
+        ("p.tsv", "a cat\t1\n", "TSV"),
+        ("p.txt", "Prompt\tCategory\tNote\na cat\tAnimals\t\n", "TSV"),
+        ("p.parquet", b"PAR1....", "Parquet"),
+        ("p.txt", b"PAR1\x15\x04PAR1", "Parquet"),
+        ("p.txt", b"ARROW1\0\0", "Arrow"),
+        ("p.xlsx", b"PK\x03\x04", "a spreadsheet"),
+    ],
+)
+def test_tables_are_refused_with_the_way_out(tmp_path, name, content, kind):
+    message = refused_prompts(tmp_path / name, content)
+    assert f"which is a table ({kind}); write its column of prompts to a text file" in message
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["{a cat}", "{a dog}"],
+        ["[a cat]", "a dog"],
+        ['{"a": 1}', "a dog"],
+        ["a cat, asleep, prompt", "a dog"],
+        ["a photo of a cat, 4k", "a photo of a dog, 4k"],
+        ["text, not a picture", "a cat, asleep"],
+        ['"a cat"', "'a dog'"],
+        ["a\tcat", "a\tdog"],
+    ],
+)
+def test_prompts_that_look_a_little_like_a_table_are_prompts(tmp_path, lines):
+    assert read(tmp_path / "p.txt", "\n".join(lines)) == lines
+
+
+def test_half_of_a_surrogate_pair_is_no_prompt():
+    with pytest.raises(
+        UserError, match=r"prompts\.prompts: prompt 1 must be text, got half of a surrogate pair"
+    ):
+        listed(["a cat", "a \ud83d"])

@@ -1,4 +1,5 @@
-"""A step's Gaussian: log density and KL against closed forms, torch and finite differences; deterministic steps."""
+"""A step's Gaussian: log density and KL against closed forms, torch and finite differences;
+deterministic steps."""
 
 from __future__ import annotations
 
@@ -25,15 +26,21 @@ def test_log_prob_at_the_mean():
 
 
 def test_o3_the_joint_log_prob_is_the_sum_over_elements():
-    """D = 32 elements: D times the mean form is torch's own sum; at the mean D (-log s - log(2 pi) / 2), s = .3 (1e-12)."""
+    """D = 32 elements: D times the mean form is torch's own sum; at the mean D (-log s - log(2 pi)
+    / 2), s = .3 (1e-12)."""
     x, mean, std = random(0), random(1), torch.tensor(0.3, dtype=torch.float64)
     elements = x[0].numel()
     joint = elements * Gaussian(mean=mean, std=std).log_prob(x)
     torch.testing.assert_close(
-        joint, torch.distributions.Normal(mean, std).log_prob(x).flatten(1).sum(1), rtol=1e-12, atol=0
+        joint,
+        torch.distributions.Normal(mean, std).log_prob(x).flatten(1).sum(1),
+        rtol=1e-12,
+        atol=0,
     )
     at_the_mean = elements * Gaussian(mean=mean, std=std).log_prob(mean)
-    assert at_the_mean.tolist() == pytest.approx([32 * (-math.log(0.3) - 0.5 * math.log(2 * math.pi))] * 3, rel=1e-13)
+    assert at_the_mean.tolist() == pytest.approx(
+        [32 * (-math.log(0.3) - 0.5 * math.log(2 * math.pi))] * 3, rel=1e-13
+    )
 
 
 def test_log_prob_is_torchs():
@@ -44,8 +51,8 @@ def test_log_prob_is_torchs():
 
 
 def test_log_ratio_under_a_shift_of_the_mean():
-    """log p(x; mean + d) - log p(x; mean) per element: mean -d^2 / (2 s^2), std d / (s sqrt(D)). 20 000 draws of D = 64
-    elements, seed 0; margins of four standard errors."""
+    """log p(x; mean + d) - log p(x; mean) per element: mean -d^2 / (2 s^2), std d / (s sqrt(D)). 20
+    000 draws of D = 64 elements, seed 0; margins of four standard errors."""
     n, dims, s, d = 20_000, 64, 0.3, 0.05
     mean = torch.zeros(n, dims, dtype=torch.float64)
     std = torch.tensor(s, dtype=torch.float64)
@@ -74,10 +81,17 @@ def test_gradients_of_log_prob_and_kl_by_finite_differences():
 
 
 def test_kl_is_torchs():
-    std, other = (torch.tensor(v, dtype=torch.float64).reshape(3, 1, 1, 1) for v in ([0.1, 1.0, 7.0], [0.2, 1.0, 2.0]))
+    std, other = (
+        torch.tensor(v, dtype=torch.float64).reshape(3, 1, 1, 1)
+        for v in ([0.1, 1.0, 7.0], [0.2, 1.0, 2.0])
+    )
     mine, theirs = Gaussian(mean=random(0), std=std), Gaussian(mean=random(1), std=other)
     normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mine.mean, std), normal(theirs.mean, other)).flatten(1).mean(1)
+    expected = (
+        torch.distributions.kl_divergence(normal(mine.mean, std), normal(theirs.mean, other))
+        .flatten(1)
+        .mean(1)
+    )
     torch.testing.assert_close(mine.kl(theirs), expected, rtol=1e-12, atol=0)
     assert mine.kl(mine).abs().max() < 1e-15
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.diffusion.noise import generator, noise_masks, noisy_steps, normal, unit_noise
-from rlalign.records import Plan, Unit, UnitKey
 
 SHAPE = (2, 4, 4)
 KEY = ("noise", 7, "train", 3, 123456789012345678, 2, 5)
@@ -43,7 +43,9 @@ def test_every_part_of_the_key_counts(part):
 
 
 def test_the_order_of_the_parts_counts():
-    assert not torch.equal(normal(("noise", 1, 2, 3, 4), SHAPE), normal(("noise", 1, 3, 2, 4), SHAPE))
+    assert not torch.equal(
+        normal(("noise", 1, 2, 3, 4), SHAPE), normal(("noise", 1, 3, 2, 4), SHAPE)
+    )
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63 - 1, 2**64 - 2])
@@ -68,7 +70,9 @@ def test_a_units_rows_do_not_depend_on_their_neighbours():
 
 
 def test_nor_on_the_plan():
-    assert torch.equal(unit_noise(replace(UNIT, plan=Plan(steps=3, eta=0.2)), 1, SHAPE), unit_noise(UNIT, 1, SHAPE))
+    assert torch.equal(
+        unit_noise(replace(UNIT, plan=Plan(steps=3, eta=0.2)), 1, SHAPE), unit_noise(UNIT, 1, SHAPE)
+    )
 
 
 def test_units_differ_in_seed_stream_round_prompt_sample_and_step():
@@ -87,8 +91,11 @@ def test_units_differ_in_seed_stream_round_prompt_sample_and_step():
 
 
 def test_it_is_standard_normal_over_keys():
-    """10 000 keys, 8 numbers each: mean, variance, 3rd and 4th moment within 4.5 standard errors; keys uncorrelated."""
-    x = np.stack([normal(("noise", 0, "train", 1, p, 0, 0), (8,)).numpy() for p in range(10_000)]).astype(np.float64)
+    """10 000 keys, 8 numbers each: mean, variance, 3rd and 4th moment within 4.5 standard errors;
+    keys uncorrelated."""
+    x = np.stack(
+        [normal(("noise", 0, "train", 1, p, 0, 0), (8,)).numpy() for p in range(10_000)]
+    ).astype(np.float64)
     n = x.size
     assert abs(x.mean()) < 4.5 * np.sqrt(1 / n)
     assert abs(x.var() - 1) < 4.5 * np.sqrt(2 / n)
@@ -104,14 +111,19 @@ def test_generators_are_numpys_philox():
     assert ours.integers(2**63, size=4).tolist() == again.integers(2**63, size=4).tolist()
 
 
-@pytest.mark.parametrize(("steps", "window", "places"), [(8, 2, 3), (10, 5, 1), (5, 2, 1), (10, 1, 5)])
+@pytest.mark.parametrize(
+    ("steps", "window", "places"), [(8, 2, 3), (10, 5, 1), (5, 2, 1), (10, 1, 5)]
+)
 def test_a_window_lies_in_the_first_half(steps, window, places):
-    """At each of its places alike: 60 rounds meet them all, and no step of the second half is ever noisy."""
+    """At each of its places alike: 60 rounds meet them all, and no step of the second half is ever
+    noisy."""
     plan = Plan(steps=steps, window=window)
     masks = noise_masks(plan)
     assert len(masks) == places
     assert all(sum(mask) == window and not any(mask[steps // 2 :]) for mask in masks)
-    seen = {tuple(noisy_steps(replace(UNIT, plan=plan, key=UnitKey("train", r, 0)))) for r in range(60)}
+    seen = {
+        tuple(noisy_steps(replace(UNIT, plan=plan, key=UnitKey("train", r, 0)))) for r in range(60)
+    }
     assert seen == {tuple(mask) for mask in masks}
 
 

@@ -1,4 +1,5 @@
-"""Paths and their grids against diffusers' own schedulers, and against the identities that define them."""
+"""Paths and their grids against diffusers' own schedulers, and against the identities that define
+them."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import diffusers
 import pytest
 import torch
 
+from rlalign.core.registry import UserError
 from rlalign.diffusion.paths import RectifiedFlow, VariancePreserving, coefficients
-from rlalign.registry import UserError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHIFTS = (0.3, 1.0, 1.15, 3.0, 7.3)
@@ -18,7 +19,9 @@ def scheduler(**settings):
 
 
 def test_the_schedule_is_stable_diffusions_bit_for_bit():
-    assert torch.equal(VariancePreserving.scaled_linear().alphas_cumprod, scheduler().alphas_cumprod.double())
+    assert torch.equal(
+        VariancePreserving.scaled_linear().alphas_cumprod, scheduler().alphas_cumprod.double()
+    )
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -36,7 +39,8 @@ def test_the_grid_is_diffusers(spacing, steps):
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("ends_clean", [True, False])
 def test_every_grid_is_as_long_as_asked_and_falls(spacing, ends_clean):
-    """For 61, 103, ... steps of 1000 np.arange alone gives one value too many: diffusers 0.42 then ends at timestep -1."""
+    """For 61, 103, ... steps of 1000 np.arange alone gives one value too many: diffusers 0.42 then
+    ends at timestep -1."""
     path = VariancePreserving.scaled_linear(spacing=spacing, offset=0, ends_clean=ends_clean)
     for steps in [*range(1, 130), 201, 999, 1000]:
         levels = path.levels(steps)
@@ -80,14 +84,17 @@ def test_variance_is_preserved_and_noise_grows():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 4, 10, 28, 50])
 def test_the_flow_grid_is_diffusers(shift, steps):
-    """diffusers keeps sigmas in float32, and its lowest one is made in float32: margin 2e-7 (sigma), 2e-4 (timestep)."""
+    """diffusers keeps sigmas in float32, and its lowest one is made in float32: margin 2e-7
+    (sigma), 2e-4 (timestep)."""
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(steps)
     path = RectifiedFlow(shift=shift)
     levels = path.levels(steps)
     assert levels.dtype == torch.float64
     torch.testing.assert_close(levels, theirs.sigmas.double(), rtol=0, atol=2e-7)
-    torch.testing.assert_close(path.timestep(levels[:-1]), theirs.timesteps.double(), rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        path.timestep(levels[:-1]), theirs.timesteps.double(), rtol=0, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -103,7 +110,9 @@ def test_the_shift_is_a_bijection_of_the_unit_interval(shift):
     level = torch.linspace(0, 1, 101, dtype=torch.float64)
     moved = RectifiedFlow(shift=shift).shifted(level)
     torch.testing.assert_close(moved, shift * level / (1 + (shift - 1) * level), rtol=0, atol=1e-15)
-    torch.testing.assert_close(RectifiedFlow(shift=1 / shift).shifted(moved), level, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        RectifiedFlow(shift=1 / shift).shifted(moved), level, rtol=0, atol=1e-14
+    )
 
 
 def test_the_flow_path_mixes_linearly():

@@ -1,4 +1,5 @@
-"""Every prediction type means the same (clean, noise), and comes back from its own training target."""
+"""Every prediction type means the same (clean, noise), and comes back from its own training
+target."""
 
 from __future__ import annotations
 
@@ -11,12 +12,17 @@ from rlalign.diffusion.paths import RectifiedFlow, VariancePreserving, coefficie
 from rlalign.diffusion.predictions import PredictionType, target, to_clean_and_noise
 
 VP, FLOW = VariancePreserving.scaled_linear(), RectifiedFlow()
-CASES = [(path, kind) for path in (VP, FLOW) for kind in ("epsilon", "sample")] + [(VP, "v_prediction"), (FLOW, "flow")]
+CASES = [(path, kind) for path in (VP, FLOW) for kind in ("epsilon", "sample")] + [
+    (VP, "v_prediction"),
+    (FLOW, "flow"),
+]
 
 
 def pair():
     torch.manual_seed(3)
-    return torch.randn(5, 2, 3, 3, dtype=torch.float64), torch.randn(5, 2, 3, 3, dtype=torch.float64)
+    return torch.randn(5, 2, 3, 3, dtype=torch.float64), torch.randn(
+        5, 2, 3, 3, dtype=torch.float64
+    )
 
 
 def test_the_cases_cover_every_prediction_type():
@@ -43,7 +49,8 @@ def test_whatever_the_network_says_clean_and_noise_recombine_to_x(path, kind):
 
 
 def test_pure_noise_is_fine_for_velocities():
-    """At alpha = 0 (flow at level 1, or zero terminal SNR) an epsilon network says nothing of the clean sample; these do."""
+    """At alpha = 0 (flow at level 1, or zero terminal SNR) an epsilon network says nothing of the
+    clean sample; these do."""
     clean, noise = pair()
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for kind in ("v_prediction", "flow", "sample"):
@@ -54,10 +61,20 @@ def test_pure_noise_is_fine_for_velocities():
 def test_the_velocity_target_is_diffusers():
     import diffusers
 
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
     clean, noise = pair()
     level = torch.tensor([0.0, 10.0, 400.0, 800.0, 999.0], dtype=torch.float64)
     alpha, sigma = coefficients(VP, level, clean)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     theirs = scheduler.get_velocity(clean, noise, level.long())
-    torch.testing.assert_close(target(clean, noise, alpha, sigma, "v_prediction"), theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        target(clean, noise, alpha, sigma, "v_prediction"), theirs, rtol=0, atol=1e-12
+    )
+
+
+def test_an_unknown_prediction_is_none_of_the_known_ones() -> None:
+    one = torch.ones(1)
+    with pytest.raises(AssertionError, match="must be one of .*'flow'.*, got 'flow_prediction'"):
+        to_clean_and_noise(one, one, one, one, "flow_prediction")  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""Step rules number for number against diffusers, and against closed forms on data whose denoiser is known exactly."""
+"""Step rules number for number against diffusers, and against closed forms on data whose denoiser
+is known exactly."""
 
 from __future__ import annotations
 
@@ -6,11 +7,17 @@ import diffusers
 import pytest
 import torch
 
+from rlalign.core.registry import UserError
 from rlalign.diffusion.paths import RectifiedFlow, VariancePreserving, coefficients
 from rlalign.diffusion.predictions import to_clean_and_noise
-from rlalign.diffusion.steps import RULES, ddim, ddpm, flow_ode, flow_sde, is_stochastic, step
+from rlalign.diffusion.steps import RULES, Move, ddim, ddpm, flow_ode, flow_sde, is_stochastic, step
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+SD = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
 SHAPE = (3, 2, 4, 4)
 
 
@@ -42,11 +49,15 @@ def ours(x, prediction, path, levels, k, *, rule, eta, kind):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_is_diffusers(spacing, to_one, kind, eta):
-    """Every step of a 10-step chain in float64, margin 1e-12. (10 divides 1000: elsewhere diffusers' DDIM steps to t - 1000
-    // steps, which is not the next timestep of its own grid.)"""
+    """Every step of a 10-step chain in float64, margin 1e-12. (10 divides 1000: elsewhere
+    diffusers' DDIM steps to t - 1000 // steps, which is not the next timestep of its own grid.)"""
     theirs = in_float64(
         diffusers.DDIMScheduler(
-            **SD, set_alpha_to_one=to_one, prediction_type=kind, timestep_spacing=spacing, steps_offset=1
+            **SD,
+            set_alpha_to_one=to_one,
+            prediction_type=kind,
+            timestep_spacing=spacing,
+            steps_offset=1,
         )
     )
     theirs.set_timesteps(10)
@@ -64,17 +75,19 @@ def test_ddim_is_diffusers(spacing, to_one, kind, eta):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("steps", [10, 7])
-def test_ddpm_is_diffusers(spacing, kind, steps):
-    """DDPM steps to the next timestep of its grid, so 7 steps agree too. Its last step is always to the clean sample; it
-    adds noise there whose variance is clamped to 1e-20, hence the margin of 1e-9 on that one step."""
-    theirs = in_float64(
-        diffusers.DDPMScheduler(
-            **SD, variance_type="fixed_small", prediction_type=kind, timestep_spacing=spacing, steps_offset=0
-        )
-    )
+@pytest.mark.parametrize(("steps", "offset"), [(10, 0), (7, 0), (7, 1)])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
+def test_ddpm_is_diffusers(spacing, kind, steps, offset, variance_type):
+    """DDPM steps to the next timestep of its grid, so 7 steps agree too. Its last step is always to
+    the clean sample: with a small variance it adds noise there whose variance is clamped to 1e-20,
+    hence the margin of 1e-9 on that one step; with a large one it adds beta's, but for timestep 0,
+    where a leading grid without an offset ends."""
+    told = {"timestep_spacing": spacing, "steps_offset": offset, "variance_type": variance_type}
+    theirs = in_float64(diffusers.DDPMScheduler(**SD, **told, prediction_type=kind))
     theirs.set_timesteps(steps)
-    path = VariancePreserving.scaled_linear(spacing=spacing, offset=0, ends_clean=True)
+    path = VariancePreserving.scaled_linear(
+        spacing=spacing, offset=offset, ends_clean=True, variance_type=variance_type
+    )
     levels = path.levels(steps)
     x = random(0)
     for k, t in enumerate(theirs.timesteps):
@@ -82,10 +95,26 @@ def test_ddpm_is_diffusers(spacing, kind, steps):
         gaussian = ours(x, prediction, path, levels, k, rule="ddpm", eta=1.0, kind=kind)
         z = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
         x = theirs.step(prediction, t, x, generator=torch.Generator().manual_seed(k)).prev_sample
-        torch.testing.assert_close(gaussian.sample(z), x, rtol=0, atol=1e-12 if k < steps - 1 else 1e-9)
+        torch.testing.assert_close(
+            gaussian.sample(z), x, rtol=0, atol=1e-12 if k < steps - 1 else 1e-9
+        )
         if k < steps - 1:
-            torch.testing.assert_close(gaussian.std, theirs._get_variance(t).sqrt(), rtol=0, atol=1e-12)
-    assert gaussian.std == 0
+            variance = theirs._get_variance(t)  # of the small logarithm the exponential of its half
+            std = variance if variance_type == "fixed_small_log" else variance.sqrt()
+            torch.testing.assert_close(gaussian.std, std, rtol=0, atol=1e-12)
+    assert (gaussian.std > 0) == (variance_type == "fixed_large" and t > 0)
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range", "fixed_large_log"])
+def test_ddpm_refuses_a_variance_that_it_has_not(variance_type):
+    """Learned ones are the network's; of fixed_large_log diffusers' step takes the root of a
+    logarithm, which is no number."""
+    path = VariancePreserving.scaled_linear(variance_type=variance_type)
+    with pytest.raises(
+        UserError, match=rf"plan\.rule ddpm needs .* got '{variance_type}'; take the rule ddim"
+    ):
+        is_stochastic(path, path.levels(4), rule="ddpm", eta=1.0)
+    assert is_stochastic(path, path.levels(4), rule="ddim", eta=1.0).any()  # which has its own
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -107,14 +136,16 @@ def test_the_flow_ode_is_diffusers(shift, rule):
 # one formula, several names
 
 
-@pytest.mark.parametrize("path", [VariancePreserving.scaled_linear(ends_clean=True), RectifiedFlow(shift=3.0)])
+@pytest.mark.parametrize(
+    "path", [VariancePreserving.scaled_linear(ends_clean=True), RectifiedFlow(shift=3.0)]
+)
 def test_ddim_with_eta_one_is_the_ddpm_posterior(path):
     levels, clean, noise = path.levels(8), random(1), random(2)
     for k in range(8):
         alpha, sigma = coefficients(path, levels[k], clean)
         x = alpha * clean + sigma * noise
-        one = ddim(x, clean, noise, path, levels[k], levels[k + 1], 1.0)
-        two = ddpm(x, clean, noise, path, levels[k], levels[k + 1], 1.0)
+        one = ddim(Move(x, clean, noise, path, levels[k], levels[k + 1], 1.0))
+        two = ddpm(Move(x, clean, noise, path, levels[k], levels[k + 1], 1.0))
         torch.testing.assert_close(one.mean, two.mean, rtol=0, atol=1e-12)
         torch.testing.assert_close(one.std, two.std, rtol=0, atol=1e-14)
 
@@ -124,8 +155,8 @@ def test_ddim_without_noise_is_eulers_step_on_the_flow_path():
     levels, clean, noise = path.levels(8), random(1), random(2)
     for k in range(8):
         x = (1 - levels[k]) * clean + levels[k] * noise
-        one = ddim(x, clean, noise, path, levels[k], levels[k + 1], 0.0)
-        two = flow_ode(x, clean, noise, path, levels[k], levels[k + 1], 0.0)
+        one = ddim(Move(x, clean, noise, path, levels[k], levels[k + 1], 0.0))
+        two = flow_ode(Move(x, clean, noise, path, levels[k], levels[k + 1], 0.0))
         torch.testing.assert_close(one.mean, two.mean, rtol=0, atol=1e-14)
         assert one.std == two.std == 0
 
@@ -134,8 +165,8 @@ def test_the_flow_sde_without_noise_is_the_ode():
     path = RectifiedFlow()
     levels, x, clean, noise = path.levels(8), random(0), random(1), random(2)
     for k in range(8):
-        sde = flow_sde(x, clean, noise, path, levels[k], levels[k + 1], 0.0)
-        ode = flow_ode(x, clean, noise, path, levels[k], levels[k + 1], 0.0)
+        sde = flow_sde(Move(x, clean, noise, path, levels[k], levels[k + 1], 0.0))
+        ode = flow_ode(Move(x, clean, noise, path, levels[k], levels[k + 1], 0.0))
         torch.testing.assert_close(sde.mean, ode.mean, rtol=0, atol=1e-14)
         assert sde.std == 0
 
@@ -148,23 +179,36 @@ def test_a_level_per_sample_is_the_same_step(rule):
     assert together.std.shape == (3, 1, 1, 1)
     for b in range(3):
         row = slice(b, b + 1)
-        alone = step(x[row], clean[row], noise[row], path, levels[b], levels[b + 1], rule=rule, eta=0.8)
+        alone = step(
+            x[row], clean[row], noise[row], path, levels[b], levels[b + 1], rule=rule, eta=0.8
+        )
         assert torch.equal(alone.mean, together.mean[row])
         assert torch.equal(alone.std, together.std[b, 0, 0, 0])
 
 
-# data N(0.7, 0.5^2): the exact denoiser is affine, so mean and variance go through a chain in closed form
+# data N(0.7, 0.5^2): the exact denoiser is affine, so mean and variance go through a chain in
+# closed form
 
 
 def propagate(path, levels, *, rule, eta, mean=0.7, std=0.5, start=None):
-    """Mean and std at the end of a chain under the exact denoiser; ``start`` is N(0, 1) when not given."""
+    """Mean and std at the end of a chain under the exact denoiser; ``start`` is N(0, 1) when not
+    given."""
     zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     m, variance = start or (zero, one)
 
     def gaussian(x, k):
         alpha, sigma = coefficients(path, levels[k], x)
         gap = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
-        return step(x, mean + alpha * std**2 * gap, sigma * gap, path, levels[k], levels[k + 1], rule=rule, eta=eta)
+        return step(
+            x,
+            mean + alpha * std**2 * gap,
+            sigma * gap,
+            path,
+            levels[k],
+            levels[k + 1],
+            rule=rule,
+            eta=eta,
+        )
 
     for k in range(len(levels) - 1):
         at_zero, at_one = gaussian(zero, k), gaussian(one, k)
@@ -175,15 +219,17 @@ def propagate(path, levels, *, rule, eta, mean=0.7, std=0.5, start=None):
 
 @pytest.mark.parametrize(("eta", "mean", "std"), [(0.0, 0.67424, 0.47857), (1.0, 0.69868, 0.45358)])
 def test_mean_and_std_through_stable_diffusions_chain(eta, mean, std):
-    """O1: 50 leading steps of Stable Diffusion's schedule: values made independently, five digits."""
+    """O1: 50 leading steps of Stable Diffusion's schedule: values made independently, five
+    digits."""
     path = VariancePreserving.scaled_linear()
     found = propagate(path, path.levels(50), rule="ddim", eta=eta)
     assert found == pytest.approx((mean, std), abs=6e-6)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("eta", [0.0, pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 def test_a_chain_returns_the_data_as_its_grid_gets_finer(eta):
-    """Started from the noised data: the mean is exact on any grid, the std falls short by O(1 / steps)."""
+    """Started from the noised data: the mean is exact on any grid, the std falls short by O(1 /
+    steps)."""
     path = VariancePreserving.scaled_linear(ends_clean=True, spacing="trailing")
     first = path.levels(1)[0]
     alpha, sigma = path.alpha(first).reshape(1, 1), path.sigma(first).reshape(1, 1)
@@ -200,16 +246,19 @@ def test_a_chain_returns_the_data_as_its_grid_gets_finer(eta):
     [
         ("flow_ode", 0.0, 0.5, (0.3697, 0.4647, 0.4964, 0.4996)),
         ("flow_sde", 0.7, 0.5, (0.4244, 0.4793, 0.4986, 0.5001)),
-        ("flow_dance", 0.3, 0.5, (0.3852, 0.4686, 0.4968, 0.4997)),
+        pytest.param(
+            "flow_dance", 0.3, 0.5, (0.3852, 0.4686, 0.4968, 0.4997), marks=pytest.mark.slow
+        ),
         ("flow_cps", 0.8, 0.5, (0.3146, 0.3711, 0.3977, 0.4031)),
-        ("flow_ode", 0.0, 0.0, (0.0, 0.0, 0.0, 0.0)),
-        ("flow_sde", 0.7, 0.0, (0.228, 0.057, 0.006, 0.0006)),
-        ("flow_cps", 0.8, 0.0, (0.0, 0.0, 0.0, 0.0)),
+        pytest.param("flow_ode", 0.0, 0.0, (0.0, 0.0, 0.0, 0.0), marks=pytest.mark.slow),
+        pytest.param("flow_sde", 0.7, 0.0, (0.228, 0.057, 0.006, 0.0006), marks=pytest.mark.slow),
+        pytest.param("flow_cps", 0.8, 0.0, (0.0, 0.0, 0.0, 0.0), marks=pytest.mark.slow),
     ],
 )
 def test_o2_final_std_of_the_flow_chains(rule, eta, std, table):
-    """O2: shift 3, 10, 40, 400, 4000 steps: values made independently, to their printed digits. Flow-GRPO's SDE leaves noise
-    in data that is one point; but for CPS all give back data with a spread as the grid gets finer."""
+    """O2: shift 3, 10, 40, 400, 4000 steps: values made independently, to their printed digits.
+    Flow-GRPO's SDE leaves noise in data that is one point; but for CPS all give back data with a
+    spread as the grid gets finer."""
     path = RectifiedFlow(shift=3.0)
     digits = 5.1e-5 if std else 5.1e-4
     for n, expected in zip((10, 40, 400, 4000), table, strict=True):
@@ -218,20 +267,30 @@ def test_o2_final_std_of_the_flow_chains(rule, eta, std, table):
         assert found == pytest.approx((0.7, expected), abs=digits)
 
 
+@pytest.mark.slow
 def test_o2_dances_sde_blows_up_on_fine_grids_for_a_point():
-    """O2, data that is one point: std .1575, .0994, .2214, 306.9, 2.6e14 at 10, 40, 400, 4000, 40 000 steps.
+    """O2, data that is one point: std .1575, .0994, .2214, 306.9, 2.6e14 at 10, 40, 400, 4000, 40
+    000 steps.
 
-    Values made independently. Near the data the score's correction eta^2 |dt| / (2 s^2) passes 2, and the step overshoots.
+    Values made independently. Near the data the score's correction eta^2 |dt| / (2 s^2) passes 2,
+    and the step overshoots.
     """
     path = RectifiedFlow(shift=3.0)
-    for n, expected in ((10, 0.157467), (40, 0.099409), (400, 0.221431), (4000, 306.902374), (40_000, 2.631380e14)):
+    for n, expected in (
+        (10, 0.157467),
+        (40, 0.099409),
+        (400, 0.221431),
+        (4000, 306.902374),
+        (40_000, 2.631380e14),
+    ):
         levels = path.shifted(torch.linspace(1, 0, n + 1, dtype=torch.float64))
         _, found = propagate(path, levels, rule="flow_dance", eta=0.3, std=0.0)
         assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_flow_sde_is_the_published_code():
-    """Flow-GRPO's sd3_sde_with_logprob, written out: g's denominator alone takes the next grid value at level 1."""
+    """Flow-GRPO's sd3_sde_with_logprob, written out: g's denominator alone takes the next grid
+    value at level 1."""
     path = RectifiedFlow(shift=3.0)
     levels, x, velocity = path.levels(6), random(0), random(1)
     for k in range(6):
@@ -244,8 +303,8 @@ def test_the_flow_sde_is_the_published_code():
 
 
 def test_kl_with_equal_std_is_the_squared_gap():
-    """KL = |gap|^2 / (2 s^2), here per element; Flow-GRPO's coded number is that times |level_next - level| (its g has no
-    time step in it)."""
+    """KL = |gap|^2 / (2 s^2), here per element; Flow-GRPO's coded number is that times |level_next
+    - level| (its g has no time step in it)."""
     path = RectifiedFlow(shift=3.0)
     levels, x, one, two = path.levels(10), random(0), random(1), random(2)
     for k in (0, 4, 9):
@@ -267,7 +326,12 @@ def test_kl_with_equal_std_is_the_squared_gap():
     [
         (VariancePreserving.scaled_linear(ends_clean=True), "ddim", 1.0, [True, True, True, False]),
         (VariancePreserving.scaled_linear(ends_clean=False), "ddim", 1.0, [True] * 4),
-        (VariancePreserving.scaled_linear(ends_clean=False, offset=0), "ddim", 1.0, [True, True, True, False]),
+        (
+            VariancePreserving.scaled_linear(ends_clean=False, offset=0),
+            "ddim",
+            1.0,
+            [True, True, True, False],
+        ),
         (VariancePreserving.scaled_linear(ends_clean=True), "ddpm", 1.0, [True, True, True, False]),
         (VariancePreserving.scaled_linear(ends_clean=False), "ddim", 0.0, [False] * 4),
         (RectifiedFlow(), "ddim", 1.0, [True, True, True, False]),
@@ -282,14 +346,26 @@ def test_which_steps_have_a_density(path, rule, eta, expected):
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_nothing_is_nan_on_any_grid(rule, steps):
-    """Values and gradients, in float32, at the ends of the path too; zero terminal SNR (alpha 0) included."""
-    zero_snr = VariancePreserving(torch.cat([torch.linspace(0.999, 0.01, 999), torch.zeros(1)]), spacing="trailing")
+    """Values and gradients, in float32, at the ends of the path too; zero terminal SNR (alpha 0)
+    included."""
+    zero_snr = VariancePreserving(
+        torch.cat([torch.linspace(0.999, 0.01, 999), torch.zeros(1)]), spacing="trailing"
+    )
     stable = [VariancePreserving.scaled_linear(ends_clean=clean) for clean in (True, False)]
-    for path in [RectifiedFlow(shift=3.0)] if rule.startswith("flow") else [zero_snr, *stable, RectifiedFlow()]:
+    for path in (
+        [RectifiedFlow(shift=3.0)]
+        if rule.startswith("flow")
+        else [zero_snr, *stable, RectifiedFlow()]
+    ):
         levels = path.levels(steps)
         for k in range(steps):
-            clean, noise = random(1).float().requires_grad_(True), random(2).float().requires_grad_(True)
-            gaussian = step(random(0).float(), clean, noise, path, levels[k], levels[k + 1], rule=rule, eta=1.0)
+            clean, noise = (
+                random(1).float().requires_grad_(True),
+                random(2).float().requires_grad_(True),
+            )
+            gaussian = step(
+                random(0).float(), clean, noise, path, levels[k], levels[k + 1], rule=rule, eta=1.0
+            )
             log_prob = gaussian.log_prob(gaussian.sample(random(3).float()).detach())
             assert torch.isfinite(log_prob).all()
             assert torch.isfinite(gaussian.mean).all()

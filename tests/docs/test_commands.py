@@ -1,8 +1,9 @@
 """The commands that the pages show, run in order in one shell: ``make docs-check``.
 
-A block of ```bash is run. ``<!-- wait: FILE -->`` before one waits until the file is there, as a reader would;
-``<!-- not run: REASON -->`` leaves one out. After them come, on the same cluster, Ray's own commands: the right column of a
-table with the heading ``| rlalign | Ray |``, with a run of their own in place of what they name.
+A block of ```bash is run. ``<!-- wait: FILE -->`` before one waits until the file is there, as a
+reader would; ``<!-- not run: REASON -->`` leaves one out. After them come, on the same cluster,
+Ray's own commands: the right column of a table with the heading ``| rlalign | Ray |``, with a run
+of their own in place of what they name.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ _BLOCK = re.compile(r"(?:<!-- (wait|not run): (.+?) -->\n)?```bash\n(.*?)```", r
 def rays_commands(page: str) -> list[str]:
     """The commands of the table's right column, in order."""
     rows = "".join(_TABLE.findall((ROOT / "docs" / page).read_text(encoding="utf-8")))
-    return [command for row in rows.splitlines() for command in re.findall(r"`(ray .+?)`", row.split("|")[2])]
+    return [
+        command
+        for row in rows.splitlines()
+        for command in re.findall(r"`(ray .+?)`", row.split("|")[2])
+    ]
 
 
 def rays_script(page: str) -> str:
@@ -64,13 +69,22 @@ def script(page: str) -> str:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Iterator[Path]:
-    """A folder in which the repository's paths hold; whatever was started there is gone afterwards."""
+    """A folder in which the repository's paths hold; whatever was started there is gone
+    afterwards."""
     for name in ("cluster", "configs", "docker"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "runs").mkdir()
     (tmp_path / "own").mkdir()
-    small = ["rounds=1000", "checkpoint.every=2", "prompts.per_round=4", "evaluate.prompts=8", "evaluate.grid=4"]
-    (tmp_path / "own" / "run.yaml").write_text(dump(load_run(ROOT / "configs" / "quickstart.yaml", small)))
+    small = [
+        "rounds=1000",
+        "checkpoint.every=2",
+        "prompts.per_round=4",
+        "evaluate.prompts=8",
+        "evaluate.grid=4",
+    ]
+    (tmp_path / "own" / "run.yaml").write_text(
+        dump(load_run(ROOT / "configs" / "quickstart.yaml", small))
+    )
     yield tmp_path
     for process in psutil.process_iter():
         try:
@@ -91,7 +105,9 @@ def test_every_command_of_a_page_works(page: str, workplace: Path) -> None:
     log = workplace / "log.txt"
     with log.open("w") as out:
         commands = "\n".join([script(page), "ray job stop again", rays_script(page)])
-        done = subprocess.run(["bash", "-c", commands], cwd=workplace, env=environment, stdout=out, stderr=out)
+        done = subprocess.run(
+            ["bash", "-c", commands], cwd=workplace, env=environment, stdout=out, stderr=out
+        )
     print(log.read_text())
     assert done.returncode == 0, log.read_text()[-5000:]
 
@@ -102,5 +118,12 @@ def test_the_pages_have_commands() -> None:
 
 def test_the_table_has_rays_own_commands() -> None:
     commands = rays_commands("cluster.md")
-    assert {" ".join(command.split()[:3]) for command in commands} >= {f"ray job {verb}" for verb in VERBS}
-    assert [word for command in commands for word in command.split() if word.isupper() and word not in OWN] == []
+    assert {" ".join(command.split()[:3]) for command in commands} >= {
+        f"ray job {verb}" for verb in VERBS
+    }
+    assert [
+        word
+        for command in commands
+        for word in command.split()
+        if word.isupper() and word not in OWN
+    ] == []

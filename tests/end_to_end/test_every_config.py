@@ -1,8 +1,9 @@
 """Every training config in configs/: two rounds in one process and on Ray actors, bitwise equal.
 
-By default the actors of all runs are the same processes, which take up one run after the other, and the learner is the test's
-own process: what a run computes is all there, and only the driver is not, whose starting would take most of the time. The
-slow test has it: a Ray, a driver and a Ray Train for each config.
+By default the actors of all runs are the same processes, which take up one run after the other, and
+the learner is the test's own process: what a run computes is all there, and only the driver is not,
+whose starting would take most of the time. The slow test has it: a Ray, a driver and a Ray Train
+for each config.
 """
 
 from __future__ import annotations
@@ -13,22 +14,27 @@ from typing import Any
 import pytest
 import torch
 
+from rlalign.alignment.loop import train_local
 from rlalign.config import Run, load_run
-from rlalign.loop import train_local
 from rlalign.runtime import train_on_ray
-from rlalign.runtime.coordinator import Coordinator
-from rlalign.runtime.fleet import RESTART
-from rlalign.runtime.placement import ROLLOUT, reward_role
-from rlalign.runtime.train import learn
-from rlalign.runtime.workers import RewardWorker, RolloutWorker
-from tests.runs import CONFIGS, assert_same_run, final_tensors, metrics
+from rlalign.runtime.roles import ROLLOUT, reward_role
+from rlalign.runtime.training.coordinator import Coordinator
+from rlalign.runtime.training.fleet import RESTART, policy_source
+from rlalign.runtime.training.train import learn
+from rlalign.runtime.workers import PolicyWorker, RewardWorker
+from tests.runs import CONFIGS, assert_same_run, final_tensors, metrics, quiet
 
 pytestmark = pytest.mark.ray
 
-NAMES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.name.startswith(("pretrain_", "fit_", "sample_")))
+NAMES = sorted(
+    p.stem
+    for p in CONFIGS.glob("*.yaml")
+    if not p.name.startswith(("pretrain_", "fit_", "sample_"))
+)
 SMALL = (
     "rounds=2",
-    "plan.steps=5",  # with fewer no shape is recognised: every reward would be 0, and nothing learned
+    # with fewer no shape is recognised: every reward would be 0, and nothing learned
+    "plan.steps=5",
     "prompts.per_round=2",
     "prompts.samples_per_prompt=4",
     "prompts.per_unit=1",
@@ -37,7 +43,7 @@ SMALL = (
     "evaluate.every=0",
     "evaluate.grid=2",
     "checkpoint.every=2",
-    "runtime.rollout_workers=2",
+    "runtime.rollout.workers=2",
 )
 
 
@@ -45,22 +51,25 @@ def small(name: str, pairs: Path) -> Run:
     """The config, cut down; where it learns from a set of preferences, from ``pairs``."""
     run = load_run(CONFIGS / f"{name}.yaml", [*SMALL, "learner.updates_per_round=1"])
     whole = load_run(CONFIGS / f"{name}.yaml").learner
-    more = [f"learner.updates_per_round={min(whole.updates_per_round, 2)}", f"learner.epochs={min(whole.epochs, 2)}"]
+    more = [
+        f"learner.updates_per_round={min(whole.updates_per_round, 2)}",
+        f"learner.epochs={min(whole.epochs, 2)}",
+    ]
     more += ["algorithm.draws=2"] if "draws" in type(run.algorithm).model_fields else []
     if run.preferences is not None:
-        more += [f"preferences.path={pairs}", "preferences.pairs_per_round=8", "preferences.pairs_per_pass=4"]
+        more += [
+            f"preferences.path={pairs}",
+            "preferences.pairs_per_round=8",
+            "preferences.pairs_per_pass=4",
+        ]
     return load_run(CONFIGS / f"{name}.yaml", [*SMALL, *more])
-
-
-def quiet(_: object) -> None:
-    """No screen."""
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixteen drawn pairs: each caption's picture against another's."""
-    from rlalign.arrow import write_pairs
-    from rlalign.data.rankings import encode
+    from rlalign.data.pairs.columns import write_pairs
+    from rlalign.data.pairs.ranking import encode
     from rlalign.data.shapes import draw, random_scene
     from rlalign.diffusion.noise import generator
 
@@ -69,7 +78,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rng = generator("drawn pairs", number)
         scene, other = random_scene(rng, "train"), random_scene(rng, "train")
         first, second = (encode(draw(s, rng).transpose(2, 0, 1)) for s in (scene, other))
-        rows.append({"caption": scene.caption, "jpg_0": first, "jpg_1": second, "label_0": 1.0, "label_1": 0.0})
+        rows.append(
+            {
+                "caption": scene.caption,
+                "jpg_0": first,
+                "jpg_1": second,
+                "label_0": 1.0,
+                "label_1": 0.0,
+            }
+        )
     path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
     write_pairs(path, rows)
     return path
@@ -84,7 +101,8 @@ class Renewed(Coordinator):
 
 
 class Actors:
-    """A coordinator, two rollout workers and two reward workers, which take up one run after the other."""
+    """A coordinator, two rollout workers and two reward workers, which take up one run after the
+    other."""
 
     def __init__(self, first: Run) -> None:
         import ray
@@ -93,8 +111,12 @@ class Actors:
             return ray.remote(num_cpus=0, **RESTART, **settings)(cls).remote(*arguments)
 
         self._coordinator = started(Renewed, first, max_concurrency=1000)
-        self._rollouts = [started(RolloutWorker, first, f"{ROLLOUT} {i}") for i in range(2)]
-        self._rewards = [started(RewardWorker, first.rewards[0], "cpu", 1, f"reward {i}") for i in range(2)]
+        self._rollouts = [
+            started(PolicyWorker, policy_source(first), f"{ROLLOUT} {i}") for i in range(2)
+        ]
+        self._rewards = [
+            started(RewardWorker, first.rewards[0], "cpu", 1, f"reward {i}") for i in range(2)
+        ]
 
     def train(self, run: Run, folder: Path) -> None:
         """A run from its beginning to its end, the learner in this process."""
@@ -102,33 +124,57 @@ class Actors:
 
         coordinator, rewards = self._coordinator, run.rewards_for("evaluate")
         serving = list(zip(rewards, self._rewards, strict=False))
-        assert len(serving) == len(rewards) and run.runtime.rollout_workers == len(self._rollouts)
-        again = [a.apply.remote(RolloutWorker.__init__, run, f"{ROLLOUT} {i}") for i, a in enumerate(self._rollouts)]
-        again += [a.apply.remote(RewardWorker.__init__, r, "cpu", 1, reward_role(r.title)) for r, a in serving]
-        ray.get([*again, coordinator.renew.remote(run)], timeout=200)
-        pools = {ROLLOUT: dict(enumerate(self._rollouts)), **{reward_role(r.title): {0: a} for r, a in serving}}
-        ray.get(coordinator.adopt.remote(pools, None), timeout=60)
+        assert len(serving) == len(rewards) and run.runtime.rollout.workers == len(self._rollouts)
+        again = [
+            a.apply.remote(PolicyWorker.__init__, policy_source(run), f"{ROLLOUT} {i}")
+            for i, a in enumerate(self._rollouts)
+        ]
+        again += [
+            a.apply.remote(RewardWorker.__init__, r, "cpu", 1, str(reward_role(r.title)))
+            for r, a in serving
+        ]
+        ray.get([*again, coordinator.renew.remote(run)])
+        pools = {
+            ROLLOUT: dict(enumerate(self._rollouts)),
+            **{reward_role(r.title): {0: a} for r, a in serving},
+        }
+        ray.get(coordinator.adopt.remote(pools, None))
         assert learn({"run": run, "folder": str(folder), "coordinator": coordinator}) is None
 
 
 @pytest.fixture(scope="module")
 def actors(ray_cluster: None, pairs: Path) -> Actors:
-    return Actors(small("quickstart", pairs))  # they start while the first run is done in this process
+    return Actors(
+        small("quickstart", pairs)
+    )  # they start while the first run is done in this process
 
 
 def assert_learned(folder: Path) -> None:
-    """Two rounds, of which one at least moved the weights; the ratio was 1 before the first update."""
+    """Two rounds, of which one at least moved the weights; the ratio was 1 before the first
+    update."""
     lines = metrics(folder)
     assert [line["round"] for line in lines] == [1, 2]
     assert max(line["grad_norm"] for line in lines) > 0
     assert lines[0].get("ratio/first_update", 0.0) == 0.0
 
 
-@pytest.mark.parametrize("name", NAMES)
+PROMISED = ("points", "quickstart", "tiny_dpo_offline", "tiny_draft", "tiny_flow_grpo")
+"""One of each kind: points, both embedded models, given pairs, gradients through the reward. The
+others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.promise if name in PROMISED else pytest.mark.slow)
+        for name in NAMES
+    ],
+)
 def test_it_trains_on_actors_as_it_does_in_one_process(
     name: str, actors: Actors, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlalign.report.write_report", quiet)  # reads what is compared, and takes a quarter of the time
+    # reads what is compared, and takes a quarter of the time
+    monkeypatch.setattr("rlalign.report.write_report", quiet)
     run = small(name, pairs)
     train_local(run, tmp_path / "local", resume=False, on_record=quiet)
     actors.train(run, tmp_path / "ray")
@@ -149,6 +195,7 @@ def test_it_trains_with_a_driver_and_ray_train_too(name: str, pairs: Path, tmp_p
 
 
 def test_there_is_a_config_for_every_algorithm(pairs: Path) -> None:
-    from rlalign.registry import names
+    from rlalign.core.registry import names
 
+    assert set(PROMISED) <= set(NAMES)
     assert {small(name, pairs).algorithm.name for name in NAMES} == set(names("algorithms"))

@@ -7,21 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from rlalign import checkpoint, control
-from rlalign.config import dump
-from rlalign.loop import train_local
-from rlalign.registry import UserError
-from tests.runs import assert_same_run, final_tensors, metrics, small_run
+from rlalign.alignment import control
+from rlalign.alignment.loop import train_local
+from rlalign.cli import main
+from rlalign.config import Run, dump, load_run
+from rlalign.core.registry import UserError
+from rlalign.learning import checkpoint
+from tests.runs import assert_same_run, final_tensors, metrics, quiet, small_run
 
-
-def quiet(_: object) -> None:
-    """No screen."""
+pytestmark = pytest.mark.usefixtures("without_report")
+Make = Callable[..., Run]
 
 
 def test_a_run_folder_is_complete(local_run: Path) -> None:
@@ -35,8 +37,15 @@ def test_a_run_folder_is_complete(local_run: Path) -> None:
         "tensorboard",
     ):
         assert (local_run / name).exists(), name
-    assert sorted(p.name for p in (local_run / "checkpoints").iterdir()) == ["round-00002", "round-00004"]
-    assert {p.name for p in (local_run / "samples").glob("round-*.png")} >= {"round-00000.png", "round-00004.png"}
+    assert sorted(p.name for p in (local_run / "checkpoints").iterdir()) == [
+        "round-00002",
+        "round-00004",
+    ]
+    assert {p.name for p in (local_run / "samples").glob("round-*.png")} >= {
+        "round-00000.png",
+        "round-00004.png",
+    }
+    reward = load_run(local_run / "config.yaml").rewards[0].title
     contract = {
         "round",
         "policy_version",
@@ -46,7 +55,13 @@ def test_a_run_folder_is_complete(local_run: Path) -> None:
         "reward/total/mean",
         "reward/total/std",
     }
-    contract |= {"reward/shapes/mean", "reward/shapes/std", "ratio/max_deviation", "ratio/clip_fraction", "grad_norm"}
+    contract |= {
+        f"reward/{reward}/mean",
+        f"reward/{reward}/std",
+        "ratio/max_deviation",
+        "ratio/clip_fraction",
+        "grad_norm",
+    }
     contract |= {"staleness/max", "restarts/rollout", "restarts/reward", "driver_bytes_per_sample"}
     contract |= {f"seconds/{p}" for p in ("rollout", "reward", "update", "sync", "round")}
     first = json.loads((local_run / "metrics.jsonl").read_text().splitlines()[0])
@@ -59,32 +74,87 @@ def test_the_ratio_is_exactly_one_before_the_first_update(local_run: Path) -> No
     assert max(m["ratio/max_deviation"] for m in metrics(local_run)) > 0
 
 
-def test_lanes_change_nothing(local_run: Path, tmp_path: Path) -> None:
-    train_local(small_run("runtime.rollout_workers=3"), tmp_path / "run", resume=False, on_record=quiet)
+def test_what_is_at_work_is_told(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every unit and every update of the first round, where nothing is left out: four units of a
+    prompt, two updates, and the evaluation's units before them."""
+    monkeypatch.setattr("rlalign.alignment.loop.TELL_SECONDS", 0.0)
+    told: list[tuple[Any, ...]] = []
+
+    def on_record(line: dict[str, Any]) -> None:
+        if facts := line.get("progress"):
+            assert facts["seconds"] >= 0
+            told.append((facts["round"], facts["what"], facts["done"], facts["of"]))
+
+    train_local(small("rounds=1"), tmp_path / "run", resume=False, on_record=on_record)
+    units = [(1, "units", done, 4) for done in (1, 2, 3, 4)]
+    updates = [(1, "updates", done, 2) for done in (1, 2)]
+    first = told.index(units[0])
+    assert told[first : first + 6] == units + updates
+    assert told[:first] and {what[:2] for what in told[:first]} == {(0, "units")}
+    assert told[first - 1][2] == told[first - 1][3], "all of the evaluation's"
+
+
+def test_lanes_change_nothing(small: Make, local_run: Path, tmp_path: Path) -> None:
+    train_local(small("runtime.rollout.workers=3"), tmp_path / "run", resume=False, on_record=quiet)
     assert_same_run(tmp_path / "run", local_run)
 
 
-def test_extending_a_run_equals_a_long_one(local_run: Path, tmp_path: Path) -> None:
+def test_extending_a_run_equals_a_long_one(small: Make, local_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train_local(small_run("rounds=2"), folder, resume=False, on_record=quiet)
-    train_local(small_run(), folder, resume=True, on_record=quiet)
+    train_local(small("rounds=2"), folder, resume=False, on_record=quiet)
+    train_local(small(), folder, resume=True, on_record=quiet)
     assert_same_run(folder, local_run)
 
 
-def test_staleness_is_a_schedule_that_resumes(tmp_path: Path) -> None:
+def test_settings_that_change_no_number_may_change_on_resume(
+    small: Make, local_run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train_local(small("rounds=1"), folder, resume=False, on_record=quiet)
+    more = [
+        "runtime.rollout.workers=3",
+        "runtime.reward.workers=2",
+        "runtime.unit_timeout_seconds=30",
+        "evaluate.grid=2",
+    ]
+    more += [
+        "checkpoint.every=3",
+        "checkpoint.keep=1",
+        "evaluate.every=4",
+        "write_pairs=all",
+        "name=elsewhere",
+        "rounds=4",
+    ]
+    assert main(["train", "--resume", str(folder), *more, "--local"]) == 0
+    assert metrics(folder) == metrics(local_run)
+    mine, theirs = final_tensors(folder), final_tensors(local_run)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    shared = [line for line in metrics(local_run, "evaluations.jsonl") if line["round"] in (0, 4)]
+    assert [line for line in metrics(folder, "evaluations.jsonl") if line["round"] != 1] == shared
+    assert load_run(folder / "config.yaml") == small(*more), (
+        "the folder says what the run went on with"
+    )
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["round-00004"]
+    assert len(list((folder / "preferences").iterdir())) == 3
+
+
+def test_staleness_is_a_schedule_that_resumes(small: Make, tmp_path: Path) -> None:
     stale = ("runtime.max_staleness=1", "checkpoint.every=2")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_local(small_run(*stale), whole, resume=False, on_record=quiet)
-    train_local(small_run(*stale, "rounds=2"), parts, resume=False, on_record=quiet)
-    train_local(small_run(*stale), parts, resume=True, on_record=quiet)
+    train_local(small(*stale), whole, resume=False, on_record=quiet)
+    train_local(small(*stale, "rounds=2"), parts, resume=False, on_record=quiet)
+    train_local(small(*stale), parts, resume=True, on_record=quiet)
     assert [m["staleness/max"] for m in metrics(whole)] == [0, 1, 0, 1]
     assert_same_run(parts, whole)
 
 
-def test_the_histogram_of_staleness_and_the_proximal_form(tmp_path: Path) -> None:
+def test_the_histogram_of_staleness_and_the_proximal_form(small: Make, tmp_path: Path) -> None:
     """With a proximal ratio the first update is on the ratio's 1, however old the samples are."""
     stale = ("runtime.max_staleness=2", "checkpoint.every=4", "algorithm.proximal=true")
-    train_local(small_run(*stale), tmp_path / "run", resume=False, on_record=quiet)
+    train_local(small(*stale), tmp_path / "run", resume=False, on_record=quiet)
     lines = metrics(tmp_path / "run")
     assert [m["staleness/max"] for m in lines] == [0, 1, 2, 2]
     assert {k: v for k, v in lines[-1].items() if k.startswith("staleness/samples")} == {
@@ -98,75 +168,111 @@ def test_the_histogram_of_staleness_and_the_proximal_form(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("staleness", "ends_after"), [(0, 1), (1, 2)])
-def test_a_stop_leaves_a_run_that_ends_as_an_undisturbed_one(staleness: int, ends_after: int, tmp_path: Path) -> None:
-    """Rounds that were ordered ahead are finished first: with staleness 1 up to the checkpoint after round 2."""
-    settings, folder = (f"runtime.max_staleness={staleness}", "checkpoint.every=2"), tmp_path / "stopped"
+def test_a_stop_leaves_a_run_that_ends_as_an_undisturbed_one(
+    small: Make, staleness: int, ends_after: int, tmp_path: Path
+) -> None:
+    """Rounds that were ordered ahead are finished first: with staleness 1 up to the checkpoint
+    after round 2."""
+    settings, folder = (
+        (f"runtime.max_staleness={staleness}", "checkpoint.every=2"),
+        tmp_path / "stopped",
+    )
 
     def stop(line: dict[str, Any]) -> None:
         if line.get("round") == 1:
             control.ask(folder, stop=True)
 
-    train_local(small_run(*settings), folder, resume=False, on_record=stop)
+    train_local(small(*settings), folder, resume=False, on_record=stop)
     assert control.status_of(folder)["state"] == "stopped"
     assert [m["round"] for m in metrics(folder)] == list(range(1, ends_after + 1))
     assert not (folder / "evaluation.json").exists()
-    train_local(small_run(*settings), folder, resume=True, on_record=quiet)
+    train_local(small(*settings), folder, resume=True, on_record=quiet)
     assert control.status_of(folder)["state"] == "ended"
-    train_local(small_run(*settings), tmp_path / "whole", resume=False, on_record=quiet)
+    train_local(small(*settings), tmp_path / "whole", resume=False, on_record=quiet)
     assert_same_run(folder, tmp_path / "whole")
 
 
-def test_kill_dash_nine_then_resume(local_run: Path, tmp_path: Path) -> None:
-    folder, config = tmp_path / "run", tmp_path / "run.yaml"
-    config.write_text(dump(small_run()))
+DEADLY = """
+import os, signal
+from pathlib import Path
+
+def score(media, prompts, folder='', mark=''):
+    if mark and Path(folder, 'metrics.jsonl').read_text().count('\\n') == 3:
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+            os.kill(os.getpid(), signal.SIGKILL)
+        except FileExistsError:
+            pass
+    return [float(m.mean()) for m in media]
+"""
+
+
+@pytest.mark.promise
+def test_kill_dash_nine_then_resume(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its fourth round, by a reward that knows where it is; the last checkpoint is of the
+    second."""
+    folder, mark, config = tmp_path / "run", tmp_path / "mark", tmp_path / "run.yaml"
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    )
+
+    def rewarded(arguments: str) -> Run:
+        reward = f"{{name: function, call: 'deadly:score', arguments: {arguments}, label: mean}}"
+        return small(f"rewards=[{reward}, {{name: jpeg, weight: 0.5}}]")
+
+    train_local(rewarded("{}"), tmp_path / "whole", resume=False, on_record=quiet)
+    config.write_text(dump(rewarded(f"{{folder: {folder}, mark: {mark}}}")))
     command = [sys.executable, "-m", "rlalign", "train"]
-    process = subprocess.Popen([*command, str(config), "--local", "--out", str(folder)], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    lines = folder / "metrics.jsonl"
-    while time.monotonic() < deadline and not (lines.exists() and lines.read_text().count("\n") >= 3):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = subprocess.run(
+        [*command, str(config), "--local", "--out", str(folder)], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert mark.exists()
+    assert [m["round"] for m in metrics(folder)] == [1, 2, 3]
     assert not (folder / "evaluation.json").exists()
-    done = subprocess.run([*command, "--resume", str(folder), "--local"], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(folder, local_run)
+    assert main(["train", "--resume", str(folder), "--local"]) == 0
+    assert_same_run(folder, tmp_path / "whole")
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(local_run: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(
+    small: Make, local_run: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    train_local(small_run("rounds=2"), folder, resume=False, on_record=quiet)
+    train_local(small("rounds=2"), folder, resume=False, on_record=quiet)
     blob = folder / "checkpoints" / "round-00002" / "state.safetensors"
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(bytes(data))
     with pytest.raises(UserError, match="round-00002 is damaged.*checksum"):
-        train_local(small_run(), folder, resume=True, on_record=quiet)
+        train_local(small(), folder, resume=True, on_record=quiet)
 
 
-def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_another_runs_checkpoint_is_refused(small: Make, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train_local(small_run("rounds=2"), folder, resume=False, on_record=quiet)
+    train_local(small("rounds=2"), folder, resume=False, on_record=quiet)
     with pytest.raises(UserError, match="belongs to another run"):
-        train_local(small_run("seed=1"), folder, resume=True, on_record=quiet)
+        train_local(small("seed=1"), folder, resume=True, on_record=quiet)
 
 
-def test_the_exported_policy_loads_in_plain_diffusers(local_run: Path) -> None:
-    import torch
+def test_the_exported_policy_loads_in_plain_diffusers(pipeline: str, tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(local_run / "policy", local_files_only=True)
-    tensors = final_tensors(local_run)
-    for name, parameter in pipeline.unet.named_parameters():
+    folder = tmp_path / "run"
+    train_local(small_run("rounds=1", pipeline), folder, resume=False, on_record=quiet)
+    exported = DiffusionPipeline.from_pretrained(folder / "policy", local_files_only=True)
+    tensors = final_tensors(folder)
+    for name, parameter in exported.unet.named_parameters():
         assert torch.equal(parameter, tensors[f"policy/{name}"])
 
 
-def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
+def test_lora_trains_the_adapter_alone(pipeline: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train_local(
-        small_run("rounds=2", "policy.lora_rank=2", "learner.ema_decay=0.5"), folder, resume=False, on_record=quiet
-    )
+    settings = ("rounds=2", pipeline, "policy.lora_rank=2", "learner.ema_decay=0.5")
+    train_local(small_run(*settings), folder, resume=False, on_record=quiet)
     names = [n for n in final_tensors(folder) if n.startswith("policy/")]
     assert names and all("lora_" in n for n in names)
     assert (folder / "policy" / "pytorch_lora_weights.safetensors").is_file()
@@ -175,6 +281,9 @@ def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
 
 def test_the_writer_is_alone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with checkpoint.exclusive(folder), pytest.raises(UserError, match="is being written by process"):
+    with (
+        checkpoint.exclusive(folder),
+        pytest.raises(UserError, match="is being written by process"),
+    ):
         with checkpoint.exclusive(folder, patience_seconds=0.5):
             pass

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlalign.core.records import Plan, Unit, UnitKey
+from rlalign.core.registry import UserError
 from rlalign.diffusion.rollout import rollout
 from rlalign.policies.points import MODES, SPREAD, Points, PointsPolicy
-from rlalign.records import Plan, Unit, UnitKey
-from rlalign.registry import UserError
 
 
 def policy() -> PointsPolicy:
@@ -23,7 +23,9 @@ def log_density(x_B2: torch.Tensor, words: list[str], alpha: float, sigma: float
     centres = torch.tensor([mode for word in words for mode in MODES[word]]).to(x_B2)
     variance = alpha**2 * SPREAD**2 + sigma**2
     squared = ((x_B2[:, None] - alpha * centres) ** 2).sum(-1)
-    return torch.logsumexp(-squared / (2 * variance), 1) - math.log(len(centres) * 2 * math.pi * variance)
+    return torch.logsumexp(-squared / (2 * variance), 1) - math.log(
+        len(centres) * 2 * math.pi * variance
+    )
 
 
 @pytest.mark.parametrize("prompt", ["left", "up", "left down", "nothing known"])
@@ -35,12 +37,13 @@ def test_the_prediction_is_minus_sigma_times_the_score(prompt: str, level: int) 
     x = torch.randn(16, 2, 1, 1, dtype=torch.float64, requires_grad=True)
     (score,) = torch.autograd.grad(log_density(x.flatten(1), words, alpha, sigma).sum(), x)
     condition = one.encode([prompt] * 16)
-    found = one.predict(x, torch.full((16,), level), condition.embeds_BLD)
+    found = one.predict(x, torch.full((16,), level), condition.caption)
     assert torch.allclose(found, -sigma * score, rtol=0, atol=1e-6)
 
 
 def test_sampling_comes_to_the_mixtures_moments() -> None:
-    """The probability-flow ODE in 250 steps, 4,000 samples: means and standard deviations within 0.03."""
+    """The probability-flow ODE in 250 steps, 4,000 samples: means and standard deviations within
+    0.03."""
     unit = Unit(
         key=UnitKey("train", 1, 0),
         prompts=("right",) * 4000,

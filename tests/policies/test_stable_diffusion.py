@@ -1,4 +1,5 @@
-"""The Stable Diffusion policy against diffusers' own pipeline, on a pipeline of random weights (seed 0)."""
+"""The Stable Diffusion policy against diffusers' own pipeline, on a pipeline of random weights
+(seed 0)."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from rlalign.core.records import Plan, Unit, UnitKey
+from rlalign.core.registry import UserError
 from rlalign.diffusion.rollout import rollout
+from rlalign.diffusion.steps import RULES, Move
 from rlalign.policies.stable_diffusion import StableDiffusion, StableDiffusionPolicy
-from rlalign.records import Plan, Unit, UnitKey
-from rlalign.registry import UserError
 from tests.toy import save_pipeline
 
 PROMPTS = ("a red circle", "blue", "a green square")
@@ -33,7 +35,12 @@ def policy(folder: Path) -> StableDiffusionPolicy:
 
 def unit_of(plan: Plan) -> Unit:
     return Unit(
-        key=UnitKey("train", 1, 0), prompts=PROMPTS, prompt_ids=(0, 1, 2), sample_ids=(0, 0, 0), seed=0, plan=plan
+        key=UnitKey("train", 1, 0),
+        prompts=PROMPTS,
+        prompt_ids=(0, 1, 2),
+        sample_ids=(0, 0, 0),
+        seed=0,
+        plan=plan,
     )
 
 
@@ -47,11 +54,14 @@ def diffusers_pipeline(folder: Path) -> Any:
     return pipeline
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_rollout_equals_diffusers(tmp_path: Path, guidance: float, scheduler: str, prediction: str) -> None:
-    """DDIM, eta 0, ten steps from the same latents: final latents and pictures within 1e-5 (uint8: one grey level)."""
+def test_rollout_equals_diffusers(
+    tmp_path: Path, guidance: float, scheduler: str, prediction: str
+) -> None:
+    """A call that is told prompts, steps, guidance and latents alone, ten DDIM steps: final latents
+    and pictures within 1e-5 (uint8: one grey level)."""
     folder = save_pipeline(tmp_path / "pipeline", prediction=prediction, scheduler=scheduler)
     policy = StableDiffusion(path=str(folder)).load("cpu")
     assert policy.prediction == prediction
@@ -59,9 +69,11 @@ def test_rollout_equals_diffusers(tmp_path: Path, guidance: float, scheduler: st
     trajectory, media = rollout(policy, unit, 0)
     assert not trajectory.stochastic_K.any()
     pipeline = diffusers_pipeline(folder)
-    settings = {"num_inference_steps": 10, "guidance_scale": guidance, "eta": 0.0}
+    settings = {"num_inference_steps": 10, "guidance_scale": guidance}
     start = torch.from_numpy(trajectory.latents_BK1[:, 0])
-    latents = pipeline(list(PROMPTS), latents=start.clone(), output_type="latent", **settings).images
+    latents = pipeline(
+        list(PROMPTS), latents=start.clone(), output_type="latent", **settings
+    ).images
     scale = latents.abs().max().item()
     assert np.abs(trajectory.latents_BK1[:, -1] - latents.numpy()).max() < 1e-5 * max(scale, 1.0)
     pictures = pipeline(list(PROMPTS), latents=start.clone(), output_type="np", **settings).images
@@ -70,18 +82,106 @@ def test_rollout_equals_diffusers(tmp_path: Path, guidance: float, scheduler: st
     assert np.abs(media[:, 0].astype(np.float64) - grey).max() < 0.5 + 1e-2
 
 
-def test_denoise_is_diffusers_guidance_and_formula(policy: StableDiffusionPolicy, folder: Path) -> None:
-    """At three levels: (clean, noise) from diffusers' unet, its text encoder and DDIM's own clean sample (1e-5)."""
+def test_a_negative_prompt_is_the_calls(folder: Path) -> None:
+    """``negative_prompt`` against a pipeline call's: latents within 1e-5; caption
+    dropout keeps to the empty caption."""
+    policy = StableDiffusion(path=str(folder), negative_prompt="a blue dog").load("cpu")
+    trajectory, _ = rollout(policy, unit_of(Plan(steps=5, eta=0.0, guidance=3.0)), 0)
+    start = torch.from_numpy(trajectory.latents_BK1[:, 0].copy())
+    told = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "latent"}
+    pipeline = diffusers_pipeline(folder)
+    negative, none = (
+        pipeline(list(PROMPTS), latents=start.clone(), negative_prompt=text, **told).images
+        for text in (["a blue dog"] * 3, None)
+    )
+    scale = max(float(negative.abs().max()), 1.0)
+    final = torch.from_numpy(trajectory.latents_BK1[:, -1].copy())
+    assert (final - negative).abs().max() < 1e-5 * scale
+    assert (none - negative).abs().max() > 1e-3 * scale
+    condition = policy.encode(PROMPTS)
+    plain = StableDiffusion(path=str(folder)).load("cpu").encode(PROMPTS)
+    assert torch.equal(condition.empty["embeds_BLD"], plain.empty["embeds_BLD"])
+
+
+def with_scheduler(folder: Path, **settings: Any) -> Path:
+    """The folder with other settings of its scheduler."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("to_one", [True, False])
+def test_the_grid_is_that_of_the_folder(tmp_path: Path, spacing: str, to_one: bool) -> None:
+    """Where the steps lie and where they end, of a call that is not told either: latents within
+    1e-5, eight steps."""
+    steps = 8
+    folder = with_scheduler(
+        save_pipeline(tmp_path / "p"), timestep_spacing=spacing, set_alpha_to_one=to_one
+    )
+    policy = StableDiffusion(path=str(folder)).load("cpu")
+    trajectory, _ = rollout(policy, unit_of(Plan(steps=steps, eta=0.0, guidance=2.0)), 0)
+    pipeline = diffusers_pipeline(folder)
+    pipeline.scheduler.set_timesteps(steps)
+    assert policy.path.levels(steps)[:-1].tolist() == pipeline.scheduler.timesteps.tolist()
+    assert policy.path.levels(steps)[-1] == (-1 if to_one else 0)
+    if (
+        spacing != "linspace"
+    ):  # there diffusers' DDIM steps to t - 125, wherever the next timestep is
+        start = torch.from_numpy(trajectory.latents_BK1[:, 0])
+        told = {"num_inference_steps": steps, "guidance_scale": 2.0, "output_type": "latent"}
+        latents = pipeline(list(PROMPTS), latents=start, **told).images
+        assert np.abs(trajectory.latents_BK1[:, -1] - latents.numpy()).max() < 1e-5 * max(
+            float(latents.abs().max()), 1.0
+        )
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_the_ddpm_rule_has_the_variance_of_the_folder(tmp_path: Path, variance_type: str) -> None:
+    """Every step's std against diffusers' DDPMScheduler of the same folder (1e-6), its last one
+    included."""
+    from diffusers import DDPMScheduler
+
+    file = save_pipeline(tmp_path / "p") / "scheduler" / "scheduler_config.json"
+    DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        variance_type=variance_type,
+    ).save_pretrained(file.parent)
+    index = json.loads((tmp_path / "p" / "model_index.json").read_text())
+    (tmp_path / "p" / "model_index.json").write_text(
+        json.dumps({**index, "scheduler": ["diffusers", "DDPMScheduler"]})
+    )
+    policy = StableDiffusion(path=str(tmp_path / "p")).load("cpu")
+    theirs, levels = policy.pipeline.scheduler, policy.path.levels(5)
+    assert isinstance(theirs, DDPMScheduler)
+    theirs.set_timesteps(5)
+    x = torch.zeros(1, 1)
+    for k, t in enumerate(theirs.timesteps):
+        std = RULES["ddpm"](Move(x, x, x, policy.path, levels[k], levels[k + 1], 1.0)).std
+        torch.testing.assert_close(std, theirs._get_variance(t) ** 0.5, rtol=0, atol=1e-6)
+
+
+def test_denoise_is_diffusers_guidance_and_formula(
+    policy: StableDiffusionPolicy, folder: Path
+) -> None:
+    """At three levels: (clean, noise) from diffusers' unet, its text encoder and DDIM's own clean
+    sample (1e-5)."""
     pipeline = diffusers_pipeline(folder)
     embeds, negative = pipeline.encode_prompt(list(PROMPTS), "cpu", 1, True)
     x = torch.randn(3, 4, 8, 8)
     condition = policy.encode(PROMPTS)
-    assert torch.allclose(condition.embeds_BLD, embeds, rtol=0, atol=1e-5)
-    assert torch.allclose(condition.uncond_BLD, negative, rtol=0, atol=1e-5)
+    assert torch.allclose(condition.caption["embeds_BLD"], embeds, rtol=0, atol=1e-5)
+    assert torch.allclose(condition.empty["embeds_BLD"], negative, rtol=0, atol=1e-5)
     for t in (981, 501, 1):
         with torch.no_grad():
             clean, noise = policy.denoise(x, torch.tensor(float(t)), condition, 3.0)
-            both = pipeline.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([negative, embeds])).sample
+            both = pipeline.unet(
+                torch.cat([x, x]), t, encoder_hidden_states=torch.cat([negative, embeds])
+            ).sample
         uncond, cond = both.chunk(2)
         guided = uncond + 3.0 * (cond - uncond)
         pipeline.scheduler.set_timesteps(50)
@@ -108,22 +208,25 @@ def test_a_prompts_rows_do_not_depend_on_its_neighbours(folder: Path) -> None:
     other = StableDiffusion(path=str(folder)).load("cpu")
     for row, prompt in reversed(list(enumerate(PROMPTS))):
         alone = other.encode([prompt])
-        assert torch.equal(alone.embeds_BLD[0], together.embeds_BLD[row])
-        assert torch.equal(alone.uncond_BLD[0], together.uncond_BLD[row])
-    assert not torch.equal(together.embeds_BLD[0], together.embeds_BLD[1])
+        assert torch.equal(alone.caption["embeds_BLD"][0], together.caption["embeds_BLD"][row])
+        assert torch.equal(alone.empty["embeds_BLD"][0], together.empty["embeds_BLD"][row])
+    assert not torch.equal(together.caption["embeds_BLD"][0], together.caption["embeds_BLD"][1])
 
 
-def test_remembered_prompts_are_bounded(policy: StableDiffusionPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_prompts_are_bounded(
+    policy: StableDiffusionPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Long prompt lists do not fill the memory, and forgetting changes no bit."""
     monkeypatch.setattr("rlalign.policies.stable_diffusion.REMEMBERED_PROMPTS", 2)
     first = policy.encode(PROMPTS)
     again = policy.encode(PROMPTS)
-    assert torch.equal(first.embeds_BLD, again.embeds_BLD)
+    assert torch.equal(first.caption["embeds_BLD"], again.caption["embeds_BLD"])
     assert len(policy._encoded) <= 2
 
 
 def test_pictures_come_back_from_latents(policy: StableDiffusionPolicy) -> None:
-    """decode is the VAE's decoder, encode_media the mean of its encoder, with the checkpoint's scaling factor."""
+    """decode is the VAE's decoder, encode_media the mean of its encoder, with the checkpoint's
+    scaling factor."""
     latents, scale = torch.randn(2, 4, 8, 8), policy.vae.config.scaling_factor
     with torch.no_grad():
         media = policy.decode(latents)
@@ -139,7 +242,9 @@ def test_pictures_come_back_from_latents(policy: StableDiffusionPolicy) -> None:
 def test_latent_shape_follows_the_plan(policy: StableDiffusionPolicy) -> None:
     assert policy.latent_shape(Plan()) == (4, 8, 8)
     assert policy.latent_shape(Plan(height=32, width=24)) == (4, 16, 12)
-    with pytest.raises(UserError, match="plan.height and plan.width must be multiples of 2, got 15 x 16"):
+    with pytest.raises(
+        UserError, match="plan.height and plan.width must be multiples of 2, got 15 x 16"
+    ):
         policy.latent_shape(Plan(height=15))
 
 
@@ -153,7 +258,8 @@ def test_only_the_denoiser_is_trained(policy: StableDiffusionPolicy) -> None:
 
 
 def test_saved_folder_is_plain_diffusers(policy: StableDiffusionPolicy, tmp_path: Path) -> None:
-    """All weights trained: a pipeline folder that diffusers loads with the same prediction, bit for bit, and no pickle."""
+    """All weights trained: a pipeline folder that diffusers loads with the same prediction, bit for
+    bit, and no pickle."""
     from diffusers import DiffusionPipeline
 
     with torch.no_grad():
@@ -164,9 +270,12 @@ def test_saved_folder_is_plain_diffusers(policy: StableDiffusionPolicy, tmp_path
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt", ".jinja"}
     again = DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([901, 401, 1])
-    embeds = policy.encode(PROMPTS).embeds_BLD
+    words = policy.encode(PROMPTS).caption
     with torch.no_grad():
-        assert torch.equal(again.unet(x, t, encoder_hidden_states=embeds).sample, policy.predict(x, t, embeds))
+        assert torch.equal(
+            again.unet(x, t, encoder_hidden_states=words["embeds_BLD"]).sample,
+            policy.predict(x, t, words),
+        )
 
 
 def truncate(file: Path) -> None:
@@ -181,7 +290,9 @@ def grow_config(folder: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "no weights of the unet": lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
+    "no weights of the unet": lambda f: (
+        f / "unet" / "diffusion_pytorch_model.safetensors"
+    ).unlink(),
     "truncated unet": lambda f: truncate(f / "unet" / "diffusion_pytorch_model.safetensors"),
     "truncated vae": lambda f: truncate(f / "vae" / "diffusion_pytorch_model.safetensors"),
     "truncated text encoder": lambda f: truncate(f / "text_encoder" / "model.safetensors"),
@@ -200,12 +311,16 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no scheduler": lambda f: shutil.rmtree(f / "scheduler"),
     "no unet": lambda f: shutil.rmtree(f / "unet"),
     "an index that is a list": lambda f: (f / "model_index.json").write_text("[]"),
-    "another family": lambda f: (f / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}'),
+    "another family": lambda f: (f / "model_index.json").write_text(
+        '{"_class_name": "DDPMPipeline"}'
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_checkpoint_is_a_users_error(folder: Path, tmp_path: Path, damage: Callable[[Path], object]) -> None:
+def test_a_damaged_checkpoint_is_a_users_error(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     damage(copy)

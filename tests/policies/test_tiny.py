@@ -1,4 +1,5 @@
-"""The shipped model of coloured shapes: it loads without a network, and what the rollout stored can be replayed exactly."""
+"""The shipped model of coloured shapes: it loads without a network, and what the rollout stored can
+be replayed exactly."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign import registry
+from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.ddpo import DDPO
-from rlalign.memory import Memory
+from rlalign.core import registry
+from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.policies.stable_diffusion import StableDiffusionPolicy
 from rlalign.policies.tiny import ASSET, Tiny
-from rlalign.records import Plan, Unit, UnitKey
 from rlalign.rewards.shapes import Shapes
 from tests.toy import collect, make_units
 
@@ -32,7 +33,16 @@ def test_the_asset_is_small_and_holds_no_pickle() -> None:
 def test_it_is_a_pipeline_of_plain_diffusers() -> None:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-    assert isinstance(DiffusionPipeline.from_pretrained(ASSET, safety_checker=None), StableDiffusionPipeline)
+    assert isinstance(
+        DiffusionPipeline.from_pretrained(ASSET, safety_checker=None), StableDiffusionPipeline
+    )
+
+
+def test_it_draws_no_clips(policy: StableDiffusionPolicy) -> None:
+    with pytest.raises(
+        registry.UserError, match="plan.frames must be 1 for a policy that draws pictures, got 9"
+    ):
+        policy.latent_shape(Plan(frames=9))
 
 
 def test_it_draws_32_pixels(policy: StableDiffusionPolicy) -> None:
@@ -65,9 +75,11 @@ def test_a_replica_computes_the_same_bits(policy: StableDiffusionPolicy) -> None
 
 
 def test_it_draws_what_the_caption_says(policy: StableDiffusionPolicy) -> None:
-    """Twelve captions, ten steps, guidance 2: the verifier likes the pictures better under their own captions.
+    """Twelve captions, ten steps, guidance 2: the verifier likes the pictures better under their
+    own captions.
 
-    Seeds 0 and 1. Under the next picture's caption the mean score is about 0.6 less; 0.3 is asked for.
+    Seeds 0 and 1. Under the next picture's caption the mean score is about 0.6 less; 0.3 is asked
+    for.
     """
     colours = ("red", "green", "blue", "yellow")
     shapes = ("circle", "square", "triangle")
@@ -92,5 +104,5 @@ def test_it_draws_what_the_caption_says(policy: StableDiffusionPolicy) -> None:
 def test_another_folder_of_the_format_may_take_its_place(tmp_path: Path) -> None:
     made = registry.build("policies", {"name": "tiny", "path": str(tmp_path)})
     assert isinstance(made, Tiny)
-    with pytest.raises(registry.UserError, match="without model_index.json"):
+    with pytest.raises(registry.UserError, match="has no model_index.json"):
         made.load("cpu")

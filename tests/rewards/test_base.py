@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.registry import UserError, build
+from rlalign.core.registry import UserError, build
 from rlalign.rewards.base import Reward, score, total
 
 PROMPTS = ("dark", "grey", "light")
@@ -69,7 +69,8 @@ def test_a_scorer_cannot_change_the_media():
 
 def test_raise_names_the_reward_the_prompt_and_the_way_out():
     with pytest.raises(
-        UserError, match=r"rewards\.mine returned nan for 'dark'; set its on_error to drop or to a number"
+        UserError,
+        match=r"rewards\.mine returned nan for 'dark'; set its on_error to drop or to a number",
     ):
         score(Brightness(label="mine"), missing_when_dark, MEDIA, PROMPTS)
 
@@ -103,12 +104,16 @@ def test_infinity_is_a_failed_score(on_error):
             score(Brightness(on_error=on_error), scorer, MEDIA, PROMPTS)
     else:
         expected = [math.nan, 1.0, math.nan] if on_error == "drop" else [0.0, 1.0, 0.0]
-        np.testing.assert_array_equal(score(Brightness(on_error=on_error), scorer, MEDIA, PROMPTS), expected)
+        np.testing.assert_array_equal(
+            score(Brightness(on_error=on_error), scorer, MEDIA, PROMPTS), expected
+        )
 
 
 @pytest.mark.parametrize("on_error", ["raise", "drop", 0.0])
 def test_a_wrong_shape_is_an_error_under_every_policy(on_error):
-    with pytest.raises(UserError, match=r"rewards\..*Brightness must return shape \(3,\), got \(3, 1\)"):
+    with pytest.raises(
+        UserError, match=r"rewards\..*Brightness must return shape \(3,\), got \(3, 1\)"
+    ):
         score(Brightness(on_error=on_error), lambda m, p: brightness(m, p)[:, None], MEDIA, PROMPTS)
 
 
@@ -123,7 +128,9 @@ def test_a_users_mistake_is_an_error_under_every_policy(on_error):
 
 def test_on_error_takes_two_words_or_a_number():
     assert build("rewards", {"name": "shapes", "on_error": 0}).on_error == 0.0
-    with pytest.raises(UserError, match=r"^rewards\[1\]\.on_error must be 'raise' or 'drop'.*, got 'skip'$"):
+    with pytest.raises(
+        UserError, match=r"^rewards\[1\]\.on_error must be 'raise' or 'drop'.*, got 'skip'$"
+    ):
         build("rewards", {"name": "shapes", "on_error": "skip"}, "rewards[1]")
 
 
@@ -135,7 +142,11 @@ def test_the_title_is_the_label_or_the_name():
 
 def test_the_total_is_the_weighted_sum():
     rewards = (Brightness(label="a", weight=2.0), Brightness(label="b", weight=-0.5))
-    raw = {"a": np.array([1, 2], dtype=np.float32), "b": np.array([4, 8], dtype=np.float32), "other": np.zeros(2)}
+    raw = {
+        "a": np.array([1, 2], dtype=np.float32),
+        "b": np.array([4, 8], dtype=np.float32),
+        "other": np.zeros(2),
+    }
     found = total(rewards, raw)
     assert found.tolist() == [0.0, 0.0]
     assert found.dtype == np.float32

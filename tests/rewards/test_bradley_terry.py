@@ -1,4 +1,5 @@
-"""The fitted reward: open_clip's own numbers, gradients against finite differences, and what the shipped one knows."""
+"""The fitted reward: open_clip's own numbers, gradients against finite differences, and what the
+shipped one knows."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from rlalign.core.registry import UserError, build
 from rlalign.data.shapes import draw, random_scene
-from rlalign.registry import UserError, build
+from rlalign.networks.towers import build_towers, save_towers
 from rlalign.rewards.base import score
 from rlalign.rewards.bradley_terry import ASSET, BradleyTerry
-from rlalign.towers import build_towers, save_towers
 
 CAPTIONS = ["a red circle", "two green crosses above a white triangle"]
 
@@ -35,13 +36,16 @@ def test_the_score_is_the_scaled_cosine_of_uint8_media(folder: Path) -> None:
     with torch.no_grad():
         image, text, scale = model(torch.from_numpy(media[:, 0]).float() / 127.5 - 1.0, tokens)
     found = score(reward, reward.load("cpu"), media, CAPTIONS)
-    np.testing.assert_allclose(found, (scale * (image * text).sum(-1)).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found, (scale * (image * text).sum(-1)).numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", [64, 32])
 def test_the_gradient_is_that_of_finite_differences(folder: Path, size: int) -> None:
-    """Central differences in float64 along three random directions, pictures of the model's size and of another."""
-    from rlalign.towers import load_towers
+    """Central differences in float64 along three random directions, pictures of the model's size
+    and of another."""
+    from rlalign.networks.towers import load_towers
 
     towers = load_towers(folder, "here").double()
     generator = torch.Generator().manual_seed(0)
@@ -61,12 +65,16 @@ def test_gradients_reach_the_picture_and_leave_the_weights(folder: Path) -> None
     media = torch.full((1, 2, 3, 32, 32), 0.5, requires_grad=True)
     assert reward.differentiable
     reward.load("cpu")(media, CAPTIONS[:1]).sum().backward()
-    assert media.grad is not None and (media.grad.abs().amax(dim=(0, 2, 3, 4)) > 0).all(), "both frames"
+    assert media.grad is not None and (media.grad.abs().amax(dim=(0, 2, 3, 4)) > 0).all(), (
+        "both frames"
+    )
 
 
 def test_a_folder_that_is_none_is_named_with_the_rewards_label() -> None:
     reward = build("rewards", {"name": "bradley_terry", "path": "no/such/folder", "label": "mine"})
-    with pytest.raises(UserError, match=r"^rewards\.mine\.path must be a folder written by rlalign fit-reward"):
+    with pytest.raises(
+        UserError, match=r"^rewards\.mine\.path must be a folder written by rlalign fit-reward"
+    ):
         reward.load("cpu")  # type: ignore[attr-defined]
 
 
@@ -77,24 +85,30 @@ def test_the_shipped_reward_is_small() -> None:
 
 
 def test_the_shipped_reward_prefers_the_caption_that_is_true() -> None:
-    """200 drawings of held-out captions, each with its own and another drawing's caption: right in 90 % (seed 0)."""
+    """200 drawings of held-out captions, each with its own and another drawing's caption: right in
+    90 % (seed 0)."""
     rng = np.random.default_rng(0)
     scenes = [random_scene(rng, "held_out") for _ in range(200)]
     media = np.stack([draw(scene, rng).transpose(2, 0, 1)[None] for scene in scenes])
     captions = [scene.caption for scene in scenes]
     reward = BradleyTerry()
     scorer = reward.load("cpu")
-    own, other = (score(reward, scorer, media, words) for words in (captions, captions[1:] + captions[:1]))
+    own, other = (
+        score(reward, scorer, media, words) for words in (captions, captions[1:] + captions[:1])
+    )
     assert (own > other).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_shipped_reward_agrees_with_its_hidden_judge_on_new_samples() -> None:
-    """Over 85 % of the pairs that the verifier decides, of the tiny model's own samples for prompts held out (seed 77).
+    """Over 85 % of the pairs that the verifier decides, of the tiny model's own samples for prompts
+    held out (seed 77).
 
-    Its report says 93.8 +- 0.7 % on 1,389 pairs; pairs share samples here, so the margin is wide: nearly 9 points.
+    Its report says 93.8 +- 0.7 % on 1,389 pairs; pairs share samples here, so the margin is wide:
+    nearly 9 points.
     """
+    from rlalign.core.records import Plan, Unit, UnitKey
     from rlalign.diffusion.rollout import rollout
-    from rlalign.records import Plan, Unit, UnitKey
 
     prompts: Any = build("prompts", {"name": "shapes"})
     policy: Any = build("policies", {"name": "tiny"}).load("cpu")  # type: ignore[attr-defined]
@@ -113,7 +127,8 @@ def test_the_shipped_reward_agrees_with_its_hidden_judge_on_new_samples() -> Non
         )
         _, media = rollout(policy, unit, 0)
         truth_B, found_B = (
-            score(reward, scorer, media, unit.prompts) for reward, scorer in zip((judge, fitted), scorers, strict=True)
+            score(reward, scorer, media, unit.prompts)
+            for reward, scorer in zip((judge, fitted), scorers, strict=True)
         )
         for a in range(6):
             for b in range(a):

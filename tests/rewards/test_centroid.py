@@ -14,7 +14,9 @@ def spot(row: int, column: int, size: int = 5) -> torch.Tensor:
     return media
 
 
-@pytest.mark.parametrize(("row", "column", "wanted"), [(0, 4, 0.0), (2, 2, -2.0), (4, 0, -8.0), (0, 0, -4.0)])
+@pytest.mark.parametrize(
+    ("row", "column", "wanted"), [(0, 4, 0.0), (2, 2, -2.0), (4, 0, -8.0), (0, 0, -4.0)]
+)
 def test_the_distance_from_the_upper_right_corner(row: int, column: int, wanted: float) -> None:
     scorer = Centroid(x=1.0, y=1.0).load("cpu")
     assert scorer(spot(row, column), ["a"]).tolist() == pytest.approx([wanted], abs=1e-5)
@@ -32,7 +34,8 @@ def test_a_black_picture_is_as_far_as_can_be() -> None:
 
 
 def test_gradients_pull_the_spot() -> None:
-    """d score / d picture points from dark pixels near the place to a larger score, as finite differences say."""
+    """d score / d picture points from dark pixels near the place to a larger score, as finite
+    differences say."""
     media = (0.2 + 0.1 * torch.rand(1, 1, 3, 4, 4, dtype=torch.float32)).requires_grad_()
     scorer = Centroid(x=0.5, y=-0.5).load("cpu")
     (gradient,) = torch.autograd.grad(scorer(media, ["a"]).sum(), media)

@@ -1,4 +1,5 @@
-"""A callable of the user's as a reward. The callables below are what a user might write, mistakes included."""
+"""A callable of the user's as a reward. The callables below are what a user might write, mistakes
+included."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.registry import UserError, build
+from rlalign.core.registry import UserError, build
 from rlalign.rewards.base import score
 from rlalign.rewards.function import Function
 
@@ -105,7 +106,9 @@ def test_failed_scores_follow_the_policy():
     "call", ["my_scores", "my_scores:", ":as_list", "my scores:as_list", "my_scores:as_list()", ""]
 )
 def test_a_call_names_module_and_function(call):
-    with pytest.raises(UserError, match=r"^rewards\[0\]\.call must read package\.module:function, got "):
+    with pytest.raises(
+        UserError, match=r"^rewards\[0\]\.call must read package\.module:function, got "
+    ):
         build("rewards", {"name": "function", "call": call}, "rewards[0]")
 
 
@@ -113,11 +116,20 @@ def test_a_call_names_module_and_function(call):
     ("call", "message"),
     [
         ("my_skores:as_list", r"rewards\.mine\.call: cannot import 'my_skores' .*PYTHONPATH"),
-        ("my_broken:as_list", r"rewards\.mine\.call: cannot import 'my_broken' .*a_library_that_is_not_there"),
-        ("my_scores:as_lisst", r"rewards\.mine\.call: 'my_scores' has no 'as_lisst'; write package\.module:function"),
+        (
+            "my_broken:as_list",
+            r"rewards\.mine\.call: cannot import 'my_broken' .*a_library_that_is_not_there",
+        ),
+        (
+            "my_scores:as_lisst",
+            r"rewards\.mine\.call: 'my_scores' has no 'as_lisst'; write package\.module:function",
+        ),
         (
             "my_scores:NUMBER",
-            r"rewards\.mine\.call must name something that can be called, got 'my_scores:NUMBER', a int",
+            (
+                r"rewards\.mine\.call must name something that can be called, got"
+                r" 'my_scores:NUMBER', a int"
+            ),
         ),
     ],
 )
@@ -140,11 +152,15 @@ def test_what_is_not_there_is_said_when_it_loads(call, message):
 )
 @pytest.mark.parametrize("on_error", ["raise", "drop", 0.0])
 def test_what_is_not_b_numbers_is_an_error_under_every_policy(function, message, on_error):
-    place = rf"^rewards\.function: my_scores:{function} must return 3 numbers, one per picture, got "
+    place = (
+        rf"^rewards\.function: my_scores:{function} must return 3 numbers, one per picture, got "
+    )
     with pytest.raises(UserError, match=place + message):
         scores(function, on_error=on_error)
 
 
 def test_the_recipe_travels():
-    reward = build("rewards", {"name": "function", "call": "my_scores:scaled", "arguments": {"factor": 2}})
+    reward = build(
+        "rewards", {"name": "function", "call": "my_scores:scaled", "arguments": {"factor": 2}}
+    )
     assert pickle.loads(pickle.dumps(reward)) == reward

@@ -1,4 +1,5 @@
-"""The client of a reward over HTTP, against real servers: rlalign's own (without Ray), and ones that misbehave."""
+"""The client of a reward over HTTP, against real servers: rlalign's own (without Ray), and ones
+that misbehave."""
 
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign import http_protocol
+from rlalign.core.registry import UserError, build
 from rlalign.data.shapes import draw, random_scene
-from rlalign.http_token import TOKEN_ENV, digest
-from rlalign.registry import UserError, build
 from rlalign.rewards.base import score
-from rlalign.runtime.http_server import Front, answer, bound, listen, url_of
+from rlalign.runtime.serving import answer
+from rlalign.web import protocol as http_protocol
+from rlalign.web.front import Front, bound, listen, url_of
+from rlalign.web.token import TOKEN_ENV, digest
 from tests.runs import metrics, small_run
 
 TOKEN = "a-token-of-a-test-0123456789"
@@ -33,12 +35,15 @@ def token(monkeypatch):
 
 
 class Server:
-    """rlalign's own server in a thread, with the reward in the same process; can be ended and started again."""
+    """rlalign's own server in a thread, with the reward in the same process; can be ended and
+    started again."""
 
     def __init__(self, reward, *, token=TOKEN, **certificate):
         self.reward, self.certificate, self.bodies = reward, certificate, []
         self.scorer = reward.load("cpu")
-        self.front = Front(title=reward.title, score=self._score, token=digest(token) if token else None)
+        self.front = Front(
+            title=reward.title, score=self._score, token=digest(token) if token else None
+        )
         self.port = 0
 
     async def _score(self, body):
@@ -58,12 +63,12 @@ class Server:
 
         self._thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
         self._thread.start()
-        assert ready.wait(30)
+        assert ready.wait(600)
         return self
 
     def end(self):
         self._loop.call_soon_threadsafe(self._end)
-        self._thread.join(30)
+        self._thread.join(600)
         assert not self._thread.is_alive()
 
     __enter__ = start
@@ -74,7 +79,8 @@ class Server:
 
 @contextlib.contextmanager
 def scripted(*answers):
-    """A server that gives these (status, headers, body) in turn, the last one for ever; yields (url, what it was sent)."""
+    """A server that gives these (status, headers, body) in turn, the last one for ever; yields
+    (url, what it was sent)."""
     sent = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -126,7 +132,7 @@ def drawn(count):
     return np.ascontiguousarray(media.transpose(0, 3, 1, 2))[:, None], [s.caption for s in scenes]
 
 
-# --- the same numbers -------------------------------------------------------------------------------------------------
+# --- the same numbers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["jpeg", "shapes"])
@@ -150,10 +156,12 @@ def test_every_pixel_arrives_as_it_was():
 
 @pytest.mark.slow
 def test_a_run_has_the_same_metrics_as_with_the_reward_itself(tmp_path):
-    from rlalign.loop import train_local
+    from rlalign.alignment.loop import train_local
 
     def trained(folder, reward):
-        run = small_run("rounds=1", "plan.steps=2", "evaluate.every=0", f"rewards={json.dumps([reward])}")
+        run = small_run(
+            "rounds=1", "plan.steps=2", "evaluate.every=0", f"rewards={json.dumps([reward])}"
+        )
         train_local(run, folder, resume=False, on_record=lambda _: None)
         return metrics(folder)
 
@@ -166,12 +174,16 @@ def test_a_run_has_the_same_metrics_as_with_the_reward_itself(tmp_path):
 
 
 def test_a_score_that_failed_there_is_the_clients_to_answer_for():
-    reward = build("rewards", {"name": "function", "call": "tests.rewards.test_http:missing_when_dark"})
+    reward = build(
+        "rewards", {"name": "function", "call": "tests.rewards.test_http:missing_when_dark"}
+    )
     media = np.stack([np.full((1, 3, 4, 4), v, dtype=np.uint8) for v in (0, 255)])
     with Server(reward) as server:
         assert np.isnan(ask(client(server.url, on_error="drop"), media)).tolist() == [True, False]
         assert ask(client(server.url, on_error=-3.0), media).tolist() == [-3.0, 1.0]
-        with pytest.raises(UserError, match=r"rewards\.http returned nan for 'a'; set its on_error"):
+        with pytest.raises(
+            UserError, match=r"rewards\.http returned nan for 'a'; set its on_error"
+        ):
             ask(client(server.url), media)
 
 
@@ -187,11 +199,14 @@ def fails_when_dark(media_BFCHW, prompts):
 
 
 def test_a_reward_that_fails_there_is_said_in_one_sentence_or_dropped_alone():
-    reward = build("rewards", {"name": "function", "call": "tests.rewards.test_http:fails_when_dark"})
+    reward = build(
+        "rewards", {"name": "function", "call": "tests.rewards.test_http:fails_when_dark"}
+    )
     media = np.stack([np.full((1, 3, 4, 4), v, dtype=np.uint8) for v in (0, 255)])
     with Server(reward) as server:
         with pytest.raises(
-            UserError, match=r"answered 500: the reward function failed: RuntimeError: too dark; see"
+            UserError,
+            match=r"answered 500: the reward function failed: RuntimeError: too dark; see",
         ) as e:
             ask(client(server.url), media)
         assert "Traceback" not in str(e.value)
@@ -200,11 +215,13 @@ def test_a_reward_that_fails_there_is_said_in_one_sentence_or_dropped_alone():
 
 def test_a_prompt_that_the_reward_cannot_score_is_a_users_mistake():
     with Server(build("rewards", {"name": "shapes"})) as server:
-        with pytest.raises(UserError, match=r"answered 422: rewards\.shapes: prompt 'a' is not a caption of shapes"):
+        with pytest.raises(
+            UserError, match=r"answered 422: rewards\.shapes: prompt 'a' is not a caption of shapes"
+        ):
             ask(client(server.url, on_error="drop"))
 
 
-# --- who is let in ----------------------------------------------------------------------------------------------------
+# --- who is let in -------------------------------------------------------------------------------
 
 
 def test_a_wrong_token_is_refused_at_once(monkeypatch):
@@ -225,7 +242,8 @@ def test_without_a_token_on_both_sides(monkeypatch):
     with Server(build("rewards", {"name": "jpeg"}), token=None) as server:
         assert ask(client(server.url, token_env="")).shape == (2,)
         with pytest.raises(
-            UserError, match=rf"rewards\.http\.token_env: the environment variable {TOKEN_ENV} must hold"
+            UserError,
+            match=rf"rewards\.http\.token_env: the environment variable {TOKEN_ENV} must hold",
         ):
             ask(client(server.url))
 
@@ -234,11 +252,17 @@ def test_the_token_is_neither_shown_nor_sent_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
     (tmp_path / ".netrc").chmod(0o600)
-    with scripted(good()) as (other, seen_there), scripted((307, {"Location": other + "/score"}, b"")) as (url, seen):
+    with (
+        scripted(good()) as (other, seen_there),
+        scripted((307, {"Location": other + "/score"}, b"")) as (url, seen),
+    ):
         monkeypatch.setenv("HTTP_PROXY", other)
         monkeypatch.setenv("http_proxy", other)
         reward = client(url)
-        with pytest.raises(UserError, match="answered 307; it is a redirect, and the token goes to no other address"):
+        with pytest.raises(
+            UserError,
+            match="answered 307; it is a redirect, and the token goes to no other address",
+        ):
             ask(reward)
         assert seen[0][0]["Authorization"] == f"Bearer {TOKEN}"
         assert seen_there == []
@@ -254,7 +278,10 @@ def test_the_token_is_neither_shown_nor_sent_elsewhere(tmp_path, monkeypatch):
         ({"url": "ftp://127.0.0.1"}, r"rewards\.url must be a URL such as"),
         ({"url": "http://127.0.0.1:port"}, r"rewards\.url must be a URL such as"),
         ({"url": "https://me:hunter2@example.org"}, r"rewards\.url: a URL with a user, a password"),
-        ({"url": "https://example.org/?key=hunter2"}, r"rewards\.url: a URL with a user, a password"),
+        (
+            {"url": "https://example.org/?key=hunter2"},
+            r"rewards\.url: a URL with a user, a password",
+        ),
         ({"url": "http://scores.example.org"}, r"rewards\.url must be https for another machine"),
         ({"url": "http://0.0.0.0:8900"}, r"rewards\.url must be https for another machine"),
         ({"token_env": "not-a-name"}, r"rewards\.token_env must match"),
@@ -269,29 +296,54 @@ def test_settings_that_are_refused(settings, rule):
 
 
 def test_plain_http_to_another_machine_when_asked_for():
-    assert client("http://scores.example.org", allow_plain_http=True).url == "http://scores.example.org"
+    assert (
+        client("http://scores.example.org", allow_plain_http=True).url
+        == "http://scores.example.org"
+    )
 
 
 def test_https_trusts_only_who_is_named(tmp_path):
     pem, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=test"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=test",
+    ]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(pem)]
     subprocess.run(command, check=True, capture_output=True)
     assert ssl.create_default_context(cafile=pem)
-    with Server(build("rewards", {"name": "jpeg"}), ssl_certfile=str(pem), ssl_keyfile=str(key)) as server:
+    with Server(
+        build("rewards", {"name": "jpeg"}), ssl_certfile=str(pem), ssl_keyfile=str(key)
+    ) as server:
         assert server.url.startswith("https://")
-        with pytest.raises(UserError, match="its certificate is not trusted; name who signed it in ca_file"):
+        with pytest.raises(
+            UserError, match="its certificate is not trusted; name who signed it in ca_file"
+        ):
             ask(client(server.url))
         assert ask(client(server.url, ca_file=str(pem))).shape == (2,)
     with pytest.raises(UserError, match=r"rewards\.http\.ca_file: no such file 'nowhere\.pem'"):
         ask(client(server.url, ca_file="nowhere.pem"))
 
 
-# --- servers that misbehave -------------------------------------------------------------------------------------------
+# --- servers that misbehave ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "first", [(503, {"Retry-After": "0"}, b""), (429, {}, b"{}"), (502, {}, b"<html>"), (504, {}, b""), None]
+    "first",
+    [
+        (503, {"Retry-After": "0"}, b""),
+        (429, {}, b"{}"),
+        (502, {}, b"<html>"),
+        (504, {}, b""),
+        None,
+    ],
 )
 def test_a_failure_that_passes_is_tried_again(first):
     with scripted(first, first, good()) as (url, sent):
@@ -302,7 +354,8 @@ def test_a_failure_that_passes_is_tried_again(first):
 
 @pytest.mark.parametrize("seconds", [1.0, pytest.param(60.0, marks=pytest.mark.slow)])
 def test_a_server_that_is_down_for_a_while_is_waited_for(seconds):
-    """It dies between two requests and comes back on the same port; the scores are as if it had not."""
+    """It dies between two requests and comes back on the same port; the scores are as if it had
+    not."""
     media, prompts = drawn(6)
     reward = build("rewards", {"name": "jpeg"})
     server = Server(reward).start()
@@ -311,12 +364,14 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(seconds):
     before = score(asker, scorer, media, prompts)
     server.end()
     found = []
-    waiting = threading.Thread(target=lambda: found.append(score(asker, scorer, media, prompts)), daemon=True)
+    waiting = threading.Thread(
+        target=lambda: found.append(score(asker, scorer, media, prompts)), daemon=True
+    )
     waiting.start()
     waiting.join(seconds)
     assert waiting.is_alive(), "nobody answers, and it keeps trying"
     with server:
-        waiting.join(60)
+        waiting.join()
     np.testing.assert_array_equal(found, [before])
 
 
@@ -324,7 +379,8 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(seconds):
 def test_patience_has_an_end_and_then_the_policy_decides(down):
     with scripted(down) as (url, sent):
         with pytest.raises(
-            UserError, match=r"rewards\.http: http://127.* times in \d+ seconds \(patience_seconds\); is it"
+            UserError,
+            match=r"rewards\.http: http://127.* times in \d+ seconds \(patience_seconds\); is it",
         ):
             ask(client(url, patience_seconds=0.5))
         assert len(sent) > 1
@@ -334,7 +390,9 @@ def test_patience_has_an_end_and_then_the_policy_decides(down):
 
 def test_nobody_at_the_address():
     made = bound("127.0.0.1", 0)
-    with pytest.raises(UserError, match=r"does not answer \(ConnectionError\), 1 times in 0 seconds"):
+    with pytest.raises(
+        UserError, match=r"does not answer \(ConnectionError\), 1 times in 0 seconds"
+    ):
         ask(client(url_of(made, encrypted=False), patience_seconds=0))
     made.close()
 
@@ -344,16 +402,20 @@ def test_an_answer_that_does_not_come_is_given_up():
     hold = threading.Event()
 
     async def silent(body):
-        await asyncio.to_thread(hold.wait, 30)
+        await asyncio.to_thread(hold.wait)
         return 200, b"{}"
 
     with Server(build("rewards", {"name": "jpeg"})) as server:
         server.front.score = silent
-        with pytest.raises(UserError, match=r"did not answer within 0\.3 s \(timeout_seconds\), 1 times"):
+        with pytest.raises(
+            UserError, match=r"did not answer within 0\.3 s \(timeout_seconds\), 1 times"
+        ):
             ask(client(server.url, timeout_seconds=0.3, patience_seconds=0))
         hold.set()
     with scripted((200, {"Drips": "yes"}, b" " * 100)) as (url, _):
-        with pytest.raises(UserError, match=r"did not answer within 0\.3 s \(timeout_seconds\), 1 times"):
+        with pytest.raises(
+            UserError, match=r"did not answer within 0\.3 s \(timeout_seconds\), 1 times"
+        ):
             ask(client(url, timeout_seconds=0.3, patience_seconds=0))
 
 
@@ -368,7 +430,10 @@ def test_an_answer_that_does_not_come_is_given_up():
         ((400, {}, b'{"error": "the body is bad"}'), "answered 400: the body is bad"),
         ((404, {}, b""), "answered 404; url is the address without /score"),
         ((413, {}, b""), "answered 413; lower batch"),
-        ((500, {}, b'{"error": "it broke\\nTraceback: secret"}'), "answered 500: it broke; see the server's log"),
+        (
+            (500, {}, b'{"error": "it broke\\nTraceback: secret"}'),
+            "answered 500: it broke; see the server's log",
+        ),
         ((418, {}, b'{"error": {"a": 1}}'), "answered 418$"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlalign.registry import UserError, build
+from rlalign.core.registry import UserError, build
 from rlalign.rewards.base import score
 from rlalign.rewards.jpeg import Jpeg, kilobytes
 
@@ -36,7 +36,8 @@ def test_the_score_is_bytes_over_1000_of_pillows_jpeg():
 
 
 def test_uint8_pixels_come_back_unchanged():
-    """255 * (u / 255) in float32 rounds to u for all 256 values, so the JPEG is that of the picture itself."""
+    """255 * (u / 255) in float32 rounds to u for all 256 values, so the JPEG is that of the picture
+    itself."""
     ramp = np.arange(256, dtype=np.uint8).reshape(1, 1, 1, 16, 16).repeat(3, axis=2)
     media = torch.from_numpy(ramp).float() / 255
     assert kilobytes(media, 95).item() == pytest.approx(bytes_of(ramp[0, 0]) / 1000, rel=1e-6)
@@ -77,12 +78,17 @@ def test_frames_are_averaged():
     assert kilobytes(video, 95).item() == pytest.approx(alone.mean().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(("setting", "value", "rule"), [("quality", 0, ">= 1"), ("quality", 101, "<= 100")])
+@pytest.mark.parametrize(
+    ("setting", "value", "rule"), [("quality", 0, ">= 1"), ("quality", 101, "<= 100")]
+)
 def test_the_quality_is_pillows(setting, value, rule):
     with pytest.raises(UserError, match=rf"^rewards\[0\]\.{setting} must be {rule}, got {value}$"):
         build("rewards", {"name": "jpeg", setting: value}, "rewards[0]")
 
 
 def test_the_direction_is_one_of_two():
-    with pytest.raises(UserError, match=r"rewards\.direction must be 'compressible' or 'incompressible', got 'small'"):
+    with pytest.raises(
+        UserError,
+        match=r"rewards\.direction must be 'compressible' or 'incompressible', got 'small'",
+    ):
         build("rewards", {"name": "jpeg", "direction": "small"})

@@ -1,10 +1,12 @@
-"""The published rewards on small models of the same classes: against the libraries' own forward passes."""
+"""The published rewards on small models of the same classes: against the libraries' own forward
+passes."""
 
 from __future__ import annotations
 
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlalign.registry import UserError, build
+from rlalign.core.registry import UserError, build
+from rlalign.networks.towers import build_towers
 from rlalign.rewards.aesthetic import read_head
-from rlalign.towers import build_towers
 
 PROMPTS = ["a red circle", "two blue squares above a white cross"]
 
@@ -29,7 +31,9 @@ def media() -> torch.Tensor:
 def weights(tmp_path_factory: Any) -> Path:
     """An open_clip file of the tiny architecture."""
     file = tmp_path_factory.mktemp("clip") / "open_clip_model.safetensors"
-    save_file({n: t.contiguous() for n, t in build_towers("tiny", seed=3).clip.state_dict().items()}, file)
+    save_file(
+        {n: t.contiguous() for n, t in build_towers("tiny", seed=3).clip.state_dict().items()}, file
+    )
     return file
 
 
@@ -40,21 +44,30 @@ def _gradient_reaches(scorer: Any, media: torch.Tensor) -> None:
     assert float(wanted.grad.abs().max()) > 0
 
 
-@pytest.mark.parametrize("name", ["clip", "hpsv2"])
-def test_it_is_the_cosine_of_open_clips_own_vectors(name: str, media: torch.Tensor, weights: Path) -> None:
-    settings = {"name": name, "architecture": "tiny", "weights": str(weights), "scale": 2.5}
+@pytest.mark.parametrize(("name", "more"), [("clip", {}), ("hpsv2", {"antialias": True})])
+def test_it_is_the_cosine_of_open_clips_own_vectors(
+    name: str, more: dict[str, Any], media: torch.Tensor, weights: Path
+) -> None:
+    settings = {"name": name, "architecture": "tiny", "weights": str(weights), "scale": 2.5, **more}
     scorer = build("rewards", settings).load("cpu")  # type: ignore[attr-defined]
     towers = build_towers("tiny", pretrained=str(weights)).eval()
     with torch.no_grad():
         image, text, _ = towers.clip(towers.preprocess(media[:, 0]), towers.tokenizer(PROMPTS))[:3]
-        torch.testing.assert_close(scorer(media, PROMPTS), 2.5 * (image * text).sum(-1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            scorer(media, PROMPTS), 2.5 * (image * text).sum(-1), atol=1e-5, rtol=1e-5
+        )
     _gradient_reaches(scorer, media)
 
 
 def test_hpsv2_pads_the_shorter_side_and_clip_cuts_the_longer(weights: Path) -> None:
     wide = torch.rand(1, 1, 3, 32, 64, generator=torch.Generator().manual_seed(1))
-    for name, expected in (("hpsv2", "longest"), ("clip", "shortest")):
-        made = build("rewards", {"name": name, "architecture": "tiny", "weights": str(weights)})
+    for name, expected, more in (
+        ("hpsv2", "longest", {"antialias": True}),
+        ("clip", "shortest", {}),
+    ):
+        made = build(
+            "rewards", {"name": name, "architecture": "tiny", "weights": str(weights), **more}
+        )
         scorer = made.load("cpu")  # type: ignore[attr-defined]
         towers = build_towers("tiny", pretrained=str(weights)).eval()
         transform = open_clip.transform.image_transform_v2(
@@ -70,7 +83,9 @@ def test_hpsv2_pads_the_shorter_side_and_clip_cuts_the_longer(weights: Path) -> 
         )
         from PIL import Image
 
-        picture = Image.fromarray((wide[0, 0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+        picture = Image.fromarray(
+            (wide[0, 0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        )
         with torch.no_grad():
             image = towers.clip.encode_image(transform(picture)[None], normalize=True)  # type: ignore[operator,index]
             text = towers.clip.encode_text(towers.tokenizer(PROMPTS[:1]), normalize=True)
@@ -79,19 +94,60 @@ def test_hpsv2_pads_the_shorter_side_and_clip_cuts_the_longer(weights: Path) -> 
         torch.testing.assert_close(found, (image * text).sum(-1), atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(96, 96), (96, 60), (41, 96)])
+def test_hpsv2_resizes_as_the_published_scores_were_taken(
+    weights: Path, shape: tuple[int, int]
+) -> None:
+    """torchvision's own functions on a tensor, as before 0.17 without antialiasing: the longest
+    side to the model's, the rest padded with black in halves, the first one rounded down. The clean
+    filter's pixels and scores are others.
+    """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as vision
+
+    pictures = torch.rand(2, 1, 3, *shape, generator=torch.Generator().manual_seed(2))
+    settings = {"name": "hpsv2", "architecture": "tiny", "weights": str(weights)}
+    published, clean = (
+        build("rewards", {**settings, **more}).load("cpu")  # type: ignore[attr-defined]
+        for more in ({}, {"antialias": True})
+    )
+    towers = build_towers("tiny", pretrained=str(weights)).eval()
+    side = towers.preprocess.size[0]
+    inner = [round(n * side / max(shape)) for n in shape]
+    small = vision.resize(pictures[:, 0], inner, InterpolationMode.BICUBIC, antialias=False)
+    high, wide = side - inner[0], side - inner[1]
+    padded = vision.pad(small, [wide // 2, high // 2, wide - wide // 2, high - high // 2], fill=0)
+    normal = vision.normalize(padded, list(towers.preprocess.mean), list(towers.preprocess.std))
+    smoothed = replace(towers.preprocess, resize_mode="longest")(pictures[:, 0])
+    assert float((smoothed - normal).abs().max()) > 0.5
+    with torch.no_grad():
+        image = towers.clip.encode_image(normal, normalize=True)  # type: ignore[operator]
+        text = towers.clip.encode_text(towers.tokenizer(PROMPTS), normalize=True)  # type: ignore[operator]
+        expected = (image * text).sum(-1)
+        torch.testing.assert_close(published(pictures, PROMPTS), expected, atol=2e-6, rtol=0)
+        assert float((clean(pictures, PROMPTS) - expected).abs().max()) > 1e-5
+    _gradient_reaches(published, pictures)
+
+
 def _head(folder: Path, widths: tuple[int, ...]) -> Path:
     torch.manual_seed(0)
     sizes = itertools.pairwise(widths)
     tensors = {}
     for place, (wide, narrow) in zip((0, 2, 4, 6, 7), sizes, strict=True):
         layer = torch.nn.Linear(wide, narrow)
-        tensors |= {f"layers.{place}.weight": layer.weight.detach(), f"layers.{place}.bias": layer.bias.detach()}
+        tensors |= {
+            f"layers.{place}.weight": layer.weight.detach(),
+            f"layers.{place}.bias": layer.bias.detach(),
+        }
     save_file(tensors, folder / "head.safetensors")
     return folder / "head.safetensors"
 
 
-def test_the_aesthetic_head_is_affine_on_a_unit_vector(tmp_path: Path, media: torch.Tensor, weights: Path) -> None:
-    """O22: f((u + v) / 2) = (f(u) + f(v)) / 2 on vectors, the layers one after the other give the same, vectors have norm 1."""
+def test_the_aesthetic_head_is_affine_on_a_unit_vector(
+    tmp_path: Path, media: torch.Tensor, weights: Path
+) -> None:
+    """O22: f((u + v) / 2) = (f(u) + f(v)) / 2 on vectors, the layers one after the other give the
+    same, vectors have norm 1."""
     towers = build_towers("tiny", pretrained=str(weights)).eval()
     width = towers.images(media).shape[-1]
     widths = (width, 16, 8, 6, 4, 1)
@@ -102,7 +158,9 @@ def test_the_aesthetic_head_is_affine_on_a_unit_vector(tmp_path: Path, media: to
     tensors = load_file(head)
     module = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
     for layer, place in zip(module, (0, 2, 4, 6, 7), strict=True):
-        layer.load_state_dict({"weight": tensors[f"layers.{place}.weight"], "bias": tensors[f"layers.{place}.bias"]})
+        layer.load_state_dict(
+            {"weight": tensors[f"layers.{place}.weight"], "bias": tensors[f"layers.{place}.bias"]}
+        )
     u, v = torch.randn(2, width)
     with torch.no_grad():
         torch.testing.assert_close(u @ weight_D + bias, module(u)[0], atol=1e-5, rtol=1e-5)
@@ -111,9 +169,16 @@ def test_the_aesthetic_head_is_affine_on_a_unit_vector(tmp_path: Path, media: to
         )
         unit = towers.images(media)
         torch.testing.assert_close(unit.norm(dim=-1), torch.ones(2, 1))
-        settings = {"name": "aesthetic", "architecture": "tiny", "weights": str(weights), "head": str(head)}
+        settings = {
+            "name": "aesthetic",
+            "architecture": "tiny",
+            "weights": str(weights),
+            "head": str(head),
+        }
         scorer = build("rewards", settings).load("cpu")  # type: ignore[attr-defined]
-        torch.testing.assert_close(scorer(media, PROMPTS), module(unit[:, 0])[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            scorer(media, PROMPTS), module(unit[:, 0])[:, 0], atol=1e-5, rtol=1e-5
+        )
     _gradient_reaches(scorer, media)
 
 
@@ -148,12 +213,18 @@ def test_pickscore_is_transformers_own_logits(tmp_path: Path) -> None:
     model = CLIPModel(config).eval()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "words")
-    settings = {"name": "pickscore", "path": str(tmp_path / "model"), "tokenizer": str(tmp_path / "words")}
+    settings = {
+        "name": "pickscore",
+        "path": str(tmp_path / "model"),
+        "tokenizer": str(tmp_path / "words"),
+    }
     scorer = build("rewards", settings).load("cpu")  # type: ignore[attr-defined]
     media = torch.rand(2, 1, 3, 32, 32)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     pixels = (media[:, 0] - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    tokens = tokenizer(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    tokens = tokenizer(
+        PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
+    )
     with torch.no_grad():
         expected = model(pixel_values=pixels, **tokens).logits_per_image.diagonal()
         torch.testing.assert_close(scorer(media, PROMPTS), expected, atol=1e-5, rtol=1e-5)
@@ -161,7 +232,8 @@ def test_pickscore_is_transformers_own_logits(tmp_path: Path) -> None:
 
 
 class _Published(torch.nn.Module):
-    """ImageReward's network from timm's vision transformer and BERT, whose names of tensors are those of the checkpoint."""
+    """ImageReward's network from timm's vision transformer and BERT, whose names of tensors are
+    those of the checkpoint."""
 
     def __init__(self, vocabulary: int) -> None:
         from timm.models.vision_transformer import VisionTransformer
@@ -170,7 +242,13 @@ class _Published(torch.nn.Module):
         super().__init__()
         self.blip: Any = torch.nn.Module()
         self.blip.visual_encoder = VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=0, global_pool=""
+            img_size=32,
+            patch_size=8,
+            embed_dim=128,
+            depth=2,
+            num_heads=2,
+            num_classes=0,
+            global_pool="",
         )
         config = BertConfig(
             vocab_size=vocabulary,
@@ -191,17 +269,32 @@ class _Published(torch.nn.Module):
         self.mlp.layers = torch.nn.Sequential(
             linear[0], drops[0], linear[1], drops[1], linear[2], drops[2], linear[3], linear[4]
         )
-        for name, tensor in self.named_parameters():  # so that every tensor, and each one's place, shows in the score
-            usual = 1.0 if name.lower().endswith(("norm.weight", "norm1.weight", "norm2.weight")) else 0.0
+        for (
+            name,
+            tensor,
+        ) in (
+            self.named_parameters()
+        ):  # so that every tensor, and each one's place, shows in the score
+            usual = (
+                1.0
+                if name.lower().endswith(("norm.weight", "norm1.weight", "norm2.weight"))
+                else 0.0
+            )
             torch.nn.init.normal_(tensor, mean=usual, std=0.5 if name.startswith("mlp.") else 0.2)
-        torch.nn.init.zeros_(self.blip.text_encoder.embeddings.token_type_embeddings.weight)  # BLIP has none
+        torch.nn.init.zeros_(
+            self.blip.text_encoder.embeddings.token_type_embeddings.weight
+        )  # BLIP has none
 
     def forward(self, pixels: torch.Tensor, tokens: Any) -> torch.Tensor:
         seen = self.blip.visual_encoder(pixels)
-        attends = tokens.attention_mask[:, None, None, :].bool()  # four dimensions: taken as it is, not made causal
+        attends = tokens.attention_mask[
+            :, None, None, :
+        ].bool()  # four dimensions: taken as it is, not made causal
         length = attends.shape[-1]
         hidden = self.blip.text_encoder(
-            tokens.input_ids, attention_mask=attends.expand(-1, 1, length, -1), encoder_hidden_states=seen
+            tokens.input_ids,
+            attention_mask=attends.expand(-1, 1, length, -1),
+            encoder_hidden_states=seen,
         ).last_hidden_state
         return (self.mlp.layers(hidden[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
@@ -217,7 +310,17 @@ def image_reward(tmp_path_factory: Any) -> tuple[_Published, Any, dict[str, Any]
 
     folder = tmp_path_factory.mktemp("imagereward")
     letters = list("abcdefghijklmnopqrstuvwxyz")
-    listed = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), "red", "circle"]
+    listed = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{c}" for c in letters),
+        "red",
+        "circle",
+    ]
     (folder / "vocab.txt").write_text("\n".join(listed) + "\n")
     words = BertTokenizer(str(folder / "vocab.txt"))
     words.save_pretrained(folder / "words")
@@ -228,14 +331,22 @@ def image_reward(tmp_path_factory: Any) -> tuple[_Published, Any, dict[str, Any]
     return model, words, {**settings, "tokenizer": str(folder / "words")}
 
 
-def test_imagereward_is_the_network_of_the_checkpoint(image_reward: Any, media: torch.Tensor) -> None:
-    """Built here from timm's and BERT's own code, read there into BLIP's classes; captions shorter and longer than 35 tokens."""
+def test_imagereward_is_the_network_of_the_checkpoint(
+    image_reward: Any, media: torch.Tensor
+) -> None:
+    """Built here from timm's and BERT's own code, read there into BLIP's classes; captions shorter
+    and longer than 35 tokens."""
     model, words, settings = image_reward
     scorer = build("rewards", settings).load("cpu")  # type: ignore[attr-defined]
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     pixels = (media[:, 0] - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    prompts = ["a red circle", "two blue squares above a white cross and a very long rest that is cut off"]
-    tokens = words(prompts, padding="max_length", max_length=35, truncation=True, return_tensors="pt")
+    prompts = [
+        "a red circle",
+        "two blue squares above a white cross and a very long rest that is cut off",
+    ]
+    tokens = words(
+        prompts, padding="max_length", max_length=35, truncation=True, return_tensors="pt"
+    )
     assert tokens.attention_mask.sum(1).tolist() == [5, 35]
     with torch.no_grad():
         expected = model(pixels, tokens)
@@ -249,13 +360,19 @@ def test_imagereward_is_the_network_of_the_checkpoint(image_reward: Any, media: 
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_documented_lines_turn_a_pickle_into_the_file(image_reward: Any, tmp_path: Path, wrapped: bool) -> None:
+def test_the_documented_lines_turn_a_pickle_into_the_file(
+    image_reward: Any, tmp_path: Path, wrapped: bool
+) -> None:
     """docs/rewards.md; HPS wraps its tensors, the others do not."""
     model, _, settings = image_reward
     page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
-    (tmp_path / "to_safetensors.py").write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    (tmp_path / "to_safetensors.py").write_text(
+        page.split("```python\n")[1].split("```")[0], encoding="utf-8"
+    )
     tensors = _checkpoint(model)
-    torch.save({"epoch": 3, "state_dict": tensors} if wrapped else tensors, tmp_path / "ImageReward.pt")
+    torch.save(
+        {"epoch": 3, "state_dict": tensors} if wrapped else tensors, tmp_path / "ImageReward.pt"
+    )
     command = [sys.executable, "to_safetensors.py", "ImageReward.pt", "ImageReward.safetensors"]
     subprocess.run(command, cwd=tmp_path, check=True)
     media = torch.rand(1, 1, 3, 32, 32)
@@ -267,15 +384,25 @@ def test_the_documented_lines_turn_a_pickle_into_the_file(image_reward: Any, tmp
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("blip.visual_encoder.blocks.1.norm1.weight", "has no 'encoder.layers.1.layer_norm1.weight'"),
-        ("blip.text_encoder.encoder.layer.1.crossattention.self.key.bias", "crossattention.self.key.bias"),
+        (
+            "blip.visual_encoder.blocks.1.norm1.weight",
+            "has no 'encoder.layers.1.layer_norm1.weight'",
+        ),
+        (
+            "blip.text_encoder.encoder.layer.1.crossattention.self.key.bias",
+            "crossattention.self.key.bias",
+        ),
         ("mlp.layers.6.bias", "has no 'mlp.layers.6.bias'"),
         ("blip.visual_encoder.patch_embed.proj.weight", "has no 'patch_embed.proj.weight'"),
     ],
 )
-def test_imagereward_without_a_tensor_is_refused(image_reward: Any, tmp_path: Path, lost: str, message: str) -> None:
+def test_imagereward_without_a_tensor_is_refused(
+    image_reward: Any, tmp_path: Path, lost: str, message: str
+) -> None:
     model, _, settings = image_reward
-    save_file({n: t for n, t in _checkpoint(model).items() if n != lost}, tmp_path / "a.safetensors")
+    save_file(
+        {n: t for n, t in _checkpoint(model).items() if n != lost}, tmp_path / "a.safetensors"
+    )
     with pytest.raises(UserError, match="is of another model") as refusal:
         build("rewards", {**settings, "weights": str(tmp_path / "a.safetensors")}).load("cpu")  # type: ignore[attr-defined]
     assert message in str(refusal.value)
@@ -284,15 +411,24 @@ def test_imagereward_without_a_tensor_is_refused(image_reward: Any, tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "clip", "architecture": "ViT-L-15"}, "rewards.clip.architecture: no 'ViT-L-15'; did you mean"),
+        (
+            {"name": "clip", "architecture": "ViT-L-15"},
+            "rewards.clip.architecture: no 'ViT-L-15'; did you mean",
+        ),
         (
             {"name": "clip", "architecture": "tiny", "weights": "no/such/file.safetensors"},
             "rewards.clip.weights must name",
         ),
-        ({"name": "hpsv2", "architecture": "tiny", "weights": "HPS_v2.1_compressed.pt"}, "nothing is unpickled"),
+        (
+            {"name": "hpsv2", "architecture": "tiny", "weights": "HPS_v2.1_compressed.pt"},
+            "nothing is unpickled",
+        ),
         ({"name": "clip", "architecture": "tiny"}, "from the hub"),
         ({"name": "pickscore"}, "rewards.pickscore: cannot load 'yuvalkirstain/PickScore_v1'"),
-        ({"name": "imagereward", "weights": "ImageReward.pt"}, "rewards.imagereward.weights must name an existing"),
+        (
+            {"name": "imagereward", "weights": "ImageReward.pt"},
+            "rewards.imagereward.weights must name an existing",
+        ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],
 )

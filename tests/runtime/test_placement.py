@@ -6,11 +6,10 @@ from collections import Counter
 
 import pytest
 
-from rlalign.registry import UserError
+from rlalign.core.registry import UserError
 from rlalign.runtime.placement import (
     Bundle,
     Node,
-    bundles,
     custom,
     matches,
     place,
@@ -19,10 +18,14 @@ from rlalign.runtime.placement import (
     table,
     to_be_added,
 )
+from rlalign.runtime.reservation import run_bundles
+from rlalign.runtime.roles import LEARNER, ROLLOUT, reward_role
 from tests.runs import small_run
 
 
-def node(title: str, labels: dict[str, str] | None = None, *, exists: bool = True, **has: float) -> Node:
+def node(
+    title: str, labels: dict[str, str] | None = None, *, exists: bool = True, **has: float
+) -> Node:
     return Node(title=title, free=dict(has), total=has, labels=labels or {}, exists=exists)
 
 
@@ -47,42 +50,59 @@ def test_label_rules_are_rays(value: str | None, rule: str, met: bool) -> None:
 
 def test_bundles_of_a_run_name_every_worker_with_its_own_needs() -> None:
     run = small_run(
-        "runtime.rollout_workers=3",
-        "runtime.rollout_gpus=0.75",
-        "runtime.rollout_resources={rollout: 1}",
-        "runtime.reward_gpus=0.25",
-        "runtime.learner_labels={zone: a}",
+        "runtime.rollout.workers=3",
+        "runtime.rollout.gpus=0.75",
+        "runtime.rollout.resources={rollout: 1}",
+        "runtime.reward.gpus=0.25",
+        "runtime.learner.labels={zone: a}",
     )
-    found = bundles(run)
-    assert Counter(b.role for b in found) == {"learner": 1, "rollout": 3, "reward shapes": 1, "reward jpeg": 1}
-    rollout = next(b for b in found if b.role == "rollout")
+    found = run_bundles(run)
+    assert Counter(b.role for b in found) == {
+        LEARNER: 1,
+        ROLLOUT: 3,
+        reward_role("shapes"): 1,
+        reward_role("jpeg"): 1,
+    }
+    rollout = next(b for b in found if b.role == ROLLOUT)
     assert rollout.needs == {"CPU": 1.0, "GPU": 0.75, "rollout": 1.0}
-    assert next(b for b in found if b.role == "learner").labels == {"zone": "a"}
-    assert custom(run) == {"rollout": 3.0}
-    assert pretended_labels(run) == {"zone": "a"}
+    assert next(b for b in found if b.role == LEARNER).labels == {"zone": "a"}
+    assert custom(found) == {"rollout": 3.0}
+    assert pretended_labels(found) == {"zone": "a"}
 
 
 def test_spares_of_a_reward_are_reserved_too() -> None:
-    found = bundles(small_run("runtime.reward_workers=2", "runtime.reward_spares=1"))
-    assert Counter(b.role for b in found) == {"learner": 1, "rollout": 2, "reward shapes": 3, "reward jpeg": 3}
+    found = run_bundles(small_run("runtime.reward.workers=2", "runtime.reward.spares=1"))
+    assert Counter(b.role for b in found) == {
+        LEARNER: 1,
+        ROLLOUT: 2,
+        reward_role("shapes"): 3,
+        reward_role("jpeg"): 3,
+    }
 
 
 def test_shares_of_a_gpu_are_colocated() -> None:
-    """Three quarters and a quarter go onto one GPU, twice: two GPUs hold two rollouts and two rewards."""
-    run = small_run("runtime.rollout_workers=2", "runtime.rollout_gpus=0.75", "runtime.reward_gpus=0.25")
+    """Three quarters and a quarter go onto one GPU, twice: two GPUs hold two rollouts and two
+    rewards."""
+    run = small_run(
+        "runtime.rollout.workers=2", "runtime.rollout.gpus=0.75", "runtime.reward.gpus=0.25"
+    )
     nodes = [node("one", CPU=8, GPU=2)]
-    assert place(bundles(run), nodes) == []
+    assert place(run_bundles(run), nodes) == []
     assert nodes[0].free["GPU"] == pytest.approx(0.0)
 
 
 def test_custom_resources_and_labels_separate_the_pools() -> None:
     run = small_run(
-        "runtime.rollout_resources={rollout: 1}",
-        "runtime.reward_resources={reward: 1}",
-        "runtime.learner_labels={zone: a}",
+        "runtime.rollout.resources={rollout: 1}",
+        "runtime.reward.resources={reward: 1}",
+        "runtime.learner.labels={zone: a}",
     )
-    nodes = [node("r", CPU=4, rollout=2), node("s", CPU=4, reward=4), node("l", {"zone": "a"}, CPU=4)]
-    assert place(bundles(run), nodes) == []
+    nodes = [
+        node("r", CPU=4, rollout=2),
+        node("s", CPU=4, reward=4),
+        node("l", {"zone": "a"}, CPU=4),
+    ]
+    assert place(run_bundles(run), nodes) == []
     assert table(nodes) == {
         "r": "2 rollout (has 4 CPU, 2 rollout)",
         "s": "1 reward shapes, 1 reward jpeg (has 4 CPU, 4 reward)",
@@ -92,9 +112,12 @@ def test_custom_resources_and_labels_separate_the_pools() -> None:
 
 def test_nodes_that_the_autoscaler_may_add_come_last() -> None:
     nodes = [node("to come", CPU=8, exists=False), node("here", CPU=2)]
-    left = place([Bundle(role="rollout", needs={"CPU": 1.0})] * 3, nodes)
+    left = place([Bundle(role=ROLLOUT, needs={"CPU": 1.0})] * 3, nodes)
     assert left == []
-    assert table(nodes) == {"to be added: to come": "1 rollout (has 8 CPU)", "here": "2 rollout (has 2 CPU)"}
+    assert table(nodes) == {
+        "to be added: to come": "1 rollout (has 8 CPU)",
+        "here": "2 rollout (has 2 CPU)",
+    }
 
 
 @pytest.mark.parametrize(
@@ -112,16 +135,19 @@ def test_nodes_that_the_autoscaler_may_add_come_last() -> None:
 def test_a_share_of_a_gpu_lies_on_one_gpu(shares: list[float], gpus: float, left: int) -> None:
     """Sums would let three shares of 0.6 onto two GPUs, where Ray would never place the third."""
     one = Node(title="one", free={"CPU": 8.0, "GPU": gpus}, total={"CPU": 8.0, "GPU": 2.0})
-    wanted = [Bundle(role="rollout", needs={"GPU": share}) for share in shares]
+    wanted = [Bundle(role=ROLLOUT, needs={"GPU": share}) for share in shares]
     assert len(place(wanted, [one])) == left
 
 
 def test_shares_that_do_not_fill_a_gpu_are_said() -> None:
     nodes = [node("one", CPU=8, GPU=2)]
-    wanted = [Bundle(role="rollout", needs={"CPU": 1.0, "GPU": 0.6})] * 3
+    wanted = [Bundle(role=ROLLOUT, needs={"CPU": 1.0, "GPU": 0.6})] * 3
     with pytest.raises(
         UserError,
-        match=r"reserves 1\.8 GPU and there are 2; a share of 0\.6 lies on one GPU, which holds 1; lower runtime",
+        match=(
+            r"reserves 1\.8 GPU and there are 2; a share of 0\.6 lies on one GPU, which holds 1;"
+            r" lower runtime"
+        ),
     ):
         refuse(place(wanted, nodes), nodes, "here")
 
@@ -130,22 +156,26 @@ def test_who_has_the_least_choice_of_nodes_comes_first() -> None:
     """Whoever goes anywhere must not take the only place of one that goes nowhere else."""
     nodes = [node("a", {"zone": "a"}, CPU=1), node("b", CPU=1)]
     anywhere, bound = (
-        Bundle(role="one", needs={"CPU": 1.0}),
-        Bundle(role="two", needs={"CPU": 1.0}, labels={"zone": "a"}),
+        Bundle(role=LEARNER, needs={"CPU": 1.0}),
+        Bundle(role=ROLLOUT, needs={"CPU": 1.0}, labels={"zone": "a"}),
     )
     assert place([anywhere, bound], nodes) == []
 
 
 def test_labels_of_nodes_to_be_added_are_possible_where_ray_does_not_tell_them() -> None:
-    """Of a group without nodes Ray's state knows no labels; where there are some, theirs are the group's."""
-    bundle = Bundle(role="rollout", needs={"GPU": 1.0}, labels={"zone": "a"})
+    """Of a group without nodes Ray's state knows no labels; where there are some, theirs are the
+    group's."""
+    bundle = Bundle(role=ROLLOUT, needs={"GPU": 1.0}, labels={"zone": "a"})
     empty = to_be_added("gpus", {"GPU": 1.0}, 2, [])
     assert [n.title for n in empty] == ["gpus +1", "gpus +2"]
     assert place([bundle], empty) == []
     told = "1 rollout (has 1 GPU), if it comes with the labels zone=a, of which Ray does not tell"
     assert table(empty) == {"to be added: gpus +1": told}
 
-    present = [{"zone": "a", "ray.io/node-id": "1", "disk": "ssd"}, {"zone": "a", "ray.io/node-id": "2"}]
+    present = [
+        {"zone": "a", "ray.io/node-id": "1", "disk": "ssd"},
+        {"zone": "a", "ray.io/node-id": "2"},
+    ]
     (third,) = to_be_added("gpus", {"GPU": 1.0}, 3, present)
     assert third.labels == {"zone": "a"}
     assert place([bundle], [third]) == []
@@ -163,19 +193,22 @@ def test_a_group_without_an_upper_bound_has_room() -> None:
     ("bundle", "nodes", "message"),
     [
         (
-            Bundle(role="rollout", needs={"GPU": 1.0}),
+            Bundle(role=ROLLOUT, needs={"GPU": 1.0}),
             [node("a", CPU=4)],
             "one needs 1 GPU and no node has more than 0",
         ),
         (
-            Bundle(role="rollout", needs={"CPU": 1.0}, labels={"zone": "b"}),
+            Bundle(role=ROLLOUT, needs={"CPU": 1.0}, labels={"zone": "b"}),
             [node("a", {"zone": "a"}, CPU=4)],
             "no node has the labels zone=b; mend runtime",
         ),
         (
-            Bundle(role="rollout", needs={"rollout": 1.0}),
+            Bundle(role=ROLLOUT, needs={"rollout": 1.0}),
             [node("a", rollout=1)],
-            "the run reserves 2 rollout and there are 1; lower runtime.rollout_workers, or add a node",
+            (
+                "the run reserves 2 rollout and there are 1; lower runtime.rollout.workers, or add"
+                " a node"
+            ),
         ),
     ],
 )

@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlalign.runtime.roles import plain_role
+
 pytestmark = pytest.mark.ray
 
 
-def members(count: int, **options: Any) -> list[Any]:
+def plain_worker() -> type:
+    """What a pool asks of an actor, in a class that travels whole, so that the actor's process has
+    neither rlalign nor torch to import."""
+
+    class Plain:
+        def ping(self) -> str:
+            return "pong"
+
+        def process_id(self) -> int:
+            return os.getpid()
+
+        def apply(self, function: Any) -> Any:
+            return function(self)
+
+    return Plain
+
+
+def members(count: int) -> list[Any]:
     import ray
 
-    from rlalign.runtime.workers import Worker
-
-    return [ray.remote(num_cpus=1, max_restarts=-1, **options)(Worker).remote() for _ in range(count)]
+    kind = ray.remote(num_cpus=1, max_restarts=-1)(plain_worker())
+    return [kind.remote() for _ in range(count)]
 
 
 def test_an_actor_is_handed_out_once(ray_cluster: None) -> None:
     from rlalign.runtime.pool import Pool
 
     async def scene() -> list[int]:
-        pool = Pool("test", members(2), patience_seconds=10)
+        pool = Pool(plain_role("test"), members(2), patience_seconds=3600)
         first, _ = await pool.acquire()
         second, _ = await pool.acquire()
         with pytest.raises(asyncio.TimeoutError):
@@ -45,14 +65,15 @@ def test_a_killed_actor_comes_back_and_is_counted(ray_cluster: None) -> None:
     from rlalign.runtime.pool import Pool
 
     async def scene() -> tuple[int, int, int]:
-        pool = Pool("test", members(1), patience_seconds=60)
+        pool = Pool(plain_role("test"), members(1), patience_seconds=3600)
         actor_id, actor = await pool.acquire()
         before = await actor.process_id.remote()
         os.kill(before, signal.SIGKILL)
         with pytest.raises(ray.exceptions.RayActorError):
             await actor.process_id.remote()
         pool.lost(actor_id, RuntimeError("killed"))
-        _, actor = await asyncio.wait_for(pool.acquire(), timeout=60)
+        assert (pool.state().ready, pool.state().lost, pool.state().busy) == (0, 1, 0)
+        _, actor = await pool.acquire()
         return before, await actor.process_id.remote(), pool.restarts
 
     before, after, restarts = asyncio.run(scene())
@@ -60,21 +81,49 @@ def test_a_killed_actor_comes_back_and_is_counted(ray_cluster: None) -> None:
     assert restarts == 1
 
 
+def test_a_mistake_of_the_user_that_keeps_actors_from_starting_is_raised_as_it_is(
+    ray_cluster: None,
+) -> None:
+    import ray
+
+    from rlalign.core.finite import NotFinite
+    from rlalign.core.registry import UserError
+    from rlalign.runtime.pool import Pool
+    from rlalign.runtime.workers import Worker
+
+    class Refuses(Worker):
+        def __init__(self, part: str) -> None:
+            raise NotFinite(f"policy: the weights of its {part} must be finite")
+
+    async def scene() -> None:
+        actors = [ray.remote(num_cpus=1, max_restarts=-1)(Refuses).remote("unet") for _ in range(2)]
+        pool = Pool(plain_role("test"), actors, patience_seconds=3600)
+        await pool.acquire()
+
+    with pytest.raises(UserError, match=r"^policy: the weights of its unet must be finite$"):
+        asyncio.run(scene())
+
+
 def test_a_pool_whose_actors_cannot_start_is_lost_with_their_own_error(ray_cluster: None) -> None:
     import ray
 
     from rlalign.runtime.pool import Pool, PoolLost
-    from rlalign.runtime.workers import Worker
 
-    class Stillborn(Worker):
+    class Stillborn(plain_worker()):
         def __init__(self) -> None:
             raise ValueError("no such checkpoint on this node")
 
     async def scene() -> None:
-        pool = Pool("test", [ray.remote(num_cpus=1, max_restarts=-1)(Stillborn).remote()], patience_seconds=30)
-        await asyncio.wait_for(pool.acquire(), timeout=60)
+        pool = Pool(
+            plain_role("test"),
+            [ray.remote(num_cpus=1, max_restarts=-1)(Stillborn).remote()],
+            patience_seconds=3600,
+        )
+        await pool.acquire()
 
-    with pytest.raises(PoolLost, match="no such checkpoint on this node"):
+    with pytest.raises(
+        PoolLost, match=r"\(1 died for good\)(.|\n)*no such checkpoint on this node"
+    ):
         asyncio.run(scene())
 
 
@@ -83,20 +132,22 @@ def test_it_grows_and_shrinks_while_its_actors_work(ray_cluster: None) -> None:
 
     async def scene() -> None:
         actors = dict(enumerate(members(3)))
-        pool = Pool("test", patience_seconds=10)
+        pool = Pool(plain_role("test"), patience_seconds=3600)
         pool.adopt({0: actors[0]})
         first, handle = await pool.acquire()
         assert handle is actors[0]
         waiting = asyncio.ensure_future(pool.acquire())
         pool.adopt(actors)
-        second, _ = await asyncio.wait_for(waiting, timeout=60)
+        second, _ = await waiting
         assert second != first
         pool.adopt({2: actors[2]})
-        assert pool.numbers() == {0, 1, 2} or pool.numbers() == {0, 2}, "one that works stays until it is released"
+        assert pool.numbers() == {0, 1, 2} or pool.numbers() == {0, 2}, (
+            "one that works stays until it is released"
+        )
         pool.release(first)
         pool.release(second)
         assert pool.numbers() == {2}
-        last, handle = await asyncio.wait_for(pool.acquire(), timeout=60)
+        last, handle = await pool.acquire()
         assert handle is actors[2]
         assert pool.state().busy == 1
         pool.release(last)
@@ -105,17 +156,17 @@ def test_it_grows_and_shrinks_while_its_actors_work(ray_cluster: None) -> None:
 
 
 def test_one_that_waits_for_a_place_does_not_hold_up_the_others(ray_cluster: None) -> None:
-    """Eight places, an actor that wants a hundred: pending demand, which the pool counts as starting."""
+    """Eight places, an actor that wants a hundred: pending demand, which the pool counts as
+    starting."""
     import ray
 
     from rlalign.runtime.pool import Pool
-    from rlalign.runtime.workers import Worker
 
     async def scene() -> None:
-        giant = ray.remote(num_cpus=100, max_restarts=-1)(Worker).remote()
-        pool = Pool("test", [giant, *members(1)], patience_seconds=10)
+        giant = ray.remote(num_cpus=100, max_restarts=-1)(plain_worker()).remote()
+        pool = Pool(plain_role("test"), [giant, *members(1)], patience_seconds=3600)
         for _ in range(3):
-            actor_id, actor = await asyncio.wait_for(pool.acquire(), timeout=60)
+            actor_id, actor = await pool.acquire()
             assert await actor.ping.remote() == "pong"
             pool.release(actor_id)
         assert (pool.state().ready, pool.state().starting, pool.state().lost) == (1, 1, 0)
@@ -124,100 +175,222 @@ def test_one_that_waits_for_a_place_does_not_hold_up_the_others(ray_cluster: Non
     asyncio.run(scene())
 
 
-def test_nobody_starting_in_time_says_so(ray_cluster: None) -> None:
+def test_nobody_starting_in_time_says_so(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
-    from rlalign.runtime.pool import Pool, PoolLost
-    from rlalign.runtime.workers import Worker
+    from rlalign.runtime import pool as module
 
-    giant = ray.remote(num_cpus=100, max_restarts=-1)(Worker).remote()
+    monkeypatch.setattr(module, "PING_SECONDS", 1.0)
+    giant = ray.remote(num_cpus=100, max_restarts=-1)(plain_worker()).remote()
 
     async def scene() -> None:
-        pool = Pool("test", [giant], patience_seconds=10, start_seconds=0.5)
-        await asyncio.wait_for(pool.acquire(), timeout=60)
+        pool = module.Pool(plain_role("test"), [giant], patience_seconds=3600, start_seconds=0.5)
+        await pool.acquire()
 
-    with pytest.raises(PoolLost, match=r"did not start in 0\.5 s"):
+    with pytest.raises(
+        module.PoolLost, match=r"\(1 did not start in 0\.5 s: raise runtime\.start_seconds\)"
+    ):
         asyncio.run(scene())
     ray.kill(giant)
 
 
-# --- how long a call may take -----------------------------------------------------------------------------------------------
-
-
-def sleepers(count: int) -> list[Any]:
-    """Actors whose call sleeps and answers with their process."""
+def slow(folder: Path) -> Any:
+    """An actor that begins its second life when a file is there, and dies of a ping while another
+    one is."""
     import ray
 
-    from rlalign.runtime.workers import Worker
+    class Slow(plain_worker()):
+        def __init__(self, folder: Path) -> None:
+            self._folder = folder
+            while (folder / "begun").exists() and not (folder / "again").exists():
+                time.sleep(0.02)
+            (folder / "begun").touch()
 
-    class Sleeper(Worker):
-        def nap(self, seconds: float) -> int:
-            time.sleep(seconds)
+        def ping(self) -> str:
+            if (self._folder / "dies").exists():
+                (self._folder / "dies").unlink()
+                os._exit(7)
+            return "pong"
+
+    return ray.remote(num_cpus=1, max_restarts=-1)(Slow).remote(folder)
+
+
+async def answers(actor: Any) -> None:
+    """Asks one again and again; raises what it died of."""
+    while True:
+        await actor.ping.remote()
+
+
+def test_nobody_coming_back_in_time_says_so(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from rlalign.runtime import pool as module
+
+    actor = slow(tmp_path)
+
+    async def scene() -> None:
+        pool = module.Pool(plain_role("test"), [actor], patience_seconds=0.5)
+        number, _ = await pool.acquire()
+        monkeypatch.setattr(module, "PING_SECONDS", 1.0)
+        ray.kill(actor, no_restart=False)
+        with pytest.raises(ray.exceptions.RayActorError):
+            await answers(actor)
+        pool.lost(number, RuntimeError("killed"))
+        await pool.acquire()
+
+    said = r"\(1 not back after 0\.5 s: raise runtime\.recovery_seconds\); .* said: killed"
+    with pytest.raises(module.PoolLost, match=said):
+        asyncio.run(scene())
+    ray.kill(actor)
+
+
+def test_an_answer_of_before_a_rest_of_the_loop_says_nothing_of_now(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """As in a policy worker, whose loop runs while it asks a reward: the member died of what was
+    asked before the rest, and has long been back."""
+    import ray
+
+    from rlalign.runtime.pool import Pool
+
+    for file in ("again", "dies"):
+        (tmp_path / file).touch()
+    actor = slow(tmp_path)
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> Pool:
+        pool = Pool(plain_role("test"), [actor], patience_seconds=3600, start_seconds=0.01)
+        await asyncio.sleep(0)
+        return pool
+
+    pool = loop.run_until_complete(begin())
+    while (tmp_path / "dies").exists():
+        time.sleep(0.02)
+    answer = ""
+    while not answer:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            answer = ray.get(actor.ping.remote())
+    number, _ = loop.run_until_complete(pool.acquire())
+    assert number == 0
+    loop.close()
+
+
+# --- how long a call may take --------------------------------------------------------------------
+
+
+def gated(count: int) -> list[Any]:
+    """Actors whose call says in a file that it has begun, waits until another file is there, and
+    answers with its process."""
+    import ray
+
+    class Gated(plain_worker()):
+        def work(self, begun: Path, until: Path | None = None) -> int:
+            begun.touch()
+            while until is not None and not until.exists():
+                time.sleep(0.02)
             return os.getpid()
 
-    return [ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(Sleeper).remote() for _ in range(count)]
+    kind = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(Gated)
+    return [kind.remote() for _ in range(count)]
 
 
-def test_a_call_that_waits_behind_another_has_not_begun(ray_cluster: None) -> None:
-    """Three naps of 0.8 s one after another on one worker: none takes longer than 1.2 s, the last one is there after 2.4 s."""
-    from rlalign.config.settings import RuntimeSettings
-    from rlalign.runtime.pool import Pool, tried
+async def there(file: Path) -> None:
+    """Waits for a file; the test's own time limit ends a hang."""
+    while not file.exists():
+        await asyncio.sleep(0.02)
 
-    runtime = RuntimeSettings(unit_timeout_seconds=1.2, max_attempts=1)
+
+def test_a_call_that_waits_behind_another_has_not_begun(ray_cluster: None, tmp_path: Path) -> None:
+    """The second waits behind the first for longer, by the loop's clock, than it may take itself,
+    and is not late."""
+    from rlalign.config import RuntimeSettings
+    from rlalign.runtime.pool import Pool, call_with_retries
+
+    seconds = 3600.0
+    runtime = RuntimeSettings(max_attempts=1)
+    gate = tmp_path / "gate"
 
     async def scene() -> tuple[set[int], int]:
-        pool = Pool("test", sleepers(1), patience_seconds=10, in_flight=2)
+        pool = Pool(plain_role("test"), gated(1), patience_seconds=3600, in_flight=2)
 
-        def call(actor: Any) -> Any:
-            return pool.answer(actor, actor.nap.remote(0.8), runtime.unit_timeout_seconds)
+        def call(name: str, limit: float, until: Path | None) -> Any:
+            def work(actor: Any) -> Any:
+                return pool.answer(actor, actor.work.remote(tmp_path / name, until), limit)
 
-        naps = [tried(f"nap {i}", pool, call, runtime) for i in range(3)]
-        return set(await asyncio.gather(*naps)), pool.restarts
+            return asyncio.ensure_future(call_with_retries(name, pool, work, runtime))
+
+        first = call("first", 10 * seconds, gate)
+        await there(tmp_path / "first")
+        second = call("second", seconds, None)
+        await asyncio.sleep(0.1)
+        loop = asyncio.get_running_loop()
+        clock = loop.time
+        loop.time = lambda: clock() + 2 * seconds
+        await asyncio.sleep(0.1)
+        gate.touch()
+        return {await first, await second}, pool.restarts
 
     processes, restarts = asyncio.run(scene())
     assert len(processes) == 1
     assert restarts == 0
 
 
-def test_a_worker_that_hangs_is_replaced_also_where_nobody_waits_for_it_any_more(ray_cluster: None) -> None:
+def test_a_worker_that_hangs_is_replaced_also_where_nobody_waits_for_it_any_more(
+    ray_cluster: None, tmp_path: Path
+) -> None:
     """The first call's learner has gone away; the one behind it still may not wait for ever."""
-    from rlalign.config.settings import RuntimeSettings
-    from rlalign.runtime.pool import Pool, tried
+    from rlalign.config import RuntimeSettings
+    from rlalign.runtime.pool import Pool, call_with_retries
 
-    runtime = RuntimeSettings(unit_timeout_seconds=1.0, max_attempts=2)
+    runtime = RuntimeSettings(max_attempts=2)
 
     async def scene() -> tuple[int, int]:
-        pool = Pool("test", sleepers(1), patience_seconds=30, in_flight=2)
+        pool = Pool(plain_role("test"), gated(1), patience_seconds=3600, in_flight=2)
 
-        def nap(seconds: float) -> Any:
-            return lambda actor: pool.answer(actor, actor.nap.remote(seconds), runtime.unit_timeout_seconds)
+        def work(name: str, limit: float, until: Path | None = None) -> Any:
+            return lambda actor: pool.answer(
+                actor, actor.work.remote(tmp_path / name, until), limit
+            )
 
-        process = await tried("first", pool, nap(0.0), runtime)
-        hangs = asyncio.ensure_future(tried("hangs", pool, nap(3600), runtime))
-        await asyncio.sleep(0.2)
+        process = await call_with_retries("first", pool, work("first", 3600.0), runtime)
+        hanging = work("hangs", 1.0, tmp_path / "never")
+        hangs = asyncio.ensure_future(call_with_retries("hangs", pool, hanging, runtime))
+        await there(tmp_path / "hangs")
         hangs.cancel()
-        after = await asyncio.wait_for(tried("after", pool, nap(0.0), runtime), timeout=30)
+        # behind the one that hangs, and then at a fresh process
+        limits = iter([1.0, 3600.0])
+        after = await call_with_retries(
+            "after", pool, lambda actor: work("after", next(limits))(actor), runtime
+        )
         assert after != process
-        return pool.restarts, len(pool._last)
+        return pool.restarts, sum(m.last_call is not None for m in pool._members.values())
 
     assert asyncio.run(scene()) == (1, 0)
 
 
-def test_a_call_that_ends_its_process_on_every_attempt_fails_and_says_how(ray_cluster: None) -> None:
-    from rlalign.config.settings import RuntimeSettings
-    from rlalign.runtime.pool import Pool, UnitFailed, tried
+def test_a_call_that_ends_its_process_on_every_attempt_fails_and_says_how(
+    ray_cluster: None,
+) -> None:
+    from rlalign.config import RuntimeSettings
+    from rlalign.runtime.pool import Pool, UnitFailed, call_with_retries
 
     runtime = RuntimeSettings(max_attempts=2)
     retries: list[str] = []
 
     async def scene() -> str:
-        pool = Pool("test", members(1), patience_seconds=60)
+        pool = Pool(plain_role("test"), members(1), patience_seconds=3600)
 
         def call(actor: Any) -> Any:
-            return pool.answer(actor, actor.apply.remote(lambda worker: os._exit(7)), runtime.unit_timeout_seconds)
+            return pool.answer(
+                actor, actor.apply.remote(lambda worker: os._exit(7)), runtime.unit_timeout_seconds
+            )
 
         with pytest.raises(UnitFailed) as caught:
-            await tried("unit 5", pool, call, runtime, lambda: retries.append("again"))
+            await call_with_retries("unit 5", pool, call, runtime, lambda: retries.append("again"))
         return str(caught.value)
 
     message = asyncio.run(scene())

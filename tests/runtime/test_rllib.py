@@ -1,4 +1,5 @@
-"""RLlib's PPO on the denoising environment: the module is the policy, and PPO reaches what DDPO reaches."""
+"""RLlib's PPO on the denoising environment: the module is the policy, and PPO reaches what DDPO
+reaches."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from rlalign.config import load_run
-from rlalign.registry import UserError
+from rlalign.core.registry import UserError
 from tests.runs import CONFIGS, small_run
 
 pytestmark = pytest.mark.ray
@@ -23,7 +24,9 @@ def test_the_module_is_the_policys_own_gaussian() -> None:
     run = load_run(CONFIGS / "points.yaml")
     env = environment(run)
     module = DenoisingModule(
-        observation_space=env.observation_space, action_space=env.action_space, model_config={"run": run}
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        model_config={"run": run},
     )
     starts = [env.reset(seed=number)[0] for number in range(6)]
     batch = {Columns.OBS: torch.stack([torch.from_numpy(start) for start in starts])}
@@ -52,9 +55,10 @@ def test_lora_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ppo_reaches_what_ddpo_reaches(tmp_path: Path) -> None:
-    """Same file, same evaluation, seeds 0 and 1: from -0.33 both come above -0.06, and within 0.03 of one another."""
-    from rlalign.evaluate import read_final
-    from rlalign.loop import train_local
+    """Same file, same evaluation, seeds 0 and 1: from -0.33 both come above -0.06, and within 0.03
+    of one another."""
+    from rlalign.alignment.loop import train_local
+    from rlalign.learning.evaluate import read_final
     from rlalign.runtime.rllib import train
 
     for seed in (0, 1):
@@ -67,7 +71,8 @@ def test_ppo_reaches_what_ddpo_reaches(tmp_path: Path) -> None:
         assert ddpo["base"][key] == pytest.approx(ppo["base"][key], abs=1e-6)
         assert ddpo["base"][key] < -0.3
         print(
-            f"seed {seed}: base {ppo['base'][key]:.4f}, PPO {ppo['aligned'][key]:.4f}, DDPO {ddpo['aligned'][key]:.4f}"
+            f"seed {seed}: base {ppo['base'][key]:.4f}, PPO {ppo['aligned'][key]:.4f}, DDPO"
+            f" {ddpo['aligned'][key]:.4f}"
         )
         assert min(ppo["aligned"][key], ddpo["aligned"][key]) > -0.06
         assert abs(ppo["aligned"][key] - ddpo["aligned"][key]) < 0.03

@@ -1,4 +1,5 @@
-"""What tests of samplers share: a policy whose data are Gaussian, so that everything it sees is known in closed form."""
+"""What tests of samplers share: a policy whose data are Gaussian, so that everything it sees is
+known in closed form."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.diffusion.paths import NoisePath, RectifiedFlow, VariancePreserving
-from rlalign.policies.base import Condition, Policy
-from rlalign.records import Plan, Unit, UnitKey
-from rlalign.sample import LocalEngine
-from rlalign.work import Rewards, Scores
+from rlalign.engine import Rewards, Scores
+from rlalign.policies.base import OWN_SIZE, Condition, Policy, Words
+from rlalign.sampling import LocalEngine
 
 Reward = Callable[[torch.Tensor], torch.Tensor]
 """(B, D) float64 clean samples -> (B,) rewards."""
@@ -21,34 +22,43 @@ Reward = Callable[[torch.Tensor], torch.Tensor]
 def linear_path(steps: int = 1000) -> VariancePreserving:
     """Betas from 1e-4 to 0.02, evenly respaced, ending in the clean sample."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    return VariancePreserving(torch.cumprod(1.0 - betas, dim=0), spacing="linspace", ends_clean=True)
+    return VariancePreserving(
+        torch.cumprod(1.0 - betas, dim=0), spacing="linspace", ends_clean=True
+    )
 
 
 class GaussianPolicy(Policy):
-    """Data N(mean, variance) in D independent numbers, in float64; media are the numbers themselves.
+    """Data N(mean, variance) in D independent numbers, in float64; media are the numbers
+    themselves.
 
     E[noise | x] and E[clean | x] at x = alpha * clean + sigma * noise are exact on either path.
     """
 
-    def __init__(self, path: NoisePath, *, size: int = 1, mean: float = 0.0, variance: float = 1.0) -> None:
-        self.path, self.device, self.size, self.mean, self.variance = path, "cpu", size, mean, variance
+    def __init__(
+        self, path: NoisePath, *, size: int = 1, mean: float = 0.0, variance: float = 1.0
+    ) -> None:
+        self.path, self.device, self.size, self.mean, self.variance = (
+            path,
+            "cpu",
+            size,
+            mean,
+            variance,
+        )
         self.prediction = "flow" if isinstance(path, RectifiedFlow) else "epsilon"
         self.network = torch.nn.Linear(1, 1).double()
         self.reference = {}
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
         rows = torch.zeros(len(prompts), 1, 1, dtype=torch.float64)
-        return Condition(embeds_BLD=rows, uncond_BLD=rows)
+        words = Words({"embeds_BLD": rows})
+        return Condition(caption=words, empty=words)
 
-    def predict(
-        self,
-        x: torch.Tensor,
-        timestep_B: torch.Tensor,
-        embeds_BLD: torch.Tensor,
-        pooled_BD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         level = timestep_B.double() / (1000.0 if self.prediction == "flow" else 1.0)
-        alpha, sigma = (v.reshape(-1, *([1] * (x.ndim - 1))) for v in (self.path.alpha(level), self.path.sigma(level)))
+        alpha, sigma = (
+            v.reshape(-1, *([1] * (x.ndim - 1)))
+            for v in (self.path.alpha(level), self.path.sigma(level))
+        )
         spread = alpha**2 * self.variance + sigma**2
         noise = sigma * (x - alpha * self.mean) / spread
         clean = self.mean + alpha * self.variance * (x - alpha * self.mean) / spread
@@ -74,20 +84,25 @@ class ExactRewards:
         self._reward = reward
         self.queries = self.gradients = self.missing = 0
 
-    def scores(self, media_BFCHW: torch.Tensor, prompts: Sequence[str], *, held_out: bool = False) -> Scores:
+    def scores(
+        self, media_BFCHW: torch.Tensor, prompts: Sequence[str], *, held_out: bool = False
+    ) -> Scores:
         value_B = self._reward(media_BFCHW.flatten(1).double()).detach().numpy()
         self.queries += len(prompts)
         self.missing += int((~np.isfinite(value_B)).sum())
         return Scores({"reward": value_B}, value_B)
 
-    def gradient(self, media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> tuple[np.ndarray, torch.Tensor]:
+    def gradient(
+        self, media_BFCHW: torch.Tensor, prompts: Sequence[str]
+    ) -> tuple[np.ndarray, torch.Tensor]:
         with torch.enable_grad():
             media = media_BFCHW.detach().requires_grad_()
             value_B = self._reward(media.flatten(1).double())
             (gradient,) = torch.autograd.grad(value_B.sum(), media)
         self.queries += len(prompts)
         self.gradients += len(prompts)
-        return value_B.detach().numpy(), gradient
+        known_B = torch.isfinite(value_B.detach()).reshape(-1, *([1] * (gradient.ndim - 1)))
+        return value_B.detach().numpy(), torch.where(known_B, gradient, 0.0)
 
 
 def engine_of(policy: Policy, reward: Reward | Rewards, *, rows: int = 1 << 20) -> LocalEngine:
@@ -109,7 +124,8 @@ def unit_of(count: int, plan: Plan, *, seed: int = 0) -> Unit:
 
 
 def chain_variance(path: NoisePath, plan: Plan, variance: float = 1.0) -> float:
-    """Variance of what the plan's chain ends in, from N(0, 1), by its linear recursion; ddim's coefficients."""
+    """Variance of what the plan's chain ends in, from N(0, 1), by its linear recursion; ddim's
+    coefficients."""
     from rlalign.diffusion.steps import step
 
     levels, now = path.levels(plan.steps), 1.0
@@ -118,7 +134,9 @@ def chain_variance(path: NoisePath, plan: Plan, variance: float = 1.0) -> float:
         alpha, sigma = float(path.alpha(levels[k])), float(path.sigma(levels[k]))
         spread = alpha**2 * variance + sigma**2
         clean, noise = alpha * variance / spread * x, sigma / spread * x
-        gaussian = step(x, clean, noise, path, levels[k], levels[k + 1], rule=plan.rule, eta=plan.eta)
+        gaussian = step(
+            x, clean, noise, path, levels[k], levels[k + 1], rule=plan.rule, eta=plan.eta
+        )
         now = float(gaussian.mean) ** 2 * now + float(gaussian.std) ** 2
     return now
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from rlalign.core.records import Plan
 from rlalign.diffusion.paths import RectifiedFlow, VariancePreserving
-from rlalign.records import Plan
 from rlalign.samplers.demon import Demon, combine, demon_weights
 from tests.samplers.helpers import GaussianPolicy, engine_of, unit_of
 
@@ -19,7 +19,8 @@ TABLE = {
     "sign": {2: 0.80, 4: 1.38, 8: 2.10, 16: 3.09, 32: 4.45, 64: 6.33},
     "linear": {2: 0.80, 4: 1.60, 8: 2.54, 16: 3.80, 32: 5.53, 64: 7.90},
 }
-"""Standard deviations that one step moves along a linear reward in 16,384 dimensions, tau the standard deviation."""
+"""Standard deviations that one step moves along a linear reward in 16,384 dimensions, tau the
+standard deviation."""
 
 
 def _gains(count: int, groups: int, size: int = 16384) -> dict[str, float]:
@@ -40,13 +41,21 @@ def _gains(count: int, groups: int, size: int = 16384) -> dict[str, float]:
 
 @pytest.mark.parametrize("count", [2, 4, 8, 16, 32, 64])
 def test_one_step_moves_as_far_as_the_table_says(count: int) -> None:
-    """Seed 0, 160 groups (48 from 16 candidates on): the standard deviation of one movement is below 1 (0.8 at 2 candidates,
-    about 0.6 at 64), so four standard errors are 0.32 and 0.4 at most; neighbours in the table are further apart."""
+    """Seed 0, 160 groups (48 from 16 candidates on): the standard deviation of one movement is
+    below 1 (0.8 at 2 candidates, about 0.6 at 64), so four standard errors are 0.32 and 0.4 at
+    most; neighbours in the table are further apart."""
     found = _gains(count, 160 if count < 16 else 48)
     margin = 0.32 if count < 16 else 0.4
     for name, row in TABLE.items():
         assert found[name] == pytest.approx(row[count], abs=margin), name
-    largest = {2: 0.565, 4: 1.03, 8: 1.42, 16: 1.76, 32: 2.07, 64: 2.34}  # Boltzmann at temperature 0 is best-of-K
+    largest = {
+        2: 0.565,
+        4: 1.03,
+        8: 1.42,
+        16: 1.76,
+        32: 2.07,
+        64: 2.34,
+    }  # Boltzmann at temperature 0 is best-of-K
     assert found["best"] == pytest.approx(largest[count], abs=margin)
 
 
@@ -56,7 +65,9 @@ def test_weights_are_invariant_and_equal_rewards_keep_the_plain_noise() -> None:
     for kind in ("tanh", "boltzmann"):
         base = demon_weights(reward_BK, tau, kind)
         np.testing.assert_allclose(demon_weights(reward_BK + 7.0, tau, kind), base, atol=1e-12)
-        np.testing.assert_allclose(demon_weights(3.0 * reward_BK, 3.0 * tau, kind), base, atol=1e-12)
+        np.testing.assert_allclose(
+            demon_weights(3.0 * reward_BK, 3.0 * tau, kind), base, atol=1e-12
+        )
     z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     same = demon_weights(np.full((2, 3), 0.7), np.zeros((2, 1)), "tanh")
     assert torch.equal(combine(z, same), z[[0, 3]])
@@ -71,9 +82,13 @@ def test_a_missing_reward_has_no_weight_and_the_norm_is_that_of_noise() -> None:
 
 
 class Karras:
-    """The paper's grid of 64 noise levels on a path that keeps x at unit variance: sigma / alpha is the level."""
+    """The paper's grid of 64 noise levels on a path that keeps x at unit variance: sigma / alpha is
+    the level."""
 
     train_steps, level_gap = 1000, 1e-3
+
+    def at(self, plan: Plan) -> Karras:
+        return self
 
     def levels(self, steps: int) -> torch.Tensor:
         low, high = 2e-3 ** (1 / 7), 14.648 ** (1 / 7)
@@ -93,15 +108,24 @@ class Karras:
 
 
 def _full_run(candidates: int, weights: str, count: int) -> tuple[float, float, float]:
-    """(mean, its standard error, norm) of the rewarded number after the paper's full run in 64 dimensions."""
+    """(mean, its standard error, norm) of the rewarded number after the paper's full run in 64
+    dimensions."""
     policy = GaussianPolicy(Karras(), size=64)
     method = Demon(candidates=candidates, weights=weights, beta=0.1, stop=0.11)
-    x = method.sample(engine_of(policy, lambda x_BD: x_BD[:, 0]), unit_of(count, Plan(steps=63))).latents.flatten(1)
-    return float(x[:, 0].mean()), float(x[:, 0].std()) / math.sqrt(count), float(x.norm(dim=1).mean())
+    x = method.sample(
+        engine_of(policy, lambda x_BD: x_BD[:, 0]), unit_of(count, Plan(steps=63))
+    ).latents.flatten(1)
+    return (
+        float(x[:, 0].mean()),
+        float(x[:, 0].std()) / math.sqrt(count),
+        float(x.norm(dim=1).mean()),
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("candidates", "weights", "mean"), [(2, "tanh", 4.48), (4, "tanh", 8.73), (4, "boltzmann", 5.20)]
+    ("candidates", "weights", "mean"),
+    [(2, "tanh", 4.48), (4, "tanh", 8.73), (4, "boltzmann", 5.20)],
 )
 def test_the_full_run_comes_to_the_known_reward(candidates: int, weights: str, mean: float) -> None:
     """Seed 0, 120 samples; four standard errors, plus 0.25 for the grid's last level."""
@@ -111,7 +135,8 @@ def test_the_full_run_comes_to_the_known_reward(candidates: int, weights: str, m
 
 
 def test_adaptive_temperature_follows_every_step_unless_it_is_frozen() -> None:
-    """On the flow path's SDE the spread of rewards changes from step to step; frozen at the first it is another run."""
+    """On the flow path's SDE the spread of rewards changes from step to step; frozen at the first
+    it is another run."""
     plan, policy = Plan(steps=8, rule="flow_sde", eta=0.7), GaussianPolicy(RectifiedFlow(), size=4)
     runs = {
         kind: Demon(candidates=4, temperature=kind)
@@ -126,9 +151,14 @@ def test_adaptive_temperature_follows_every_step_unless_it_is_frozen() -> None:
 def test_calls_are_counted_as_promised() -> None:
     plan = Plan(steps=6, eta=1.0)
     policy = GaussianPolicy(VariancePreserving.scaled_linear(), size=2)
-    for method in (Demon(candidates=3), Demon(candidates=3, look_ahead=3), Demon(candidates=2, beta=0.1)):
+    for method in (
+        Demon(candidates=3),
+        Demon(candidates=3, look_ahead=3),
+        Demon(candidates=2, beta=0.1),
+    ):
         engine = engine_of(policy, lambda x_BD: x_BD[:, 0])
         method.sample(engine, unit_of(2, plan))
-        # Stable Diffusion's path ends at a small noise, so its last step is noisy too: the promise is an upper bound but one
+        # Stable Diffusion's path ends at a small noise, so its last step is noisy too: the promise
+        # is an upper bound but one
         assert engine.cost.denoiser_calls <= 2 * (method.calls(plan) + 1)
         assert engine.cost.denoiser_calls >= 2 * method.calls(plan) * 0.8

@@ -1,4 +1,5 @@
-"""What holds for every method: plain where there is nothing to follow, the same whoever works, honest about its cost."""
+"""What holds for every method: plain where there is nothing to follow, the same whoever works,
+honest about its cost."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign import registry
-from rlalign.records import Plan
-from rlalign.registry import UserError
-from rlalign.sample import LocalEngine
+from rlalign.core import registry
+from rlalign.core.records import Plan
+from rlalign.core.registry import UserError
+from rlalign.engine import Engine, NoScore
 from rlalign.samplers.base import Sampler
 from rlalign.samplers.best_of_n import BestOfN
 from rlalign.samplers.plain import Plain
-from rlalign.work import Engine, NoScore
+from rlalign.sampling import LocalEngine
 from tests.algorithms.helpers import FlowToy
 from tests.samplers.helpers import ExactRewards, engine_of, unit_of
 from tests.toy import ToyPolicy
@@ -29,17 +30,24 @@ def toy(kind: str) -> ToyPolicy:
     return policy
 
 
-def flat(x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+def flat(
+    x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[str]
+) -> torch.Tensor:
     """A classifier that has no opinion but keeps the graph."""
     return 0.0 * x.flatten(1).sum(1)
 
 
-def leaning(x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+def leaning(
+    x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prompts: Sequence[str]
+) -> torch.Tensor:
     """A classifier that likes large first numbers."""
     return x.flatten(1)[:, 0]
 
 
-FLAT, LEANING = "tests.samplers.test_every_sampler:flat", "tests.samplers.test_every_sampler:leaning"
+FLAT, LEANING = (
+    "tests.samplers.test_every_sampler:flat",
+    "tests.samplers.test_every_sampler:leaning",
+)
 SMALL = {
     "best_of_n": {"n": 4},
     "svdd": {"candidates": 4},
@@ -74,7 +82,8 @@ OFF: dict[str, dict[str, object]] = {
     "training_free": {"rho": 0.0, "mu": 0.0},
     "dno": {"lr": 0.0},
 }
-"""Settings that leave a method nothing to do. DOODL, ReNO and EDICT have chains of their own, held to below."""
+"""Settings that leave a method nothing to do. DOODL, ReNO and EDICT have chains of their own, held
+to below."""
 
 
 def test_every_sampler_is_listed_here() -> None:
@@ -103,10 +112,20 @@ def test_a_noise_that_is_not_moved_gives_the_plain_chain_without_noise(name: str
 @pytest.mark.parametrize("kind", PLANS)
 @pytest.mark.parametrize(
     "name",
-    ["best_of_n", "svdd", "demon", "fk_steering", "twisted_smc", "lidar", "classifier_guidance", "training_free"],
+    [
+        "best_of_n",
+        "svdd",
+        "demon",
+        "fk_steering",
+        "twisted_smc",
+        "lidar",
+        "classifier_guidance",
+        "training_free",
+    ],
 )
 def test_a_constant_reward_changes_nothing(name: str, kind: str) -> None:
-    """Candidate 0 has the plain sampler's own noise, and equal rewards keep it. Rows of a step are the plain one's, or more."""
+    """Candidate 0 has the plain sampler's own noise, and equal rewards keep it. Rows of a step are
+    the plain one's, or more."""
     unit, rewards = unit_of(4, PLANS[kind]), ExactRewards(lambda x_BD: 0.0 * x_BD[:, 0] + 0.3)
     settings: dict[str, object] = {"classifier": FLAT} if name == "classifier_guidance" else {}
     if name == "svdd":
@@ -146,7 +165,8 @@ def test_the_result_does_not_depend_on_who_works(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"demon", "training_free"}))
 def test_a_method_costs_what_it_says(name: str) -> None:
-    """Denoiser calls of Stable Diffusion's path, whose last step is noisy too; Demon and recurrence have tests of their own."""
+    """Denoiser calls of Stable Diffusion's path, whose last step is noisy too; Demon and recurrence
+    have tests of their own."""
     plan = PLANS["vp"]
     engine, method = engine_of(toy("vp"), ExactRewards(lambda x_BD: x_BD[:, 0])), build(name)
     method.sample(engine, unit_of(3, plan))
@@ -154,10 +174,15 @@ def test_a_method_costs_what_it_says(name: str) -> None:
     assert engine.cost.backward_calls == 3 * method.backward(plan)
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "svdd", "demon", "fk_steering", "twisted_smc", "lidar"])
+@pytest.mark.parametrize(
+    "name", ["best_of_n", "svdd", "demon", "fk_steering", "twisted_smc", "lidar"]
+)
 def test_a_candidate_without_a_score_is_dropped_and_counted(name: str) -> None:
-    """The reward is of the first number, and missing where the second is large: about one sample of the toy in five."""
-    limit = 5.0 if name != "demon" else 9.0  # its candidates lie close together, and would all be beyond it
+    """The reward is of the first number, and missing where the second is large: about one sample of
+    the toy in five."""
+    limit = (
+        5.0 if name != "demon" else 9.0
+    )  # its candidates lie close together, and would all be beyond it
 
     def reward(x_BD: torch.Tensor) -> torch.Tensor:
         return torch.where(x_BD[:, 1] > limit, torch.nan, x_BD[:, 0])
@@ -171,7 +196,9 @@ def test_a_candidate_without_a_score_is_dropped_and_counted(name: str) -> None:
         assert float(found.latents[:, 1].max()) <= limit  # what has no score is never the picture
 
 
-@pytest.mark.parametrize("name", ["best_of_n", "svdd", "demon", "fk_steering", "twisted_smc", "lidar"])
+@pytest.mark.parametrize(
+    "name", ["best_of_n", "svdd", "demon", "fk_steering", "twisted_smc", "lidar"]
+)
 def test_a_reward_that_fails_for_all_ends_with_the_latents_so_far(name: str) -> None:
     engine = engine_of(toy("vp"), ExactRewards(lambda x_BD: x_BD[:, 0] * torch.nan))
     with pytest.raises(NoScore, match="gave no score for any of the 4 .* of picture 1") as failure:
@@ -180,9 +207,10 @@ def test_a_reward_that_fails_for_all_ends_with_the_latents_so_far(name: str) -> 
     assert len(failure.value.latents) % 3 == 0
 
 
-# --- best-of-N and budgets --------------------------------------------------------------------------------------------------
+# --- best-of-N and budgets -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "expected"), [(2, 0.564), (4, 1.029), (8, 1.424)])
 def test_best_of_n_is_the_largest_of_n_normals(n: int, expected: float) -> None:
     """Seed 0, 400 pictures on a chain that ends in N(0, 0.8551); four standard errors are 0.15."""
@@ -194,7 +222,8 @@ def test_best_of_n_is_the_largest_of_n_normals(n: int, expected: float) -> None:
 
 
 def test_pruning_costs_n_and_with_perfect_foresight_is_best_of_two_n() -> None:
-    """Steps without noise and a reward of the sign of what is seen early: the clean sample of a linear chain ranks as the end."""
+    """Steps without noise and a reward of the sign of what is seen early: the clean sample of a
+    linear chain ranks as the end."""
     from tests.samplers.helpers import GaussianPolicy, linear_path
 
     plan = Plan(steps=8, eta=0.0)
@@ -204,11 +233,15 @@ def test_pruning_costs_n_and_with_perfect_foresight_is_best_of_two_n() -> None:
     found = pruned.sample(engine, unit_of(20, plan))
     assert engine.cost.denoiser_calls == 20 * 4 * 8
     assert engine.cost.reward_queries == 20 * (8 + 4 + 2)
-    full = BestOfN(n=8).sample(engine_of(GaussianPolicy(linear_path()), lambda x_BD: x_BD[:, 0]), unit_of(20, plan))
+    full = BestOfN(n=8).sample(
+        engine_of(GaussianPolicy(linear_path()), lambda x_BD: x_BD[:, 0]), unit_of(20, plan)
+    )
     assert torch.equal(found.latents, full.latents)
 
 
-@pytest.mark.parametrize("name", sorted(n for n in SMALL if registry.load_class("samplers", n).width))  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    "name", sorted(n for n in SMALL if registry.load_class("samplers", n).width)
+)  # type: ignore[attr-defined]
 def test_a_budget_buys_the_widest_method_that_fits(name: str) -> None:
     plan = PLANS["vp"]
     for budget in (200, 2000):

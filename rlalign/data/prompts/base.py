@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from rlalign.core.records import Plan, Unit, UnitKey
+from rlalign.core.registry import Recipe
 from rlalign.diffusion.noise import generator
-from rlalign.records import Plan, Unit, UnitKey
-from rlalign.registry import Recipe
 
 
 def prompt_id(text: str) -> int:
@@ -25,12 +25,16 @@ class Prompts(Recipe):
 
     per_round: int = Field(default=16, ge=1, description="prompts in a round")
     samples_per_prompt: int = Field(default=4, ge=1, description="samples of each prompt")
-    per_unit: int = Field(default=4, ge=1, description="prompts in one unit of work; must divide per_round")
+    per_unit: int = Field(
+        default=4, ge=1, description="prompts in one unit of work; must divide per_round"
+    )
 
     @model_validator(mode="after")
     def _deals_evenly(self) -> Prompts:
         if self.per_round % self.per_unit:
-            raise ValueError(f"per_unit must divide per_round ({self.per_round}), got {self.per_unit}")
+            raise ValueError(
+                f"per_unit must divide per_round ({self.per_round}), got {self.per_unit}"
+            )
         return self
 
     def pool(self) -> Sequence[str]:
@@ -38,11 +42,13 @@ class Prompts(Recipe):
         raise NotImplementedError
 
     def held_out(self, count: int) -> list[tuple[int, str]]:
-        """``count`` fixed (id, prompt) for evaluation, disjoint from the pool where the source can."""
+        """``count`` fixed (id, prompt) for evaluation, disjoint from the pool where the source
+        can."""
         raise NotImplementedError
 
     def draw(self, seed: int, round: int) -> list[tuple[int, str]]:
-        """The (id, prompt) of a round: without replacement while the pool lasts, by (seed, round) alone."""
+        """The (id, prompt) of a round: without replacement while the pool lasts, by (seed, round)
+        alone."""
         pool = self.pool()
         order = generator("prompts", seed, round)
         chosen: list[int] = []
@@ -51,25 +57,21 @@ class Prompts(Recipe):
         return [(prompt_id(pool[i]), pool[i]) for i in chosen]
 
     def units(self, seed: int, round: int, plan: Plan) -> list[Unit]:
-        """The units of a training round. A prompt that is drawn twice gets samples of its own each time."""
+        """The units of a training round. A prompt that is drawn twice gets samples of its own each
+        time."""
         drawn = self.draw(seed, round)
         used: dict[int, int] = {}
         rows: list[tuple[int, str, int]] = []
         for number, text in drawn:
             first = used.get(number, 0)
             used[number] = first + self.samples_per_prompt
-            rows += [(number, text, sample) for sample in range(first, first + self.samples_per_prompt)]
+            last = first + self.samples_per_prompt
+            rows += [(number, text, sample) for sample in range(first, last)]
         size = self.per_unit * self.samples_per_prompt
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [
-            Unit(
-                key=UnitKey("train", round, index),
-                prompts=tuple(text for _, text, _ in part),
-                prompt_ids=tuple(number for number, _, _ in part),
-                sample_ids=tuple(sample for _, _, sample in part),
-                seed=seed,
-                plan=plan,
-            )
-            for index, part in enumerate(rows[i : i + size] for i in range(0, len(rows), size))
+            Unit.of_rows(UnitKey("train", round, index), part, seed, plan)
+            for index, part in enumerate(parts)
         ]
 
 

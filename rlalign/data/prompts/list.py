@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rlalign.data.prompts.base import Prompts, first_of
 
@@ -16,6 +16,16 @@ class ListedPrompts(Prompts):
     held_out_prompts: tuple[str, ...] = Field(
         default=(), description="prompts for evaluation; empty takes the first ones"
     )
+
+    @field_validator("prompts", "held_out_prompts")
+    @classmethod
+    def _are_text(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for number, prompt in enumerate(prompts):
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise ValueError(
+                    f"prompt {number} must be text, got half of a surrogate pair in {prompt!r}"
+                )
+        return prompts
 
     def pool(self) -> Sequence[str]:
         return self.prompts

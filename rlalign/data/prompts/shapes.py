@@ -18,7 +18,11 @@ class Shapes(Prompts):
     Source: rlalign's own task, ``rlalign/data/shapes.py``.
     """
 
-    limit: int = Field(default=0, ge=0, description="train on a fixed choice of this many captions; 0 is all of them")
+    limit: int = Field(
+        default=0,
+        ge=0,
+        description="train on a fixed choice of this many captions; 0 is all of them",
+    )
 
     def pool(self) -> Sequence[str]:
         return _shuffled("train", self.limit)
@@ -29,7 +33,8 @@ class Shapes(Prompts):
 
 @lru_cache
 def _shuffled(split: Split, limit: int) -> tuple[str, ...]:
-    """The captions of a split in a fixed shuffled order, so that any beginning of them is a fair choice."""
+    """The captions of a split in a fixed shuffled order, so that any beginning of them is a fair
+    choice."""
     everything = captions(split)
     order = generator("captions", split).permutation(len(everything))
     return tuple(everything[i] for i in (order[:limit] if limit else order))

@@ -1,0 +1,80 @@
+"""What an algorithm remembers from round to round: reward statistics per prompt, and earlier
+transitions to replay.
+
+It is part of a checkpoint: tensors and JSON-able facts, no pickles.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from rlalign.algorithms._advantages import PromptStatistics
+from rlalign.core.batches import StepBatch
+from rlalign.core.records import Plan, Unit, UnitKey
+
+_FIELDS = ("latents", "log_prob", "stochastic", "advantage", "reward")
+
+
+class Memory:
+    """A run's memory, handed to ``Algorithm.make_batch``, which may change it."""
+
+    def __init__(self) -> None:
+        self.statistics = PromptStatistics()
+        self._earlier: deque[StepBatch] = deque()
+
+    def with_earlier(self, fresh: StepBatch, rounds: int) -> StepBatch:
+        """The transitions of up to ``rounds`` earlier rounds, oldest first, then the fresh ones,
+        which are remembered."""
+        joined = [*self._earlier, fresh]
+        self._earlier.append(fresh)
+        while len(self._earlier) > rounds:
+            self._earlier.popleft()
+        columns = {
+            name: tuple(v for batch in joined for v in vars(batch)[name])
+            for name in ("units", *_FIELDS)
+        }
+        return StepBatch(**columns)
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able: the statistics, and the units of the remembered transitions."""
+        units = [[_unit_facts(u) for u in batch.units] for batch in self._earlier]
+        return {"statistics": self.statistics.state_dict(), "earlier": units}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The remembered transitions under ``memory/ROUND/UNIT/FIELD``."""
+        return {
+            f"memory/{r}/{u}/{name}": vars(batch)[name][u]
+            for r, batch in enumerate(self._earlier)
+            for u in range(batch.parts)
+            for name in _FIELDS
+        }
+
+    def load(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of ``facts`` and ``tensors``."""
+        self.statistics.load_state_dict(facts["statistics"])
+        self._earlier.clear()
+        for r, units in enumerate(facts["earlier"]):
+            columns = {
+                n: tuple(tensors[f"memory/{r}/{u}/{n}"] for u in range(len(units))) for n in _FIELDS
+            }
+            self._earlier.append(StepBatch(units=tuple(_unit(u) for u in units), **columns))
+
+
+def _unit_facts(unit: Unit) -> dict[str, Any]:
+    return {**asdict(unit), "key": list(unit.key), "plan": unit.plan.model_dump()}
+
+
+def _unit(facts: Mapping[str, Any]) -> Unit:
+    return Unit(
+        key=UnitKey(*facts["key"]),
+        prompts=tuple(facts["prompts"]),
+        prompt_ids=tuple(facts["prompt_ids"]),
+        sample_ids=tuple(facts["sample_ids"]),
+        seed=facts["seed"],
+        plan=Plan(**facts["plan"]),
+    )

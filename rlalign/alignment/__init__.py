@@ -1,0 +1,12 @@
+"""One run from its file to its report, without Ray.
+
+loop.py         produce, score, make a batch, learn: one loop, in one process or on a cluster
+collect.py      what differs between the two (``Collect``), and how one process does it
+assemble.py     the live parts of a run, and what is refused before it starts
+control.py      what others ask of a run while it works (stop, scale), and how it stands
+costs.py        what a run has taken so far
+models.py       a policy that somebody named: a run folder, a pipeline folder, a plug-in
+environment.py  denoising as a Gymnasium environment
+
+May import everything below; ``rlalign.runtime`` puts the same loop on a cluster.
+"""

@@ -1,0 +1,162 @@
+"""The live parts of a run, from its settings: the learner with what its algorithm keeps beside the
+policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlalign.algorithms.base import Given
+from rlalign.config import Run
+from rlalign.core.batches import DifferentiableScorer, PairPass, Pairs
+from rlalign.core.records import Plan
+from rlalign.core.registry import UserError
+from rlalign.data.pairs.reader import Pairing, first_pair
+from rlalign.diffusion.paths import RectifiedFlow
+from rlalign.diffusion.steps import is_stochastic
+from rlalign.learning.learner import Learner
+from rlalign.networks.devices import usable
+from rlalign.policies.base import Policy
+
+
+def build_learner(run: Run) -> Learner:
+    """The learner of a run. Raises UserError where this machine does not have the run's device."""
+    # the policy must be able to draw what the plan asks for
+    device = usable(run.runtime.device, "runtime.device")
+    policy = run.policy.load(device)
+    check_plan(run, policy)
+    algorithm = run.algorithm
+
+    # pairs may have pictures of another size than the policy draws
+    loss: Any = algorithm.loss
+    if run.preferences is not None:
+        loss = of_one_size(loss, policy.drawn_size(run.plan), run.preferences.size)
+
+    # the algorithm says which copies and which critic it needs
+    return Learner(
+        policy,
+        loss,
+        run.learner,
+        seed=run.seed,
+        threads=run.runtime.learner.threads,
+        copies=algorithm.copies,
+        critic=algorithm.critic(policy, run.plan),
+    )
+
+
+def differentiable_scorer(run: Run, device: str) -> DifferentiableScorer:
+    """Media and prompts -> each reward's scores and their weighted total, on the learner's device
+    and with gradients."""
+    blind = [r.title for r in run.rewards if not r.differentiable]
+    if blind:
+        raise UserError(
+            f"algorithm {run.algorithm.name} needs differentiable rewards, and {', '.join(blind)}"
+            " gives no gradient; use another reward, or an algorithm that takes any (ddpo, dpok,"
+            " grpo)"
+        )
+    scorers = {r.title: r.load(device) for r in run.rewards}
+
+    def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        scores = {title: one(media_BFCHW, prompts) for title, one in scorers.items()}
+        parts = [r.weight * scores[r.title] for r in run.rewards]
+        return {**scores, "total": torch.stack(parts).sum(0)}
+
+    return scorer
+
+
+def preference_pairs(reader: Pairing, round: int, plan: Plan) -> list[Pairs]:
+    """A round's pairs, cut into passes, their pictures still uint8 (B, 1, 3, H, W): the policy's
+    own encoder reads them."""
+    parts = []
+    for number, pairs in enumerate(reader.passes(round)):
+        # the pictures of one pass must be of one size
+        sides = ([p.picture_0 for p in pairs], [p.picture_1 for p in pairs])
+        if len({picture.shape for side in sides for picture in side}) > 1:
+            raise UserError(
+                "preferences.size must be > 0 where pictures differ in size (all are then resized"
+                " to it), got 0"
+            )
+
+        # one tensor for each side
+        first, second = (torch.from_numpy(np.stack(side))[:, None] for side in sides)
+        parts.append(
+            Pairs(
+                prompts=tuple(p.caption for p in pairs),
+                first=first,
+                second=second,
+                label_B=torch.tensor([p.label_0 for p in pairs], dtype=torch.float32),
+                key=("pairs", reader.seed, round, number),
+                plan=plan,
+            )
+        )
+    return parts
+
+
+def check_plan(run: Run, policy: Policy, *, learns: bool = True) -> None:
+    """Refuses a rule of another path; and where the run ``learns``, what its algorithm could not
+    learn from.
+
+    The algorithm says what that is; beside it, a set of preferences must be one, and have pictures
+    of the size that the policy draws.
+    """
+    if run.plan.rule.startswith("flow_") and not isinstance(policy.path, RectifiedFlow):
+        raise UserError(
+            f"plan.rule {run.plan.rule!r} needs a flow model, and {run.policy.name!r} is not one;"
+            " use ddim or ddpm"
+        )
+
+    # refuses a size, or a number of frames, that the policy does not draw
+    policy.latent_shape(run.plan)
+
+    # refuses more steps than the path has, and a rule that has no Gaussian on it
+    levels = policy.path.at(run.plan).levels(run.plan.steps)
+    is_stochastic(policy.path, levels, rule=run.plan.rule, eta=run.plan.eta)
+
+    # the rest is of training alone
+    if not learns:
+        return
+
+    # what the algorithm itself refuses
+    given = run.preferences
+    units = run.prompts.units(run.seed, 1, run.plan) if given is None else ()
+    ties = given.ties if given is not None else ""
+    run.algorithm.check(Given(policy=policy, plan=run.plan, units=units, ties=ties))
+
+    # only the first pair is looked at here
+    if given is not None:
+        first = first_pair(given)
+        if first is not None:
+            height, width = first.picture_0.shape[-2:]
+            check_size((height, width), policy.drawn_size(run.plan), given.size)
+
+
+def check_size(found: tuple[int, int], drawn: tuple[int, int], size: int) -> None:
+    """Refuses a set's pictures of another size than the policy draws: it would learn at a
+    resolution that it never samples."""
+    if found == drawn:
+        return
+    (height, width), (high, wide) = drawn, found
+    if height != width:
+        raise UserError(
+            f"preferences must hold pictures of {height} x {width} (height x width), the plan's,"
+            f" got {high} x {wide}; give such pictures, or a square plan and preferences.size"
+        )
+    raise UserError(
+        f"preferences.size must be {height}, the side of the policy's pictures, got {size} and"
+        f" pictures of {high} x {wide} (height x width); or set plan.height and plan.width to"
+        " theirs"
+    )
+
+
+def of_one_size(loss: Callable[..., Any], drawn: tuple[int, int], size: int) -> Callable[..., Any]:
+    """A loss on pairs that takes pictures of the policy's own size alone."""
+
+    def checked(batch: PairPass, policy: Policy) -> Any:
+        height, width = batch.pairs.first.shape[-2:]
+        check_size((height, width), drawn, size)
+        return loss(batch, policy)
+
+    return checked

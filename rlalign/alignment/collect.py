@@ -1,0 +1,98 @@
+"""Turning units of work into scored samples: what the loop asks for, and how one process does it.
+
+``rlalign.runtime`` has the same over a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from itertools import chain
+from typing import Protocol
+
+from rlalign.config import Run
+from rlalign.core.progress import Tell, tell_nobody
+from rlalign.core.records import Scored, Unit, Weights
+from rlalign.engine import Cost
+from rlalign.engine.local import LiveRewards, LocalEngine, WorkResult
+from rlalign.engine.pieces import Produce, Produced
+from rlalign.networks.devices import usable
+
+
+class Collect(Protocol):
+    """Turns units of work into scored samples, wherever that happens."""
+
+    def order(self, units: Sequence[Unit], weights: Weights) -> int:
+        """Starts the units under these weights and returns a ticket."""
+        ...
+
+    def gather(self, ticket: int, tell: Tell = tell_nobody) -> list[Scored]:
+        """Waits for a ticket's samples, in unit order; tells how many units are there."""
+        ...
+
+    def facts(self) -> Mapping[str, float]:
+        """Counters for the metrics line: restarts, driver bytes per sample."""
+        ...
+
+
+class LocalCollect:
+    """Units as pieces of work on the local engine: threads of this process, each with a replica of
+    the policy and ``rollout.threads`` inside an operation."""
+
+    def __init__(self, run: Run) -> None:
+        """Raises UserError where this machine does not have the run's device."""
+        # on a GPU one lane is enough
+        runtime = run.runtime
+        device = usable(runtime.device, "runtime.device")
+        scorers = {r.title: r.load(runtime.reward_device) for r in run.rewards_for("evaluate")}
+        lanes = runtime.rollout.workers if device == "cpu" else 1
+        rewards = [
+            LiveRewards(run.rewards, run.evaluate.rewards, scorers, strict=True)
+            for _ in range(lanes)
+        ]
+
+        # the policy and its lanes
+        self._policy = run.policy.load(device)
+        self._engine = LocalEngine(
+            self._policy, rewards, rows=run.samples_per_unit, threads=runtime.rollout.threads
+        )
+        self._tag = ("", -1)
+        self._tickets: dict[int, list[tuple[Produce, Future[WorkResult]]]] = {}
+        self.cost = Cost()
+        """Of everything that was gathered so far."""
+
+    def order(self, units: Sequence[Unit], weights: Weights) -> int:
+        if self._tag != weights.tag:
+            # units in flight finish under the weights they were ordered with
+            for _, future in chain.from_iterable(self._tickets.values()):
+                future.exception()
+            self._policy.set_weights(dict(weights.tensors))
+            self._tag = weights.tag
+        ticket = max(self._tickets, default=0) + 1
+        works = [Produce(unit=unit, version=weights.version) for unit in units]
+        self._tickets[ticket] = [(work, self._engine.submit(work)) for work in works]
+        return ticket
+
+    def gather(self, ticket: int, tell: Tell = tell_nobody) -> list[Scored]:
+        ordered = self._tickets.pop(ticket)
+        scored = list[Scored]()
+        for work, future in ordered:
+            scored.append(self._scored(work, future.result()))
+            tell(len(scored), len(ordered))
+        return scored
+
+    def facts(self) -> Mapping[str, float]:
+        return {"restarts/rollout": 0, "restarts/reward": 0, "driver_bytes_per_sample": 0}
+
+    def _scored(self, work: Produce, done: WorkResult) -> Scored:
+        self.cost = self.cost + done.cost
+        made: Produced = done.value
+        return Scored(
+            unit=work.unit,
+            policy_version=work.version,
+            raw=made.scores.raw,
+            total_B=made.scores.total_B,
+            trajectory=made.trajectory,
+            media_BFCHW=made.media_BFCHW,
+            seconds=made.seconds,
+        )

@@ -1,0 +1,17 @@
+"""What everything stands on: the records that travel, the recipes that YAML names, and small ground
+that every room uses.
+
+records.py   Plan, Unit, Trajectory, Scored, Weights: frozen, with the shape of each field in its
+             docstring
+batches.py   the four batches that algorithms learn from
+registry.py  recipes and the five shelves of plug-ins; UserError
+finite.py    what is not a number is refused where it arises
+locations.py settings that name files, and what a relative path means
+files.py     text files that a user gives; files and folders that are written whole
+media.py     uint8, floats, images; pictures that a user gives
+pictures.py  grids of pictures with captions and scores
+progress.py  bars on a terminal, plain lines elsewhere
+moved.py     the modules' names before they were in rooms
+
+Imports no other room. To add a record, write it here only where two rooms exchange it.
+"""

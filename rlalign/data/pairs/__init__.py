@@ -1,0 +1,10 @@
+"""Sets of preference pairs: a caption, two pictures, and how a judge liked them.
+
+columns.py  the Parquet columns of Pick-a-Pic: written whole or not at all, read in row batches
+types.py    which Arrow types a column may have
+rows.py     a row, decoded
+reader.py   which pairs a round learns from, in an order that depends on seed and round alone
+ranking.py  pairs out of a round's own samples
+
+May import core and diffusion's keyed noise.
+"""

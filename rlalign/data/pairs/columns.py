@@ -1,0 +1,216 @@
+"""Parquet files of preference pairs, in the columns of Pick-a-Pic v2: written whole or not at all,
+read in row batches.
+
+One row is a caption, two encoded pictures and how a judge liked them: ``label_0`` and ``label_1``
+are 1 and 0, 0 and 1, or 0.5 each for a tie (Kirstain 2023, arXiv:2305.01569). Other columns are
+kept out of the reader's way and cost nothing.
+``rlalign.data.pairs.types`` says which types a column may have in a file that others wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlalign.core.files import replacing
+from rlalign.core.registry import UserError, nearest, read_reason
+from rlalign.data.pairs.types import RULES, is_read, plain_batch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+REQUIRED: tuple[str, ...] = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
+"""Columns that a file of pairs must have. ``jpg_0`` and ``jpg_1`` hold the bytes of picture
+files."""
+
+OPTIONAL: tuple[str, ...] = (
+    "are_different",
+    "best_image_uid",
+    "has_label",
+    "image_0_uid",
+    "image_1_uid",
+    "model_0",
+    "model_1",
+    "ranking_id",
+)
+"""Columns that ``write_pairs`` writes where the rows have them. ``has_label`` and ``are_different``
+may rule a row out."""
+
+ROWS_PER_GROUP = 256
+"""Rows of a row group as written: the unit in which a Parquet file is read."""
+
+
+def pair_schema(columns: Sequence[str] = (*REQUIRED, *OPTIONAL)) -> pa.Schema:
+    """The Arrow types of the named columns of a pair."""
+    import pyarrow as pa
+
+    kinds = dict.fromkeys(("label_0", "label_1"), pa.float64())
+    kinds |= dict.fromkeys(("jpg_0", "jpg_1"), pa.binary())
+    kinds |= dict.fromkeys(("are_different", "has_label"), pa.bool_())
+    kinds |= {"ranking_id": pa.int64()}
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
+
+
+def write_pairs(
+    path: Path, rows: Iterable[Mapping[str, Any]], *, rows_per_group: int = ROWS_PER_GROUP
+) -> int:
+    """Writes pairs as one Parquet file, beside and then renamed, and returns how many.
+
+    The first row decides which optional columns there are; ``rows`` may be a generator, of which
+    one row group is held at a time. Raises UserError when a row lacks a column, has an unknown one,
+    or when there is no row at all.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # the first row decides on the columns
+    groups = _groups(rows, rows_per_group)
+    first = next(groups, None)
+    if first is None:
+        raise UserError(f"{path}: there is no pair to write")
+    schema = pair_schema(_columns_of(first[0]))
+
+    # one row group is in memory at a time
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with replacing(path) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as file:
+        for group in chain([first], groups):
+            for number, row in enumerate(group, start=count):
+                if set(row) != set(schema.names):
+                    raise UserError(
+                        f"row {number} must have the columns {', '.join(schema.names)}, got"
+                        f" {', '.join(row)}"
+                    )
+            file.write_table(pa.Table.from_pylist([dict(row) for row in group], schema=schema))
+            count += len(group)
+    return count
+
+
+def _groups(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
+    group: list[Mapping[str, Any]] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _columns_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    missing = [name for name in REQUIRED if name not in row]
+    unknown = [name for name in row if name not in (*REQUIRED, *OPTIONAL)]
+    if missing or unknown:
+        what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}"
+        what += "" if missing else f"; {nearest(unknown[0], [*OPTIONAL])}"
+        raise UserError(f"a pair must have the columns {', '.join(REQUIRED)}; the first row {what}")
+    return (*REQUIRED, *(name for name in OPTIONAL if name in row))
+
+
+def pair_files(path: str, place: str = "preferences.path") -> list[Path]:
+    """The Parquet files that a user means: a file, all ``*.parquet`` below a folder, or a glob;
+    sorted by name."""
+    # a file, a folder or a pattern
+    folder = Path(path)
+    if not path:
+        found = []
+    elif folder.is_dir():
+        found = sorted(folder.rglob("*.parquet"))
+    elif folder.is_file():
+        found = [folder]
+    else:
+        try:
+            found = sorted(Path(folder.anchor).glob(str(folder.relative_to(folder.anchor))))
+        except ValueError:  # "**x", no pattern
+            found = []
+
+    # hidden files are no data
+    found = [file for file in found if file.is_file() and not file.name.startswith(".")]
+    if not found:
+        raise UserError(
+            f"{place} must name a Parquet file, a folder of them or a glob, got {path!r}, where"
+            " there is none"
+        )
+    return found
+
+
+def group_rows(file: Path) -> list[int]:
+    """Rows of each row group, from the file's footer alone. Raises UserError when it is not a file
+    of pairs."""
+    with _opened(file) as parquet:
+        return [
+            parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)
+        ]
+
+
+def open_pairs(
+    file: Path,
+    columns: Sequence[str] = REQUIRED,
+    *,
+    groups: Sequence[int] | None = None,
+    batch: int = 64,
+) -> Iterator[pa.RecordBatch]:
+    """Record batches of up to ``batch`` rows, of all row groups or of the named ones, in file
+    order.
+
+    Only ``columns`` are read (those that the file lacks and that are optional are left out), never
+    the whole file at once. Whatever their types are in the file, captions come as strings, labels
+    as float64 and flags as bool; pictures come as bytes, or as a struct of ``bytes`` and ``path``.
+    Raises UserError when the file is not Parquet, lacks a required column, or has one of a type
+    that is not read.
+    """
+    import pyarrow as pa
+
+    with _opened(file) as parquet:
+        there = [name for name in columns if name in parquet.schema_arrow.names]
+        chosen = None if groups is None else list(groups)
+        try:
+            for found in parquet.iter_batches(batch_size=batch, row_groups=chosen, columns=there):
+                yield plain_batch(found)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{file} is damaged: {read_reason(error)}; write or download it again"
+            ) from error
+
+
+def _opened(file: Path) -> Any:
+    """pyarrow's ParquetFile over a file of pairs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # what is no Parquet file is refused here
+    try:
+        parquet = pq.ParquetFile(file)
+        names = parquet.schema_arrow.names  # a damaged one is no text
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} must be a Parquet file of preference pairs ({read_reason(error)})"
+        ) from error
+
+    # a file whose columns are refused is closed
+    try:
+        _refuse_columns(file, parquet.schema_arrow, names)
+    except UserError:
+        parquet.close()
+        raise
+    return parquet
+
+
+def _refuse_columns(file: Path, schema: pa.Schema, names: list[str]) -> None:
+    """Raises UserError where a column that is read is missing, there twice, or of a type that is
+    not read."""
+    missing = next((name for name in REQUIRED if name not in names), None)
+    if missing is not None:
+        raise UserError(
+            f"{file} must have the columns {', '.join(REQUIRED)}, and lacks {missing!r};"
+            f" {nearest(missing, names)}"
+        )
+    for name, rule in RULES.items():
+        if names.count(name) > 1:
+            raise UserError(f"{file} has the column {name!r} {names.count(name)} times; keep one")
+        if name in names and not is_read(name, schema.field(name).type):
+            raise UserError(
+                f"{file}: column {name!r} must hold {rule}, got the type {schema.field(name).type}"
+            )

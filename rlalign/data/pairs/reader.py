@@ -1,0 +1,298 @@
+"""Preference pairs from Parquet files: the pairs of round r depend on (settings, seed, r) alone.
+
+An epoch visits the row groups of all files in a keyed order; their usable rows, in that order, are
+cut into windows of ``shuffle`` rows, and each window is shuffled by its own key. So the place of a
+pair follows from arithmetic, and a resumed run reads the window it is in and nothing before it.
+
+What it costs: opening reads the captions and labels of every row once (no pictures), 16 bytes are
+kept per usable row; a window's encoded pictures are in memory, and a row group that two windows
+share is read for each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rlalign.core.locations import LocalPattern
+from rlalign.core.registry import UserError
+from rlalign.data.pairs.columns import group_rows, pair_files
+from rlalign.data.pairs.rows import (
+    WORDS,
+    BadRows,
+    Group,
+    Pair,
+    groups_of,
+    is_ruled_out,
+    read_rows,
+    row_fault,
+    to_pair,
+)
+from rlalign.data.pairs.rows import decode as decode
+from rlalign.diffusion.noise import generator
+
+Ties = Literal["drop", "half"]
+_MANY = 4096
+_FEW = 8
+"""Rows that are in memory at once without their pictures, and with them where one is looked for."""
+
+
+class PreferenceSettings(BaseModel):
+    """Where preference pairs come from, and how they are dealt out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    path: LocalPattern = Field(
+        description="Parquet file, folder of them, or glob; columns as in Pick-a-Pic v2"
+    )
+    pairs_per_round: int = Field(
+        default=64, ge=1, description="pairs of a round, or of one update of fit-reward"
+    )
+    pairs_per_pass: int = Field(
+        default=16, ge=1, description="pairs that go through the network at once"
+    )
+    ties: Ties = Field(
+        default="drop", description="a tie is dropped, or counts as half a win for both"
+    )
+    bad_share: float = Field(
+        default=0.01, ge=0.0, le=1.0, description="largest share of bad rows before it is refused"
+    )
+    shuffle: int = Field(
+        default=1024,
+        ge=1,
+        description="rows of a shuffle window; 1 keeps the order of the row groups",
+    )
+    size: int = Field(
+        default=0, ge=0, description="pixels to which pictures are resized (squared); 0 as they are"
+    )
+    reader: Literal["arrow", "ray"] = Field(
+        default="arrow",
+        description=(
+            "arrow reads in the learner; ray streams through Ray Data, for sets of many files"
+        ),
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="threads that decode pictures; the order does not depend on it",
+    )
+
+    @model_validator(mode="after")
+    def _passes_fit(self) -> PreferenceSettings:
+        if self.pairs_per_pass > self.pairs_per_round:
+            raise ValueError(
+                f"pairs_per_pass must be <= pairs_per_round ({self.pairs_per_round}), got"
+                f" {self.pairs_per_pass}"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Usable:
+    """A row group and which of its rows are usable."""
+
+    group: Group
+    numbers: np.ndarray
+    """(N,) int64 row numbers within the group, ascending."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def rows(self, chosen: slice = slice(None)) -> Iterator[dict[str, Any]]:
+        """Its usable rows with their pictures, or some of them."""
+        return read_rows(self.group, numbers=self.numbers[chosen])
+
+
+class Pairing(ABC):
+    """Pairs of preferences by round, whoever reads them."""
+
+    settings: PreferenceSettings
+    seed: int
+
+    @abstractmethod
+    def round(self, number: int) -> list[Pair]:
+        """The pairs of round ``number`` >= 0."""
+
+    def passes(self, number: int) -> Iterator[list[Pair]]:
+        """The pairs of a round in slices of ``pairs_per_pass``."""
+        pairs = self.round(number)
+        step = self.settings.pairs_per_pass
+        for start in range(0, len(pairs), step):
+            yield pairs[start : start + step]
+
+
+class PairReader(Pairing):
+    """The pairs of each round, from any number of Parquet files.
+
+    ``keep`` chooses among captions (a split by prompt, say). ``counts`` has the usable pairs of
+    each kept caption's number. Raises UserError when there is no file, no usable pair, or too many
+    bad rows.
+    """
+
+    def __init__(
+        self, settings: PreferenceSettings, seed: int, keep: Callable[[str], bool] | None = None
+    ) -> None:
+        self.settings, self.seed = settings, seed
+        files, self.bad = _open_set(settings)
+        self.counts: Counter[str] = Counter()
+        self._keep = keep
+        self._groups = list(self._index(files))
+        self._count = sum(len(group) for group in self._groups)
+        self._window: tuple[tuple[int, int], list[Any]] | None = None
+        if not self._count:
+            which = " of the captions asked for" if keep is not None and self.bad.rows else ""
+            raise UserError(
+                f"preferences.path must hold at least one usable pair, got none{which} in"
+                f" {settings.path!r}"
+            )
+
+    def __len__(self) -> int:
+        """Usable pairs: the length of an epoch."""
+        return self._count
+
+    def _index(self, files: Mapping[Path, Sequence[int]]) -> Iterator[_Usable]:
+        """The usable rows of the files, from their captions and labels."""
+        for group in _row_groups(files):
+            rows = read_rows(group, WORDS, batch=_MANY)
+            numbers = [number for number, row in enumerate(rows) if self._is_usable(row)]
+            yield _Usable(group=group, numbers=np.array(numbers, dtype=np.int64))
+
+    def _is_usable(self, row: Mapping[str, Any]) -> bool:
+        if is_ruled_out(row):
+            return False
+        why = row_fault(row["caption"], row["label_0"], row["label_1"])
+        if why:
+            self.bad.add(row["row"], why)
+            return False
+        if self._keep is not None and not self._keep(row["caption"]):
+            return False
+        if self.settings.ties == "drop" and row["label_0"] == 0.5:
+            return False
+        self.counts[row["caption"]] += 1
+        return True
+
+    def round(self, number: int) -> list[Pair]:
+        """The pairs of round ``number`` >= 0. Every epoch visits each usable row once, whatever the
+        round's size."""
+        size = self.settings.pairs_per_round
+        count = len(self)
+        places = [divmod(place, count) for place in range(number * size, (number + 1) * size)]
+        if self.settings.workers:
+            with ThreadPoolExecutor(self.settings.workers) as pool:
+                # read in order, decoded by threads
+                rows = [self._rows(epoch, place) for epoch, place in places]
+                return list(pool.map(lambda found: self._pair(*found), rows))
+        return [self._pair(*self._rows(epoch, place)) for epoch, place in places]
+
+    def all(self) -> Iterator[Pair]:
+        """Every usable pair once, in the order of the files (undecodable ones counted and left
+        out)."""
+        for group in self._groups:
+            for row in group.rows():
+                pair = self._decoded(row)
+                if pair is not None:
+                    yield pair
+
+    def _rows(self, epoch: int, place: int) -> tuple[list[Any], int]:
+        """(window, index): the shuffled window that holds a place of an epoch, and where in it."""
+        number, index = divmod(place, self.settings.shuffle)
+        if self._window is None or self._window[0] != (epoch, number):
+            self._window = ((epoch, number), self._load(epoch, number))
+        return self._window[1], index
+
+    def _load(self, epoch: int, number: int) -> list[Any]:
+        """The rows of a window in their shuffled order."""
+        rows = self._read(epoch, number)
+        shuffled = generator("pairs", self.seed, "window", epoch, number).permutation(len(rows))
+        return [rows[i] for i in shuffled]
+
+    def _read(self, epoch: int, number: int) -> list[Any]:
+        """The rows of a window, encoded, in the order of their groups."""
+        rows: list[Mapping[str, Any]] = []
+        for group, chosen in self._slices(epoch, number):
+            rows += group.rows(chosen)
+        return rows
+
+    def _slices(self, epoch: int, number: int) -> Iterator[tuple[_Usable, slice]]:
+        """The row groups that a window is in, and which of their usable rows it has."""
+        order = generator("pairs", self.seed, "groups", epoch).permutation(len(self._groups))
+        ends = np.cumsum([len(self._groups[i]) for i in order])
+        at = number * self.settings.shuffle
+        stop = min(at + self.settings.shuffle, len(self))
+        while at < stop:
+            nth = bisect_right(ends.tolist(), at)
+            group = self._groups[int(order[nth])]
+            offset = at - (int(ends[nth]) - len(group))
+            chosen = slice(offset, min(offset + stop - at, len(group)))
+            yield group, chosen
+            at += chosen.stop - chosen.start
+
+    def _pair(self, window: list[Any], index: int) -> Pair:
+        """The pair at an index; in the place of one that cannot be decoded stands one from half a
+        window further on."""
+        tries = [index, *((index + len(window) // 2 + k) % len(window) for k in range(len(window)))]
+        for at in tries:
+            pair = self._decoded(window[at])
+            if pair is not None:
+                return pair
+        raise UserError(
+            f"preferences.path: no picture of {len(window)} rows in a row of {self.settings.path!r}"
+            " can be decoded"
+        )
+
+    def _decoded(self, row: Any) -> Pair | None:
+        try:
+            return to_pair(row, self.settings.size)
+        except ValueError as error:
+            self.bad.add(row["row"], str(error))
+            return None
+
+
+def _open_set(settings: PreferenceSettings) -> tuple[dict[Path, list[int]], BadRows]:
+    """The rows of each row group of each file, and the count of bad rows."""
+    files = {file: group_rows(file) for file in pair_files(settings.path)}
+    return files, BadRows(settings.path, sum(map(sum, files.values())), settings.bad_share)
+
+
+def _row_groups(files: Mapping[Path, Sequence[int]]) -> Iterator[Group]:
+    for file, sizes in files.items():
+        yield from groups_of(file, sizes)
+
+
+def first_pair(settings: PreferenceSettings) -> Pair | None:
+    """The first usable pair of a set as training would read it; None where there is none.
+
+    Raises UserError where a file or column is none of pairs, or where more rows before it are bad
+    than may be.
+    """
+    # a few rows are read at a time, since the first pair is wanted alone
+    files, bad = _open_set(settings)
+    columns = (*WORDS, "jpg_0", "jpg_1", "model_0")
+    groups = (read_rows(group, columns, batch=_FEW) for group in _row_groups(files))
+    for row in chain.from_iterable(groups):
+        # rows that training passes over are passed over here
+        if is_ruled_out(row):
+            continue
+        fault = row_fault(row["caption"], row["label_0"], row["label_1"])
+        if not fault and settings.ties == "drop" and row["label_0"] == 0.5:
+            continue
+
+        # a faulty row is counted, and the next one is tried
+        try:
+            if not fault:
+                return to_pair(row, settings.size)
+        except ValueError as error:
+            fault = str(error)
+        bad.add(row["row"], fault)
+    return None

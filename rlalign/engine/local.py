@@ -1,0 +1,218 @@
+"""Pieces of work on threads of this process, and rewards that are loaded here."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from rlalign.core.finite import WEAKER, NotFinite, all_finite, refuse, watching
+from rlalign.core.media import as_uint8
+from rlalign.core.records import Plan
+from rlalign.core.registry import UserError
+from rlalign.engine import Cost, Engine, Rewards, Scores, Work
+from rlalign.policies.base import Policy
+from rlalign.rewards.base import Reward, Scorer, score, total
+
+
+class LiveRewards:
+    """Rewards whose scorers are in this process: a ``Rewards``. A failing score is missing,
+    whatever its ``on_error``, unless they are strict."""
+
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        held_out: Sequence[Reward] = (),
+        scorers: Mapping[str, Scorer] | None = None,
+        *,
+        strict: bool = False,
+    ) -> None:
+        """``scorers`` by title are taken as they are; without them the rewards are loaded on the
+        CPU. ``strict``: what fails is answered by each reward's own ``on_error``."""
+        self._rewards = [r if strict else drop_errors(r) for r in rewards]
+        self._held_out = [r if strict else drop_errors(r) for r in held_out]
+        if scorers is None:
+            scorers = {r.title: r.load("cpu") for r in (*rewards, *held_out)}
+        self._scorers = {title: self._with_reason(scorer) for title, scorer in scorers.items()}
+        self.queries = self.gradients = self.missing = 0
+        self.reason = ""
+        """What the last scorer that failed said."""
+
+    def scores(
+        self, media_BFCHW: torch.Tensor, prompts: Sequence[str], *, held_out: bool = False
+    ) -> Scores:
+        return self.score_bytes(as_uint8(media_BFCHW), prompts, held_out=held_out)
+
+    def score_bytes(
+        self, media_BFCHW: np.ndarray, prompts: Sequence[str], *, held_out: bool = False
+    ) -> Scores:
+        asked = [*self._rewards, *(self._held_out if held_out else [])]
+        raw = {r.title: score(r, self._scorers[r.title], media_BFCHW, prompts) for r in asked}
+        return self.counted(raw)
+
+    def counted(self, raw: Mapping[str, np.ndarray]) -> Scores:
+        """Raw scores with their total; adds to the counts."""
+        self.queries += sum(len(v) for v in raw.values())
+        self.missing += int(sum((~np.isfinite(v)).sum() for v in raw.values()))
+        return Scores(raw, total(self._rewards, raw))
+
+    def gradient(
+        self, media_BFCHW: torch.Tensor, prompts: Sequence[str]
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        total_B = np.zeros(len(prompts), dtype=np.float32)
+        pull = torch.zeros_like(media_BFCHW)
+        for reward in self._rewards:
+            value_B, gradient = self.gradient_of(reward, media_BFCHW, prompts)
+            total_B = total_B + np.float32(reward.weight) * value_B
+            pull = pull + reward.weight * gradient
+        self.queries += len(prompts) * len(self._rewards)
+        self.gradients += len(prompts)
+        return total_B, pull
+
+    def gradient_of(
+        self, reward: Reward, media_BFCHW: torch.Tensor, prompts: Sequence[str]
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """((B,) raw scores, d score / d media) of one reward."""
+        with torch.enable_grad():
+            media = media_BFCHW.detach().float().requires_grad_()
+            value_B = self._scorers[reward.title](media, prompts)
+            if not value_B.requires_grad:
+                raise UserError(
+                    f"rewards.{reward.title} gives no gradient; name another, such as bradley_terry"
+                )
+            (gradient,) = torch.autograd.grad(value_B.sum(), media)
+        known_B = torch.isfinite(value_B.detach())
+        # a picture without a score has nowhere to go
+        if not bool(known_B.all()):
+            gradient = torch.where(known_B.reshape(-1, *([1] * (gradient.ndim - 1))), gradient, 0.0)
+        refuse(
+            gradient,
+            f"the gradient of rewards.{reward.title}",
+            "take another reward, or a sampler that needs no gradient",
+        )
+        return value_B.detach().float().cpu().numpy(), gradient.to(media_BFCHW.dtype)
+
+    def _with_reason(self, scorer: Scorer) -> Scorer:
+        def asked(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+            try:
+                return scorer(media_BFCHW, prompts)
+            except Exception as error:  # whatever it is, it is passed on
+                self.reason = f"{type(error).__name__}: {error}"
+                raise
+
+        return asked
+
+
+def drop_errors(reward: Reward) -> Reward:
+    """The reward where a failing score is missing and ends nothing."""
+    return reward.model_copy(update={"on_error": "drop"}) if reward.on_error == "raise" else reward
+
+
+class WorkResult(NamedTuple):
+    """A piece of work, done."""
+
+    value: Any
+    cost: Cost
+    reason: str
+    """What the last scorer that failed said; empty if none did."""
+
+
+def perform(work: Work, policy: Policy, rewards: Rewards) -> WorkResult:
+    """Does a piece of work and counts what it took."""
+    before = _read_meters(policy, rewards)
+    start = time.monotonic()
+    value = do_finite(work, policy, rewards)
+    cost = _read_meters(policy, rewards) - before
+    cost = replace(cost, seconds=time.monotonic() - start)
+    return WorkResult(value, cost, getattr(rewards, "reason", ""))
+
+
+def _read_meters(policy: Policy, rewards: Rewards) -> Cost:
+    return Cost(
+        denoiser_calls=policy.calls,
+        backward_calls=policy.backward_calls,
+        reward_queries=rewards.queries,
+        gradient_calls=rewards.gradients,
+        missing_scores=rewards.missing,
+    )
+
+
+def do_finite(work: Work, policy: Policy, rewards: Rewards) -> Any:
+    """The value of a piece of work. Where one of its tensors is not finite, it is done again with
+    an eye on every part.
+
+    Raises NotFinite in the name of the part at fault.
+    """
+    try:
+        value = work.do(policy, rewards)
+        if work.explains_itself or all_finite(value):
+            return value
+    except NotFinite:
+        if work.explains_itself:
+            raise
+        # it may have come from further up than where it was seen
+    with watching(policy, "in sampling"):
+        work.do(policy, rewards)
+    raise NotFinite(
+        "sampling: latents are not finite (NaN or infinity), and every answer of the policy is;"
+        f" {WEAKER}"
+    )
+
+
+class LocalEngine(Engine):
+    """Threads of this process, each with a replica of the policy and rewards of its own."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        rewards: Sequence[Rewards],
+        *,
+        rows: int,
+        threads: int = 1,
+        parallel: bool = True,
+    ) -> None:
+        """One lane for each of ``rewards``, with ``threads`` threads inside an operation."""
+        self.path = policy.path
+        self.rows = rows
+        self.cost = Cost()
+        self.reason = ""
+        self._policy = policy
+        self.dtype = torch.promote_types(torch.float32, next(policy.network.parameters()).dtype)
+        # a lane is a replica of the policy with rewards of its own
+        self._idle = deque(
+            (policy if i == 0 else policy.replica(), r) for i, r in enumerate(rewards)
+        )
+        self._pool = None
+        if parallel:
+            limit = {"initializer": torch.set_num_threads, "initargs": (threads,)}
+            self._pool = ThreadPoolExecutor(len(rewards), "sample", **limit)
+
+    def latent_shape(self, plan: Plan) -> tuple[int, ...]:
+        return self._policy.latent_shape(plan)
+
+    def submit(self, work: Work) -> Future[WorkResult]:
+        """Starts a piece; whoever takes its result adds to the cost."""
+        if self._pool is not None:
+            return self._pool.submit(self._do, work)
+        done: Future[WorkResult] = Future()
+        done.set_result(self._do(work))
+        return done
+
+    def map(self, works: Sequence[Work]) -> list[Any]:
+        done = list((self._pool.map if self._pool else map)(self._do, works))
+        self.cost = sum((d.cost for d in done), self.cost)
+        self.reason = next((d.reason for d in reversed(done) if d.reason), self.reason)
+        return [d.value for d in done]
+
+    def _do(self, work: Work) -> WorkResult:
+        policy, rewards = self._idle.pop()
+        try:
+            return perform(work, policy, rewards)
+        finally:
+            self._idle.append((policy, rewards))

@@ -1,0 +1,189 @@
+"""Settings of a fit-reward run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+
+from rlalign.core.locations import ArchitecturePath, LocalPath, LocalPattern
+from rlalign.core.records import Plan
+from rlalign.core.registry import UserError, build
+from rlalign.data.pairs.reader import PreferenceSettings
+from rlalign.data.prompts.base import Prompts
+from rlalign.policies.base import PolicyRecipe
+from rlalign.rewards.base import Reward
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSettings(_Settings):
+    """Which open_clip model is fitted, and how much of it."""
+
+    architecture: ArchitecturePath = Field(
+        default="tiny", description="tiny, a name of open_clip's, or a JSON file with a model_cfg"
+    )
+    tokenizer: LocalPath = Field(
+        default="", description="folder with a tokenizer; empty is the architecture's own"
+    )
+    pretrained: LocalPath = Field(
+        default="", description="safetensors file of weights to start from; empty starts fresh"
+    )
+    image_groups: int = Field(
+        default=-1,
+        ge=-1,
+        description="last groups of the image tower that are trained (open_clip's lock); -1 is all",
+    )
+    text_groups: int = Field(
+        default=-1,
+        ge=-1,
+        description=(
+            "last groups of the text tower that are trained (projection, blocks ...); -1 is all"
+        ),
+    )
+
+
+class Optimisation(_Settings):
+    """How a stage is trained: AdamW, linear warm-up, then a cosine to 0 over the stage's
+    updates."""
+
+    updates: int = Field(ge=0, description="optimiser updates")
+    lr: float = Field(default=1.0e-3, gt=0.0, description="largest learning rate")
+    warmup: int = Field(default=50, ge=0, description="updates over which the rate rises from 0")
+    weight_decay: float = Field(
+        default=0.02, ge=0.0, description="AdamW's weight decay, of matrices alone"
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0.0, description="clip on the gradient's norm")
+
+
+class Contrastive(Optimisation):
+    """Stage 1, optional: CLIP's contrastive loss (Radford 2021, arXiv:2103.00020) on drawn pictures
+    and their captions."""
+
+    updates: int = Field(default=0, ge=0, description="optimiser updates; 0 leaves the stage out")
+    batch: int = Field(default=128, ge=2, description="pictures per update")
+
+
+class Fit(Optimisation):
+    """Stage 2: the loss on pairs. An update takes ``preferences.pairs_per_round`` pairs."""
+
+    updates: int = Field(default=1000, ge=1, description="optimiser updates")
+    theta: float = Field(
+        default=1.0,
+        ge=1.0,
+        description=(
+            "Rao-Kupper's threshold for ties; 1 is Bradley-Terry (preferences.ties says how)"
+        ),
+    )
+    weight_by_prompt: bool = Field(
+        default=True, description="each pair counts 1 / pairs of its prompt, as in PickScore"
+    )
+
+
+class FitPreferences(PreferenceSettings):
+    """Preference pairs of a fit: from files, or the simulated ones of the run folder."""
+
+    path: LocalPattern = Field(
+        default="", description="Parquet file, folder or glob; empty where the pairs are simulated"
+    )
+
+
+def _recipe(shelf: str, place: str) -> BeforeValidator:
+    def build_one(value: Any) -> Any:
+        return build(shelf, {"name": value} if isinstance(value, str) else value, place)
+
+    return BeforeValidator(build_one)
+
+
+class Simulate(_Settings):
+    """Pairs of a policy's own samples (and drawn pictures), labelled by a hidden utility: a judge
+    that is known exactly."""
+
+    utility: tuple[
+        SerializeAsAny[Annotated[Reward, _recipe("rewards", "simulate.utility")]], ...
+    ] = Field(min_length=1, description="the hidden utility: a weighted sum of rewards")
+    policy: SerializeAsAny[Annotated[PolicyRecipe, _recipe("policies", "simulate.policy")]] = Field(
+        default="tiny", validate_default=True, description="whose samples are compared"
+    )  # type: ignore[assignment]
+    prompts: SerializeAsAny[Annotated[Prompts, _recipe("prompts", "simulate.prompts")]] = Field(
+        default="shapes", validate_default=True, description="their prompts"
+    )  # type: ignore[assignment]
+    plan: Plan = Plan()
+    pairs: int = Field(
+        default=4000, ge=2, description="pairs in all, of the policy's samples and drawn"
+    )
+    samples_per_prompt: int = Field(
+        default=4, ge=2, description="samples of a prompt, each compared with each"
+    )
+    drawn: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "share of pairs of drawn shapes: the caption's scene and one with a fact changed"
+        ),
+    )
+    temperature: float = Field(
+        default=0.0,
+        ge=0.0,
+        description=(
+            "labels are drawn with probability sigmoid(difference / temperature); 0 is exact"
+        ),
+    )
+    lanes: int = Field(
+        default=2, ge=1, description="threads that sample, each with a replica of the policy"
+    )
+
+
+class FitReward(_Settings):
+    """Settings of a fit-reward run.
+
+    ``out`` is the run folder: ``pairs.parquet`` where they are simulated, ``checkpoints/`` to
+    resume from, ``reward/`` (what
+    ``rewards: [{name: bradley_terry, path: ...}]`` loads), ``fit.json`` and ``fit.html``.
+    """
+
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="decides the first weights, the pairs' order, and what is simulated",
+    )
+    out: Path = Field(default=Path("runs/fit_reward"), description="run folder")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="torch device")
+    threads: int = Field(
+        default=0, ge=0, description="torch threads on the CPU; 0 leaves torch's own number"
+    )
+    model: ModelSettings = ModelSettings()
+    preferences: FitPreferences = FitPreferences()
+    simulate: Simulate | None = Field(
+        default=None, description="make the pairs, where preferences.path names none"
+    )
+    held_out: float = Field(
+        default=0.1, gt=0.0, lt=1.0, description="share of prompts whose pairs are never trained on"
+    )
+    contrastive: Contrastive = Contrastive()
+    fit: Fit = Fit()
+    checkpoint_every: int = Field(default=250, ge=1, description="updates between two checkpoints")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FitReward:
+        if (self.simulate is None) == (not self.preferences.path):
+            raise UserError(
+                "preferences.path or simulate must say where the pairs come from, and not both, "
+                f"got {'neither' if self.simulate is None else 'both'}"
+            )
+        if self.fit.theta > 1.0 and self.preferences.ties != "half":
+            raise UserError(
+                f"fit.theta > 1 models ties and needs preferences.ties half, got {self.fit.theta}"
+                " with ties dropped"
+            )
+        return self
+
+    @property
+    def pairs(self) -> PreferenceSettings:
+        """Where the pairs are read from."""
+        path = self.preferences.path or str(self.out / "pairs.parquet")
+        return PreferenceSettings.model_validate({**self.preferences.model_dump(), "path": path})

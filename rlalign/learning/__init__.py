@@ -1,0 +1,12 @@
+"""The parts of a run that know no Run: each takes what it needs as arguments.
+
+learner.py     one optimiser and one update: shards, accumulation, clipping, averages
+evaluate.py    fixed prompts and noise: summaries, comparisons, diversity, KL
+guard.py       over-optimisation: what it watches and what it does
+checkpoint.py  saving and resuming, written whole or not at all
+folders.py     what a folder that is to be written holds already
+metrics.py     a run's lines: metrics.jsonl, evaluations.jsonl, TensorBoard
+
+May import policies, rewards (their bases) and everything below; knows no algorithm by name and no
+Run.
+"""

@@ -1,0 +1,279 @@
+"""Saving and resuming a run: one folder per checkpoint, safetensors and JSON, written whole or not
+at all.
+
+``checkpoints/round-00010/`` holds ``state.safetensors`` (every tensor that the next update depends
+on) and ``state.json`` (round, statistics, the run's identity, and one checksum over both files).
+Randomness needs no state: it is keyed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from rlalign.core.files import replacing, sync_folder, write_durably
+from rlalign.core.registry import UserError
+
+FORMAT = "rlalign checkpoint 1"
+_UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
+LEARNER_LOCK = ".lock"
+DRIVER_LOCK = ".driver"
+_NAME = re.compile(r"round-(\d{5,})")
+
+
+class CheckpointSettings(BaseModel):
+    """When a run saves itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(
+        default=5, ge=1, description="rounds between checkpoints; the last round always makes one"
+    )
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    round: int
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+    """JSON-able: statistics and counters."""
+
+
+def folder_of(run_folder: Path, round: int) -> Path:
+    """Where the checkpoint of a round lies."""
+    return run_folder / "checkpoints" / f"round-{round:05d}"
+
+
+def identity(resolved: Mapping[str, Any]) -> str:
+    """A digest of what may not change between a checkpoint and the run that resumes it.
+
+    ``rounds`` may be extended; names, placement, checkpoint and evaluation settings, and what is
+    written beside or decoded by how many threads, do not touch the weights.
+    """
+    kept = dict(resolved)
+    if "write_pairs" in kept:
+        kept["write_pairs"] = ""
+    if kept.get("preferences"):
+        kept["preferences"] = {**kept["preferences"], "workers": 0}
+    return plain_identity(kept)
+
+
+def plain_identity(resolved: Mapping[str, Any]) -> str:
+    """The digest in checkpoints of before ``write_pairs`` and ``preferences.workers`` might change:
+    it holds them too."""
+    kept = {
+        k: v
+        for k, v in resolved.items()
+        if k not in ("name", "rounds", "runtime", "checkpoint", "evaluate")
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def save(run_folder: Path, checkpoint: Checkpoint, *, run_identity: str, keep: int) -> Path:
+    """Writes a checkpoint atomically, then removes all but the newest ``keep``."""
+    from safetensors.torch import save as to_bytes
+
+    # the facts, with a checksum over them and the tensors
+    target = folder_of(run_folder, checkpoint.round)
+    state = {
+        "format": FORMAT,
+        "run": run_identity,
+        "round": checkpoint.round,
+        "facts": checkpoint.facts,
+    }
+    state = json.loads(json.dumps(state))
+    blob = to_bytes({n: t.detach().cpu().contiguous() for n, t in checkpoint.tensors.items()})
+    state["sha256"] = _checksum(blob, state)
+
+    # the files are on the disk before the folder has its name, and the name before an older goes
+    with disk_errors(run_folder):
+        _sweep(target.parent)
+        with replacing(target) as scratch:
+            scratch.mkdir(parents=True)
+            write_durably(scratch / "state.safetensors", blob)
+            write_durably(scratch / "state.json", json.dumps(state, indent=1).encode())
+            sync_folder(scratch)
+        sync_folder(target.parent)
+
+    # older ones go last
+    for old in _rounds(run_folder)[:-keep]:
+        shutil.rmtree(folder_of(run_folder, old))
+    return target
+
+
+def latest(run_folder: Path, *, run_identity: str, older: str = "") -> Checkpoint | None:
+    """The newest checkpoint of a run, or None. A damaged or foreign one is named and refused
+    (UserError).
+
+    ``older`` is the run's ``plain_identity``, under which it may have been saved.
+    """
+    rounds = _rounds(run_folder)
+    return _read(folder_of(run_folder, rounds[-1]), (run_identity, older)) if rounds else None
+
+
+def read_tensors(run_folder: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors of the newest checkpoint, whatever run made it (for evaluate and export)."""
+    rounds = _rounds(run_folder)
+    if not rounds:
+        raise UserError(
+            f"{run_folder} has no checkpoint yet; wait for the first one, or name another folder"
+        )
+    return _read(folder_of(run_folder, rounds[-1]), None).tensors
+
+
+def _read(folder: Path, identities: tuple[str, ...] | None) -> Checkpoint:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    way_out = f"delete {folder} to resume from the one before it"
+
+    # both files are there, and one is JSON
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        blob = (folder / "state.safetensors").read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"checkpoint {folder} is incomplete: {Path(error.filename).name} is missing; {way_out}"
+        ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"checkpoint {folder} is damaged: state.json is not JSON; {way_out}"
+        ) from error
+
+    # they are of a checkpoint, of this run, and undamaged
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"checkpoint {folder} is foreign: its format must be {FORMAT!r}; {way_out}")
+    if identities is not None and state.get("run") not in identities:
+        raise UserError(
+            f"checkpoint {folder} belongs to another run: its settings differ from config.yaml;"
+            " start anew in another folder"
+        )
+    if _checksum(blob, state) != state.get("sha256"):
+        raise UserError(
+            f"checkpoint {folder} is damaged: state.safetensors or state.json does not match the"
+            f" checksum; {way_out}"
+        )
+
+    # the checksum fits, so that only safetensors itself can refuse
+    try:
+        tensors = from_bytes(blob)
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {folder} is damaged: {error}; {way_out}") from error
+    return Checkpoint(round=int(state["round"]), tensors=tensors, facts=state["facts"])
+
+
+def _checksum(blob: bytes, state: Mapping[str, Any]) -> str:
+    """One digest over the tensors and everything that state.json says beside the digest itself."""
+    said = json.dumps({k: v for k, v in state.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(blob + said.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(run_folder: Path) -> Iterator[None]:
+    """A full or read-only disk, or a folder that cannot be, becomes one message with the way
+    out."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # a run with something to keep goes on, another one starts again
+        code, file = _error_of_disk(error)
+        if code in _UNWRITABLE:
+            is_run = (run_folder / "config.yaml").is_file() and (
+                run_folder / "metrics.jsonl"
+            ).is_file()
+            resumes = is_run or bool(_rounds(run_folder))
+            way_out = "give the same command again"
+            if resumes:
+                way_out = f"go on with: rlalign train --resume {run_folder}"
+            raise UserError(
+                f"cannot write {file or run_folder}: {os.strerror(code)}; mend that, then {way_out}"
+            ) from error
+        raise
+
+
+def _error_of_disk(error: Exception) -> tuple[int, str]:
+    """The operating system's number and the file of a failed write; safetensors has the number in
+    its text alone."""
+    if isinstance(error, OSError):
+        return error.errno or 0, error.filename or ""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else 0, ""
+
+
+@contextlib.contextmanager
+def exclusive(
+    run_folder: Path, *, lock: str = LEARNER_LOCK, patience_seconds: float = 60.0
+) -> Iterator[None]:
+    """Only one process writes a run folder: waits for a dying one, then refuses.
+
+    ``lock`` says which of the two that a run on Ray has: its driver, or the learner, which Ray
+    starts again where it dies.
+    """
+    with disk_errors(run_folder):
+        run_folder.mkdir(parents=True, exist_ok=True)
+        handle = (run_folder / lock).open("a+", encoding="utf-8")
+
+    # wait for whoever has the lock, but not for ever
+    with handle:
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{run_folder} is being written by process {writer(run_folder, lock)}; stop"
+                        " that one first"
+                    ) from error
+                time.sleep(0.2)
+        # say who has it
+        with disk_errors(run_folder):
+            os.truncate(handle.fileno(), 0)
+            os.write(handle.fileno(), str(os.getpid()).encode())
+        yield
+
+
+def writer(run_folder: Path, lock: str = LEARNER_LOCK) -> int | None:
+    """The process that writes this run folder, or was the last to."""
+    file = run_folder / lock
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return int(text) if text.isdecimal() else None
+
+
+def _rounds(run_folder: Path) -> list[int]:
+    folder = run_folder / "checkpoints"
+    found = [_NAME.fullmatch(p.name) for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(m.group(1)) for m in found if m)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what an interrupted save left behind."""
+    for left in folder.glob(".round-*"):
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,375 @@
+"""One optimiser and one update(): shard, accumulate, clip, step, average. Knows no algorithm by
+name.
+
+An update's passes are dealt to a fixed number of *shards*. Each shard's gradient is summed on its
+own, then the shards are added in order. Shards may run on threads of one process or on several
+learner processes: the sum is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from rlalign.core.batches import Batch, Pass, moved
+from rlalign.core.copies import AtRoundStart, Copy, Decay, Every
+from rlalign.core.finite import refuse_update
+from rlalign.core.progress import Tell, tell_nobody
+from rlalign.core.records import Weights
+from rlalign.core.registry import UserError
+from rlalign.diffusion.noise import generator
+from rlalign.networks.precision import explained, here, start_thread
+from rlalign.policies.base import Policy
+
+
+class LearnerSettings(BaseModel):
+    """How weights are updated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="AdamW's learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's moment decays")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="gradients are scaled down to this global norm"
+    )
+    epochs: int = Field(default=1, ge=1, description="times a round's samples are used")
+    updates_per_round: int = Field(
+        default=2, ge=1, description="optimiser updates per epoch; must divide the units of a round"
+    )
+    steps_per_pass: int = Field(
+        default=1,
+        ge=1,
+        description="denoising steps in one forward pass; 1 keeps the rollout's batch shape",
+    )
+    shards: int = Field(
+        default=1,
+        ge=1,
+        description="parts whose gradients are summed apart; they run side by side on a CPU",
+    )
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="weight average used to evaluate and export; 0 is off"
+    )
+
+
+class PassLoss(Protocol):
+    """What the learner calls: a loss with its metrics for one pass (an Algorithm's ``loss``)."""
+
+    def __call__(self, batch: Any, policy: Policy, /) -> Any: ...
+
+
+def _refuse_uneven(shards: int, world: int) -> None:
+    """Raises UserError where the learners cannot share the shards out evenly."""
+    if shards % world:
+        raise UserError(
+            f"learner.shards must be a multiple of runtime.learner.workers ({world}), got {shards}"
+        )
+
+
+class Learner:
+    """The live learner; the same object with one process and with many."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        loss: PassLoss,
+        settings: LearnerSettings,
+        *,
+        seed: int,
+        threads: int = 1,
+        copies: Mapping[str, Copy] = MappingProxyType({}),
+        critic: tuple[torch.nn.Module, float] | None = None,
+    ) -> None:
+        """``copies`` are kept as an algorithm declares them; ``critic`` is a value network, which
+        the loss finds as ``policy.critic``, and its learning rate."""
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=policy.device == "cpu")
+        self.policy = policy
+        self.loss = loss
+        self.settings = settings
+        self.seed = seed
+        self.copies = copies
+        self.version = 0
+        self._base = policy.weights()
+        self._average = policy.weights() if settings.ema_decay else None
+        policy.critic, critic_lr = critic or (None, settings.lr)
+        slow = [kind for kind, copy in copies.items() if isinstance(copy, Decay)]
+        self._snapshots = {kind: policy.weights() for kind in slow}
+        policy.snapshots = self._snapshots  # the replicas' too
+        self._own = policy.trainable()
+        self._parameters = _all_parameters(policy)
+        others = [p for n, p in self._parameters.items() if n not in self._own]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": list(self._own.values())}, {"params": others, "lr": critic_lr}],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        world = self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        _refuse_uneven(settings.shards, world)
+        self._own_shards = range(rank, settings.shards, world)
+        lanes = len(self._own_shards) if policy.device == "cpu" else 1
+        self._lanes = [policy, *(policy.replica() for _ in range(lanes - 1))]
+        begin = (threads, here(policy.device))
+        self._pool = ThreadPoolExecutor(lanes, "lane", initializer=start_thread, initargs=begin)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and publishes weights."""
+        return self.accelerator.is_main_process
+
+    def update(self, batch: Batch, *, round: int, tell: Tell = tell_nobody) -> dict[str, float]:
+        """All updates of one round; tells how many are done.
+
+        Returns its metrics: loss, grad_norm, the algorithm's own, and ``ratio/first_update``.
+
+        ``update_calls`` is the number of samples that the denoiser was asked about per update.
+        """
+        collected: list[dict[str, float]] = []
+
+        # some snapshots are of the weights at the start of a round
+        for kind, copy in self.copies.items():
+            if isinstance(copy, AtRoundStart):
+                self._snapshots[kind] = self.policy.weights()
+
+        # each update takes its part of the batch, in a new order each epoch
+        parts = min(self.settings.updates_per_round, batch.parts)
+        for epoch in range(self.settings.epochs):
+            order = generator("shuffle", self.seed, round, epoch).permutation(batch.parts)
+            for part in np.array_split(order, self.settings.updates_per_round):
+                # a batch may have fewer parts than updates, where samples were dropped
+                if len(part):
+                    collected.append(self._optimise(batch.pick(part.tolist()), (round, epoch)))
+                    tell(len(collected), self.settings.epochs * parts)
+
+        # the other snapshots follow after the updates
+        self._move_snapshots(round)
+        if not collected:
+            return {"grad_norm": 0.0, "loss": 0.0}
+
+        # metrics that every update has, over all updates
+        names = sorted(n for n in collected[0] if all(n in c for c in collected))
+        fold = {n: max if n in self._maxima else np.mean for n in names}
+        metrics = {n: float(fold[n]([c[n] for c in collected])) for n in names}
+        if "ratio/max_deviation" in metrics:
+            metrics["ratio/first_update"] = collected[0]["ratio/max_deviation"]
+        return metrics
+
+    def _optimise(self, part: Batch, draw: tuple[int, int]) -> dict[str, float]:
+        """One optimiser update over all passes of ``part``."""
+        # each lane takes shards of its own
+        passes = list(part.passes(self.settings.steps_per_pass, draw))
+        jobs = [(s, self._lanes[i % len(self._lanes)]) for i, s in enumerate(self._own_shards)]
+        mine = list(
+            self._pool.map(
+                lambda job: self._shard(passes[job[0] :: self.settings.shards], job[1]), jobs
+            )
+        )
+
+        # the gradient is the same whatever the number of lanes
+        gradient = self._sum_of_shards([flat for flat, _, _ in mine])
+        if not bool(torch.isfinite(gradient).all()):
+            again = (self.loss(moved(one, self.policy.device), self.policy) for one in passes)
+            refuse_update(self.policy, self.version, again)
+
+        # the step of the optimiser
+        self._place(gradient)
+        norm = torch.nn.utils.clip_grad_norm_(self._own.values(), self.settings.max_grad_norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.version += 1
+        self._track_average()
+
+        # what all processes measured
+        means = self._reduced([m for _, m, _ in mine], "sum")
+        maxima = self._reduced([m for _, _, m in mine], "max")
+        self._maxima = frozenset(maxima)
+        return {**means, **maxima, "grad_norm": float(norm)}
+
+    _maxima: frozenset[str] = frozenset()
+
+    def _shard(
+        self, passes: Sequence[Pass], lane: Policy
+    ) -> tuple[torch.Tensor, dict[str, float], dict[str, float]]:
+        """The summed gradient of one shard as a flat vector, with its weighted means and its
+        maxima."""
+        # the sums start anew with each shard
+        parameters = list(_all_parameters(lane).values())
+        calls = lane.calls
+        means: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+
+        # gradients add up over the passes
+        for one in passes:
+            with explained():
+                loss = self.loss(moved(one, lane.device), lane)
+                (loss.value * one.weight).backward()
+            for name, value in {"loss": loss.value, **loss.means}.items():
+                means[name] = means.get(name, 0.0) + float(value.detach()) * one.weight
+            for name, value in loss.maxima.items():
+                maxima[name] = max(maxima.get(name, 0.0), float(value))
+
+        # the gradient leaves as one vector, and the parameters are without one again
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        )
+        for parameter in parameters:
+            parameter.grad = None
+        means["update_calls"] = float(lane.calls - calls)
+        return flat, means, maxima
+
+    def _sum_of_shards(self, own: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Adds all shards of all processes in shard order, so that no split changes a bit."""
+        if self.accelerator.num_processes == 1:
+            slots: Iterable[torch.Tensor] = own
+        else:
+            table = torch.zeros(self.settings.shards, own[0].numel(), device=own[0].device)
+            for shard, flat in zip(self._own_shards, own, strict=True):
+                table[shard] = flat
+            slots = self.accelerator.reduce(table, reduction="sum")  # type: ignore[assignment]
+        first, *rest = slots
+        for flat in rest:
+            first = first + flat
+        return first
+
+    def _place(self, gradient: torch.Tensor) -> None:
+        offset = 0
+        for parameter in self._parameters.values():
+            parameter.grad = gradient[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+    def _reduced(self, own: Sequence[Mapping[str, float]], how: str) -> dict[str, float]:
+        from accelerate.utils import gather_object
+
+        numbered = [(shard, dict(o)) for shard, o in zip(self._own_shards, own, strict=True)]
+        if self.accelerator.num_processes > 1:
+            # shard order, as in one process
+            numbered = sorted(gather_object(numbered), key=lambda pair: pair[0])
+        merged = [o for _, o in numbered]
+        names = sorted({name for o in merged for name in o})
+        fold = max if how == "max" else sum
+        return {name: float(fold([o[name] for o in merged if name in o])) for name in names}
+
+    @torch.no_grad()
+    def _track_average(self) -> None:
+        if self._average is None:
+            return
+        for name, parameter in self._own.items():
+            self._average[name].lerp_(parameter, 1.0 - self.settings.ema_decay)
+
+    @torch.no_grad()
+    def _move_snapshots(self, round: int) -> None:
+        """After a round: slow copies follow the weights, others are taken anew where that is
+        due."""
+        for kind, copy in self.copies.items():
+            if isinstance(copy, Decay):
+                for name, parameter in self._own.items():
+                    self._snapshots[kind][name].lerp_(parameter, 1.0 - copy.of_round(round))
+            elif isinstance(copy, Every) and round % copy.rounds == 0:
+                self._snapshots[kind] = self.policy.weights()
+
+    def scale_rate(self, factor: float) -> None:
+        """The policy's learning rate becomes ``factor`` times its setting."""
+        self.optimiser.param_groups[0]["lr"] = self.settings.lr * factor
+
+    def weights(self) -> Weights:
+        """What rollouts use: the current weights, or the slow copy of them where the algorithm
+        keeps one."""
+        slow = self._snapshots.get("behaviour")
+        if slow is not None:
+            return Weights(
+                version=self.version,
+                kind="behaviour",
+                tensors={n: t.clone() for n, t in slow.items()},
+            )
+        return Weights(version=self.version, kind="current", tensors=self.policy.weights())
+
+    def weights_to_show(self) -> Weights:
+        """What is evaluated and exported: the average where there is one, else the current
+        weights."""
+        if self._average is None:
+            return Weights(version=self.version, kind="current", tensors=self.policy.weights())
+        return Weights(
+            version=self.version,
+            kind="average",
+            tensors={n: t.clone() for n, t in self._average.items()},
+        )
+
+    def base_weights(self) -> Weights:
+        """The weights before the first update of the run."""
+        return Weights(version=0, kind="base", tensors=self._base)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that an update depends on, as named tensors: weights, both moments, step
+        counts, the copies."""
+        tensors = {
+            n if n not in self._own else f"policy/{n}": p.detach()
+            for n, p in self._parameters.items()
+        }
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                tensors[f"optimiser/{key}/{name}"] = value
+        tensors.update({f"average/{n}": t for n, t in (self._average or {}).items()})
+        for kind in self._snapshots:
+            if isinstance(self.copies[kind], AtRoundStart):
+                continue
+            tensors.update({f"snapshot/{kind}/{n}": t for n, t in self._snapshots[kind].items()})
+        tensors["version"] = torch.tensor(self.version)
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of ``state_dict``; raises KeyError when a tensor is missing."""
+        # the weights that are trained
+        self.policy.set_weights({n: tensors[f"policy/{n}"] for n in self._own})
+        with torch.no_grad():
+            for name in self._parameters.keys() - self._own.keys():
+                self._parameters[name].copy_(tensors[name])
+
+        # the other copies of the policy
+        for kind in {k.split("/")[1] for k in tensors if k.startswith("snapshot/")}:
+            self._snapshots[kind] = {
+                n: tensors[f"snapshot/{kind}/{n}"].to(p.device, copy=True)
+                for n, p in self._own.items()
+            }
+
+        # the state of the optimiser
+        self.optimiser.state.clear()
+        for name, parameter in self._parameters.items():
+            keys = {
+                k.split("/")[1]
+                for k in tensors
+                if k.startswith("optimiser/") and k.endswith("/" + name)
+            }
+            if keys:
+                self.optimiser.state[parameter] = {
+                    # AdamW keeps its step count on the CPU, its moments beside the weights
+                    k: (
+                        tensors[f"optimiser/{k}/{name}"].to(
+                            "cpu" if k == "step" else parameter.device, copy=True
+                        )
+                    )
+                    for k in sorted(keys)
+                }
+
+        # the average and the version
+        if self._average is not None:
+            self._average = {
+                n: tensors[f"average/{n}"].to(p.device, copy=True) for n, p in self._own.items()
+            }
+        self.version = int(tensors["version"])
+
+
+def _all_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:
+    """The policy's trainable weights, then its critic's, in a fixed order."""
+    critic = dict(policy.critic.named_parameters()) if policy.critic is not None else {}
+    return {**policy.trainable(), **{f"critic/{n}": p for n, p in critic.items()}}

@@ -1,0 +1,12 @@
+"""Live torch modules that are no policy, and how they are loaded, placed and made cheaper.
+
+pipelines/           folders in diffusers' format: found, loaded, checked
+towers.py            open_clip models with a text and a picture tower: what CLIP-like rewards are
+critic.py            a value network on latents
+noisy_classifier.py  a classifier of noisy latents, for guidance
+lora.py              adapters: attached, merged, switched off
+precision.py         in which precision a network computes, and kernels that repeat
+devices.py           which torch devices this machine has
+
+May import core, diffusion and data. Heavy libraries are imported inside functions.
+"""

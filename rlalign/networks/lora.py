@@ -1,0 +1,228 @@
+"""Low-rank adapters (Hu 2021, arXiv:2106.09685) on a denoiser, through peft; saved in diffusers'
+own format by the policies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlalign.core.registry import UserError, read_reason
+
+ADAPTER = "default"
+FILE = "pytorch_lora_weights.safetensors"
+"""The name of an adapter's file in a folder: diffusers' own."""
+
+
+def attach(
+    network: torch.nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int = 0
+) -> None:
+    """Freezes the network and adds trainable adapters to the layers whose names end in ``targets``.
+
+    The adapters' output starts at zero; their Gaussian initialisation depends on ``seed`` alone.
+    Adapter weights are float32.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network.requires_grad_(False)
+    scale: Any = alpha or rank  # peft says int, and takes any number
+    config = LoraConfig(
+        r=rank, lora_alpha=scale, target_modules=list(targets), init_lora_weights="gaussian"
+    )
+    with torch.random.fork_rng(devices=[]), _in_float32(network):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    network.peft_config = {ADAPTER: config}  # type: ignore[assignment]  # where diffusers' savers look for it
+
+
+@contextlib.contextmanager
+def _in_float32(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, stand-ins for weights of another dtype: peft rounds a new adapter to the dtype of the
+    layer that it is added to."""
+    kept = {p: p.data for p in network.parameters() if p.dtype != torch.float32}
+    for parameter, data in kept.items():
+        parameter.data = torch.zeros((), device=data.device).expand(data.shape)
+    try:
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
+
+
+def file_of(name: str) -> Path | None:
+    """The file of an adapter that a path names, or that lies in the folder which it names; None
+    where there is none."""
+    path = Path(name)
+    if path.is_dir():
+        return path / FILE if (path / FILE).is_file() else None
+    return path if path.suffix == ".safetensors" and path.is_file() else None
+
+
+def refuse_as_model(name: str, place: str) -> None:
+    """Raises UserError where ``place`` names an adapter, which is no model by itself."""
+    if file_of(name) is not None and not (Path(name) / "model_index.json").is_file():
+        raise UserError(
+            f"{place} must name a model, got {name!r}, an adapter; name the model that it was"
+            f" trained on, and the adapter as policy.adapter={name}"
+        )
+
+
+def attach_saved(pipeline: Any, part: str, name: str, *, rank: int, alpha: float) -> None:
+    """Freezes the ``part`` of a pipeline and adds the trainable adapters of a file, in diffusers'
+    format, with its weights.
+
+    Rank and alpha are the file's; 0 for ``rank`` and ``alpha`` is to take them as they are. Adapter
+    weights are float32. Raises UserError naming the file where it is damaged, of another model, or
+    holds what would be left out.
+    """
+    file = file_of(name)
+    if file is None:
+        within = "; name its policy/ folder" if file_of(str(Path(name) / "policy")) else ""
+        raise UserError(
+            f"policy.adapter must be a folder with {FILE}, or a .safetensors file, got"
+            f" {name!r}{within}"
+        )
+
+    # only the adapter is trained
+    network = getattr(pipeline, part)
+    network.requires_grad_(False)
+    with _in_float32(network):
+        count = _load_adapter(pipeline, part, file)
+
+    # matrices of another part, or of another model, fit nowhere
+    tensors = {n: p for n, p in network.named_parameters() if "lora_" in n}
+    if not tensors or len(tensors) != count:
+        raise UserError(
+            f"policy.adapter: {file} must hold LoRA matrices of the {part} alone, and"
+            f" {len(tensors)} of its {count} tensors fit there; is it an adapter of this model, and"
+            " of no text encoder?"
+        )
+    for parameter in tensors.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+    # a damaged file can hold numbers that are not finite
+    if not all(bool(torch.isfinite(p).all()) for p in tensors.values()):
+        raise UserError(
+            f"policy.adapter: the weights in {file} must be finite, and some are not; take another"
+            " copy of it"
+        )
+    _refuse_other_settings(network, file, rank=rank, alpha=alpha)
+
+
+def _load_adapter(pipeline: Any, part: str, file: Path) -> int:
+    """Adds the adapters of a file to a network; returns how many tensors the file holds, but for
+    scales."""
+    from diffusers.utils import logging
+    from safetensors import SafetensorError, safe_open
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of is counted, and refused in one message
+    try:
+        with safe_open(file, "pt") as opened, torch.random.fork_rng(devices=[]):
+            names = [n for n in opened.keys() if not n.endswith(".alpha")]  # noqa: SIM118 - no mapping
+            told = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+            state, *alphas, metadata = pipeline.lora_state_dict(
+                str(file.parent), **told, return_lora_metadata=True
+            )
+            getattr(pipeline, part).load_lora_adapter(
+                state,
+                prefix=part,
+                network_alphas=next(iter(alphas), None),
+                metadata=metadata,
+                adapter_name=ADAPTER,
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        IndexError,
+        SafetensorError,
+    ) as error:
+        raise UserError(
+            f"policy.adapter: {file} is damaged, or no adapter of this model ({read_reason(error)})"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return len(names)
+
+
+def _refuse_other_settings(
+    network: torch.nn.Module, file: Path, *, rank: int, alpha: float
+) -> None:
+    """Raises UserError where a rank or an alpha was asked for that is not the file's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    for setting, asked, found in (
+        ("lora_rank", rank, {m.r[ADAPTER] for m in layers}),
+        ("lora_alpha", alpha, {m.lora_alpha[ADAPTER] for m in layers}),
+    ):
+        if asked and found != {asked}:
+            said = ", ".join(f"{value:g}" for value in sorted(found))
+            raise UserError(
+                f"policy.{setting} must be 0 (the adapter's own) or {said}, that of {file}, got"
+                f" {asked:g}"
+            )
+
+
+def is_attached(network: torch.nn.Module) -> bool:
+    """Whether the network carries adapters."""
+    return any("lora_" in name for name, _ in network.named_parameters())
+
+
+@contextlib.contextmanager
+def disabled(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, the network computes what it computed before ``attach``."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merge(network: torch.nn.Module) -> None:
+    """Adds the adapters into the layers they adapt, for good; the network keeps peft's layer
+    classes."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+
+
+def plain_state_dict(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a merged network under the names it had before ``attach``."""
+    return {
+        n.replace(".base_layer.", "."): t
+        for n, t in network.state_dict().items()
+        if "lora_" not in n
+    }
+
+
+def order_header(file: Path) -> None:
+    """Rewrites a safetensors file so that its metadata lie in the order of their names: as the
+    library writes them, in the order of a hash map, the same adapter would be another file each
+    time."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])

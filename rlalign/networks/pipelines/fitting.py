@@ -1,0 +1,209 @@
+"""Whether a pipeline's parts are what a policy asks of them: conditions, channels and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from rlalign.core.registry import UserError
+from rlalign.networks.pipelines.loading import one_line
+from rlalign.networks.precision import autocast, unrepeatable
+
+Live = TypeVar("Live")
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
+"""Autoencoders that decode as diffusers' pipelines ask, without noise of their own."""
+UNTOLD: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "addition_embed_type": (
+        (None, "text"),
+        "more than the prompt's tokens, as Stable Diffusion XL's is",
+    ),
+    "class_embed_type": ((None,), "a class label"),
+    "num_class_embeds": ((None,), "a class label"),
+    "time_cond_proj_dim": ((None,), "the guidance scale, as a consistency model's is"),
+    "encoder_hid_dim_type": ((None, "text_proj"), "a picture"),
+}
+"""Setting of a UNet -> values with which it is told latents, timestep and tokens alone; what else
+other values make it be told."""
+
+
+def check_unet(pipeline: Any, path: str) -> None:
+    """Refuses a Stable Diffusion pipeline without a part, or whose UNet is told more than a
+    prompt."""
+    _check_present(pipeline, path, ("unet", "vae", "text_encoder", "tokenizer", "scheduler"))
+    _check_class(pipeline, path, "unet", ("UNet2DConditionModel",))
+    for name, (values, what) in UNTOLD.items():
+        value = pipeline.unet.config.get(name)
+        if value not in values:
+            raise _misfit(
+                path,
+                "unet",
+                f"{name} must be {_words(values)}, got {value!r}: this network is also told {what}",
+            )
+    _check_channels(pipeline, path, "unet")
+    _check_tokens(pipeline, path, ("",), pipeline.tokenizer.model_max_length)
+
+
+def check_transformer(pipeline: Any, path: str) -> None:
+    """Refuses a Stable Diffusion 3 pipeline that lacks a part, or has parts of another kind."""
+    text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    _check_present(pipeline, path, ("transformer", "vae", *text, "scheduler"))
+    if pipeline.text_encoder_3 is not None:
+        _check_present(pipeline, path, ("tokenizer_3",))
+    _check_class(pipeline, path, "transformer", ("SD3Transformer2DModel",))
+    _check_channels(pipeline, path, "transformer")
+    if not isinstance(pipeline.vae.config.get("shift_factor"), int | float):
+        shift = pipeline.vae.config.get("shift_factor")
+        raise _misfit(path, "vae", f"shift_factor must be a number (0.0 is none), got {shift!r}")
+    _check_tokens(pipeline, path, ("", "_2"), pipeline.tokenizer_max_length)
+
+
+def try_out(policy: Live, path: str, side: int) -> Live:
+    """Refuses a pipeline whose parts do not fit, by one small pass: the empty prompt, zero latents.
+
+    Gives back ``policy``, a live one that is settled on its device (the libraries of a GPU keep
+    what the first product finds); ``side`` is of the latents. Raises UserError.
+    """
+    # one latent of zeros, which each part must be able to read or to give
+    asked: Any = policy
+    channels = asked.network.config.in_channels
+    factor = asked.pipeline.vae_scale_factor
+    latents = torch.zeros(1, channels, side, side, device=asked.device)
+    timestep_B = torch.ones(1, dtype=torch.long, device=asked.device)
+    with torch.no_grad():
+        # the words are remembered: they are read as a rollout reads them, not in the denoiser's
+        # precision
+        condition = _tried(path, "the text encoders", lambda: asked.encode([""]))
+        with autocast(asked.device, asked.precision):
+            output = _tried(
+                path,
+                asked.part,
+                lambda: asked.predict(latents, timestep_B, condition.caption),
+            )
+        media = _tried(path, "vae", lambda: asked.decode(latents))
+
+    # shapes first, then the numbers
+    for part, found, shape in (
+        (asked.part, output, latents.shape),
+        ("vae", media, (1, 1, 3, side * factor, side * factor)),
+    ):
+        if tuple(found.shape) != tuple(shape):
+            raise _misfit(
+                path,
+                part,
+                f"must give {tuple(shape)} for latents of {side} x {side}, got"
+                f" {tuple(found.shape)}",
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise _misfit(
+                path, part, "gives numbers that are not finite (NaN), whatever it is asked"
+            )
+    return policy
+
+
+def default_size(sample_size: Any, path: str) -> tuple[int, int] | None:
+    """(height, width) in latents of a network's ``sample_size``: a number, or [height, width].
+
+    None where it is left out. Raises UserError for anything else.
+    """
+    if sample_size is None:
+        return None
+    sides = [sample_size, sample_size] if isinstance(sample_size, int) else sample_size
+    if (
+        not isinstance(sides, list | tuple)
+        or len(sides) != 2
+        or not all(isinstance(s, int) and s > 0 for s in sides)
+    ):
+        raise UserError(
+            f"policy.path: cannot read {path!r}: sample_size must be a number > 0 or [height,"
+            f" width], got {sample_size!r}; change it in a copy of the folder, or set plan.height"
+            " and plan.width"
+        )
+    return int(sides[0]), int(sides[1])
+
+
+def _check_present(pipeline: Any, path: str, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(pipeline, name, None) is None:
+            raise UserError(
+                f"policy.path: cannot load {path!r}: it has no {name}, which"
+                f" {type(pipeline).__name__} needs; name a complete folder"
+            )
+
+
+def _check_class(pipeline: Any, path: str, part: str, classes: Sequence[str]) -> None:
+    found = type(getattr(pipeline, part)).__name__
+    if found not in classes:
+        raise _misfit(path, part, f"must be {_words(classes)}, got {found}")
+
+
+def _check_channels(pipeline: Any, path: str, part: str) -> None:
+    """The denoiser gives what it takes, and takes what the autoencoder gives."""
+    _check_class(pipeline, path, "vae", AUTOENCODERS)
+    config = getattr(pipeline, part).config
+    latent = pipeline.vae.config.latent_channels
+    inpainting = ": an inpainting model is also told a mask and a picture"
+    for name in ("in_channels", "out_channels"):
+        if config[name] != latent:
+            raise _misfit(
+                path,
+                part,
+                f"{name} must be {latent}, the latent channels of its vae, got {config[name]}"
+                f"{inpainting if config[name] == 2 * latent + 1 else ''}",
+            )
+
+
+def _check_tokens(pipeline: Any, path: str, numbers: Sequence[str], length: Any) -> None:
+    """Tokenizers with words in them, and prompts no longer than the encoders read."""
+    for number in numbers:
+        tokenizer = getattr(pipeline, f"tokenizer{number}")
+        encoder = getattr(pipeline, f"text_encoder{number}")
+
+        # the words must be there
+        if len(tokenizer) <= 2:
+            # transformers makes an empty tokenizer where its files are missing: prompts would read
+            # the same
+            raise UserError(
+                f"policy.path: cannot load {path!r}: its tokenizer{number} is incomplete; is the"
+                " folder complete and undamaged?"
+            )
+
+        # the number of words must suit the text encoder
+        marks = tokenizer.num_special_tokens_to_add()
+        longest = encoder.config.to_dict().get("max_position_embeddings")
+        if (
+            not isinstance(length, int)
+            or length < marks
+            or (longest is not None and length > longest)
+        ):
+            raise _misfit(
+                path,
+                "tokenizer",
+                f"model_max_length must be a number from {marks} to {longest}, what"
+                f" text_encoder{number} reads, got {length!r}",
+            )
+
+
+def _tried(path: str, part: str, ask: Callable[[], Any]) -> Any:
+    """What a part answers; whatever the libraries raise on a pipeline's settings is a UserError."""
+    try:
+        return ask()
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and (message := unrepeatable(error)):
+            raise UserError(message) from error
+        raise _misfit(path, part, f"cannot be asked ({one_line(error)})") from error
+
+
+def _words(values: Sequence[Any]) -> str:
+    return " or ".join("null" if value is None else str(value) for value in values)
+
+
+def _misfit(path: str, part: str, rule: str) -> UserError:
+    return UserError(
+        f"policy.path: cannot read {path!r}: {part}: {rule}; name another folder, or mend {part} in"
+        " a copy of it"
+    )

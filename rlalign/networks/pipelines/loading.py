@@ -1,0 +1,314 @@
+"""A diffusers pipeline from a folder or a hub id, a dtype for each part, or one message: what is
+wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from rlalign.core.registry import UserError
+from rlalign.networks import lora
+
+INDEX = "model_index.json"
+WEIGHTS = re.compile(r"(?:model|diffusion_pytorch_model)(?P<words>[.-].+)?\.safetensors")
+"""Names of weights, as the libraries write them: whole or in shards, plain or of a variant."""
+LONGEST = 300
+"""Characters of a library's own message that are passed on."""
+SHARD = re.compile(r"-\d+-of-\d+")
+PREFERRED_VARIANTS = ("fp32", "fp16", "bf16")
+"""Where a part has several variants and no plain weights; others follow in alphabetical order."""
+LIBRARIES = ("diffusers", "transformers")
+"""Where the classes of a pipeline's networks come from; code of a folder's own is never run."""
+
+
+def load_pipeline(
+    path: str,
+    classes: Sequence[str] = ("StableDiffusionPipeline",),
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    **settings: Any,
+) -> Any:
+    """The pipeline under ``path``, of the class that its index names, one of ``classes``.
+
+    ``dtypes`` says which parts are read in another type than float32; ``settings`` go to diffusers.
+    Weights are safetensors: plain ones or, where a part has none, a variant's (fp16). Raises
+    UserError with the way out.
+    """
+    import diffusers
+
+    folder = find_folder(path, classes)
+    name, index = read_index(folder, path, classes)
+    with quiet_libraries():
+        # networks are loaded here, with checks that diffusers does not make
+        absent = {name: None for name, kind in index.items() if kind == [None, None]}
+        given = {**absent, **settings}
+        networks = {
+            part: load_network(
+                folder / part,
+                kind,
+                f"policy.path: cannot load {path!r}",
+                dtypes.get(part, torch.float32),
+            )
+            for part, kind in index.items()
+            if part not in given and _is_network(kind)
+        }
+
+        # diffusers loads the other parts
+        try:
+            return getattr(diffusers, name).from_pretrained(
+                str(folder), local_files_only=True, **networks, **given
+            )
+        except Exception as error:
+            raise _broken(f"policy.path: cannot load {path!r}", error) from error
+
+
+def find_folder(path: str, classes: Sequence[str] = ("DiffusionPipeline",)) -> Path:
+    """The pipeline folder that a setting names: on disk, or in the hub's cache after a download."""
+    folder = Path(path)
+    if (folder / INDEX).is_file():
+        return folder
+    _refuse_one_file(folder, classes[0])
+    lora.refuse_as_model(path, "policy.path")
+    place = folder.absolute()
+    rule = f"policy.path must be a diffusers pipeline folder or a hub id, got {path!r}"
+    if folder.exists():
+        raise UserError(f"{rule}: {place} has no {INDEX}{_run_folder_hint(folder)}")
+    if folder.is_absolute() or path.startswith((".", "~")):
+        raise UserError(f"{rule}: there is no folder {place}")
+    with quiet_libraries():
+        return _download(path, f"{rule}: there is no folder {place}, and as a hub id")
+
+
+def _refuse_one_file(file: Path, kind: str) -> None:
+    """Raises UserError for a whole checkpoint in one file, with how a folder is made of it."""
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix != ".safetensors" or not file.is_file():
+        return
+    try:
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise _broken(f"policy.path: cannot read {str(file)!r}", error) from error
+
+    # an adapter is refused elsewhere, by a message of its own
+    if any("lora" in name.lower() for name in names):
+        return
+    raise UserError(
+        f"policy.path must be a diffusers pipeline folder or a hub id, got {str(file)!r}, a"
+        " checkpoint in one file, which lacks the settings and tokenizers of its parts; make a"
+        " folder of it, with those of CONFIG, a folder of the same family: python -c"
+        f" \"import diffusers; diffusers.{kind}.from_single_file('{file}', config='CONFIG',"
+        " local_files_only=True).save_pretrained('NEW')\""
+    )
+
+
+def _run_folder_hint(folder: Path) -> str:
+    inner = folder / "policy"
+    return f"; its policy is in {inner}" if (inner / INDEX).is_file() else ""
+
+
+def _download(path: str, rule: str) -> Path:
+    """The folder in the hub's cache that holds a pipeline's files."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import errors, hf_hub_download
+
+    # the index says whether the repository exists and is a pipeline
+    try:
+        hf_hub_download(path, INDEX)
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"{rule} it is malformed (those have the form owner/name); correct the path"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{rule} it is unknown to the hub, or private; correct the path, or log in"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{rule} it is not in the cache, and the hub could not be reached; correct the path, or"
+            " go online"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(f"{rule} it has no {INDEX}; name another") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{rule} it cannot be loaded ({one_line(error)}); correct the path"
+        ) from error
+
+    # repositories may have weights of one variant alone
+    failed: Exception | None = None
+    for variant in (None, *PREFERRED_VARIANTS):
+        try:
+            return Path(DiffusionPipeline.download(path, use_safetensors=True, variant=variant))
+        except (OSError, ValueError) as error:
+            failed = failed or error
+    assert failed is not None
+    raise UserError(
+        f"{rule} it cannot be loaded ({one_line(failed)}); correct the path"
+    ) from failed
+
+
+def read_index(folder: Path, path: str, classes: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The class of a pipeline folder, one of ``classes``, and its parts: name -> [library,
+    class]."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _broken(f"policy.path: cannot load {path!r}", error, INDEX) from error
+
+    # the class decides whether this policy can read it
+    name = index.get("_class_name") if isinstance(index, Mapping) else None
+    if name not in classes:
+        raise UserError(
+            f"policy.path: cannot read {path!r}: _class_name in {INDEX} must be"
+            f" {' or '.join(classes)}, got {name!r}; name a folder of that class, or another policy"
+        )
+
+    # names that begin with _ are facts of the pipeline
+    parts = {
+        part: kind
+        for part, kind in index.items()
+        if not part.startswith("_") and isinstance(kind, list)
+    }
+    return str(name), parts
+
+
+def variant_of(names: Sequence[str]) -> str | None:
+    """The variant to load of a part with these files; None where there are plain weights, or
+    none."""
+    found: set[str | None] = set()
+    for name in names:
+        match = WEIGHTS.fullmatch(name)
+        if match:
+            # model.fp16-00001-of-00002.safetensors, formerly model-00001-of-00002.fp16.safetensors
+            found.add(SHARD.sub("", match["words"] or "").removeprefix(".") or None)
+    variants = sorted(v for v in found if v is not None)
+    if None in found or not variants:
+        return None
+    return next((v for v in PREFERRED_VARIANTS if v in variants), variants[0])
+
+
+def _is_network(kind: list[Any]) -> bool:
+    """Whether a part has weights of its own: what is neither a tokenizer nor a scheduler nor a
+    preprocessor."""
+    return (
+        len(kind) == 2
+        and kind[0] in LIBRARIES
+        and isinstance(_class_of(kind), type)
+        and (issubclass(_class_of(kind), torch.nn.Module))
+    )
+
+
+def _class_of(kind: list[Any]) -> Any:
+    import diffusers
+    import transformers
+
+    library = {"diffusers": diffusers, "transformers": transformers}[kind[0]]
+    return getattr(library, str(kind[1]), None)
+
+
+def load_network(
+    folder: Path, kind: list[Any], rule: str, dtype: torch.dtype = torch.float32
+) -> Any:
+    """One network of a pipeline in a dtype, in which every weight comes from the folder; buffers
+    (tables of positions, of rotations) stay float32.
+
+    ``rule`` begins the message of a UserError: the setting, and what cannot be done.
+    """
+    # a missing folder has a message of its own
+    if not folder.is_dir():
+        raise UserError(
+            f"{rule}: it has no folder {folder.name}, which its {INDEX} names; name a complete one"
+        )
+
+    # the weights as they are stored
+    try:
+        variant = variant_of([file.name for file in folder.iterdir()])
+        network, info = _class_of(kind).from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            variant=variant,
+            local_files_only=True,
+            output_loading_info=True,
+            **_sizes_as_info(kind),
+        )
+        if dtype != torch.float32:
+            _restore_buffers(network, [f for f in folder.iterdir() if f.suffix == ".safetensors"])
+    except Exception as error:
+        raise _broken(rule, error, folder.name) from error
+
+    # the libraries fill what is not in the file, or has another size there, with random numbers
+    invented = sorted(str(name) for name in info["missing_keys"])
+    invented += sorted(str(key[0]) for key in info["mismatched_keys"])
+    if invented:
+        raise UserError(
+            f"{rule}: {folder.name}: its weights lack"
+            f" {invented[0]}{f' and {len(invented) - 1} more' if invented[1:] else ''}, as its"
+            " config.json asks for it; is the folder complete and undamaged?"
+        )
+    return network
+
+
+def _restore_buffers(network: Any, files: Sequence[Path]) -> None:
+    """Puts float32 buffers back into a network of diffusers, which reads them in the dtype of its
+    weights: as its class makes them, or as the first of the files has them that does."""
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+
+    with init_empty_weights(include_buffers=False):
+        exact = dict(type(network).from_config(network.config).named_buffers())
+    stored = exact.keys() & network.state_dict().keys()
+    for file in sorted(files):
+        with safe_open(file, "pt") as opened:
+            found = stored & set(opened.keys())
+            exact |= {name: opened.get_tensor(name).float() for name in found}
+            stored -= found
+    for name, buffer in exact.items():
+        module, _, leaf = name.rpartition(".")
+        network.get_submodule(module)._buffers[leaf] = buffer
+
+
+def _sizes_as_info(kind: list[Any]) -> dict[str, bool]:
+    """What makes transformers tell of weights of other sizes rather than print a table of them;
+    diffusers names one."""
+    return {"ignore_mismatched_sizes": True} if kind[0] == "transformers" else {}
+
+
+def _broken(rule: str, error: Exception, part: str = "") -> UserError:
+    place = f"{part}: " if part else ""
+    return UserError(f"{rule}: {place}{one_line(error)}; is the folder complete and undamaged?")
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, as one line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars, which would tear the run's own, and no warnings: what matters is
+    refused."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    libraries = (diffusers_logging, transformers_logging, hub_logging)
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, before, strict=True):
+            library.set_verbosity(level)

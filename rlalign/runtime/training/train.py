@@ -1,0 +1,233 @@
+"""The driver: creates and owns every actor, runs the learner under Ray Train, shows what is
+recorded.
+
+The driver owns the pools, so rollout and reward workers outlive a restart of the learner. A killed
+learner is started again by Ray Train and goes on from the run folder's newest checkpoint, as
+``--resume`` would.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlalign.alignment import control
+from rlalign.config import Run, locate_run
+from rlalign.core.registry import UserError
+from rlalign.data.pairs.reader import first_pair
+from rlalign.learning import folders
+from rlalign.learning.evaluate import read_final
+from rlalign.runtime.jobs.publish import job_id, publish_status
+
+if TYPE_CHECKING:
+    from rlalign.learning.learner import Learner
+    from rlalign.runtime.training.coordinator import Failure
+
+OnRecord = Callable[[dict[str, Any]], None]
+
+
+def train(
+    run: Run, folder: Path, *, resume: bool, on_record: OnRecord, address: str | None
+) -> None:
+    """Runs a run on Ray until its end. Raises UserError on a user's mistake, RunFailed with the
+    worker's error otherwise."""
+    from rlalign.runtime import cluster
+    from rlalign.runtime.reservation import run_bundles
+
+    run = locate_run(run, begun=resume, here=address is None)
+
+    # on a cluster, the learner's node may be the one that has them
+    if run.preferences is not None and address is None:
+        first_pair(run.preferences)
+    folder = folder.resolve()
+    dashboard = cluster.connect(
+        run_bundles(run), run.runtime.device, address, lambda note: on_record({"note": note})
+    )
+    import ray
+
+    try:
+        if dashboard:
+            on_record(
+                {"note": f"Ray dashboard: {dashboard} (if it asks for a token: ray get-auth-token)"}
+            )
+        with folders.owned(folder, resume=resume):
+            _supervise(
+                run, folder, on_record, dashboard=dashboard, places_are_cores=address is not None
+            )
+    finally:
+        ray.shutdown()
+
+
+def _supervise(
+    run: Run, folder: Path, on_record: OnRecord, *, dashboard: str, places_are_cores: bool
+) -> None:
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from rlalign.runtime.training.collect import RunFailed
+    from rlalign.runtime.training.fleet import Fleet
+    from rlalign.runtime.training.supervisor import Supervisor
+
+    control.forget(folder)
+    fleet = Fleet(run, places_are_cores=places_are_cores)
+    job = job_id()
+    if job:
+        publish_status(folder, job)
+    status = control.Status(folder, run.rounds, name=run.name, dashboard=dashboard, job=job)
+    supervisor = Supervisor(run, folder, fleet, status, on_record)
+    supervisor.start()
+    crash = ""
+    told = None
+    try:
+        told = fit(run, folder, fleet.coordinator)
+    except TrainingFailedError as error:  # the coordinator may know the reason better
+        crash = str(error)
+    except BaseException:
+        supervisor.leave()  # before Ray is left: what it asked then would start another one
+        status.write(state="stopped")
+        raise
+
+    # the supervisor may have heard a better reason than Ray Train has
+    failure = supervisor.stop() or told
+    fleet.end()
+    ended = read_final(folder, run.rounds) is not None
+    failed = failure or crash or (supervisor.error and not ended)
+    status.write(state="failed" if failed else "ended" if ended else "stopped")
+    if supervisor.error is not None:
+        raise supervisor.error
+    if failure is not None:
+        raise UserError(failure.message) if failure.is_users else RunFailed(failure.message)
+    if crash:
+        raise RunFailed(
+            f"the learner died more than {run.runtime.max_attempts} times; the last time it"
+            f" said:\n{crash}"
+        )
+
+
+def fit(run: Run, folder: Path, coordinator: Any) -> Failure | None:
+    """Runs the learner under Ray Train V2 until it returns; a killed one is started again
+    ``max_attempts`` times.
+
+    Answers with what the learner ended for, where it could not go on: a coordinator that died since
+    has forgotten it.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from rlalign.runtime.reservation import bundle_of
+    from rlalign.runtime.roles import LEARNER
+
+    # Ray Train keeps its own files in a folder that goes with the run
+    learner = run.runtime.learner
+    scratch = folder / ".train"
+    trainer = TorchTrainer(
+        learn,
+        train_loop_config={"run": run, "folder": str(folder), "coordinator": coordinator},
+        scaling_config=ScalingConfig(
+            num_workers=learner.workers,
+            use_gpu=bool(learner.gpus),
+            resources_per_worker=dict(bundle_of(LEARNER, learner).needs),
+            label_selector=learner.labels or None,
+        ),
+        run_config=RunConfig(
+            name=f"{run.name}-{uuid.uuid4().hex[:6]}",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=run.runtime.max_attempts),
+        ),
+    )
+
+    # its own checkpoints are of no use afterwards
+    try:
+        return trainer.fit().return_value
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def learn(config: dict[str, Any]) -> Failure | None:
+    """One learner process: the loop of rlalign.alignment over the cluster's Collect. Returns why it
+    cannot go on, if so."""
+    import torch
+
+    from rlalign.alignment.assemble import build_learner
+    from rlalign.runtime.training.collect import CoordinatorLost, ask_until_answered
+    from rlalign.runtime.training.coordinator import failure_of
+    from rlalign.runtime.workers import naming_the_node
+
+    run = config["run"]
+    coordinator = config["coordinator"]
+    torch.set_num_threads(run.runtime.learner.threads)
+    learner = None
+    try:
+        with naming_the_node():
+            learner = build_learner(run)
+        return _align(run, Path(config["folder"]), coordinator, learner)
+    except CoordinatorLost:  # Ray Train starts the group again, from the newest checkpoint
+        raise
+    except Exception as error:
+        if lost_a_peer(error):
+            # it tells so of the one that died; the group starts again, from the newest checkpoint
+            raise
+        # told to the driver in full; Ray Train would only try the same again
+        failure = failure_of(error)
+        ask_until_answered(lambda: coordinator.abort.remote(failure), 60)
+        if learner is not None and learner.accelerator.num_processes > 1:
+            raise  # the other learners wait in a collective: the whole group has to end
+        return failure
+
+
+def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failure | None:
+    """The run, by a learner that has been built. Returns why the run is over where it had ended
+    before."""
+    from accelerate.utils import broadcast_object_list
+
+    from rlalign.alignment.loop import align
+    from rlalign.runtime.training.collect import RemoteCollect, ask_until_answered
+    from rlalign.runtime.workers import naming_the_node
+
+    # the main learner tells the coordinator that it begins
+    incarnation = uuid.uuid4().hex
+    over = None
+    learners = learner.accelerator.num_processes
+    if learner.is_main:
+        over = ask_until_answered(lambda: coordinator.begin.remote(incarnation), 60)
+    if learners > 1:  # the others go on once it has begun, or end with it
+        said = [incarnation, over]
+        broadcast_object_list(said)
+        incarnation, over = said
+    if over is not None:
+        return over
+
+    collect = RemoteCollect(
+        run, coordinator, incarnation=incarnation, is_main=learner.is_main, learners=learners
+    )
+
+    # pairs that Ray Data reads end with the learner
+    reader = _pair_reader(run)
+    try:
+        with naming_the_node():
+            align(run, folder, collect, learner, collect.record, pairs=reader)
+    finally:
+        if reader is not None:
+            reader.close()
+    return None
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an exception is a collective's own, as every learner of a group gets it when another
+    one's process ends."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
+    return isinstance(error, RuntimeError) and where.startswith("torch.distributed")
+
+
+def _pair_reader(run: Run) -> Any:
+    """Ray Data's reader of the run's preferences, where that is asked for."""
+    if run.preferences is None or run.preferences.reader != "ray":
+        return None
+    from rlalign.runtime.pairs import RayPairReader
+
+    return RayPairReader(run.preferences, run.seed)

@@ -1,0 +1,95 @@
+"""Control and status files: merged, whole, forgotten at the start, and honest about a process that
+is gone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlalign.alignment import control
+from rlalign.core.registry import UserError
+
+
+def test_what_is_asked_adds_up(tmp_path: Path) -> None:
+    assert control.asked(tmp_path) == control.Asked()
+    control.ask(tmp_path, rollout_workers=4)
+    control.ask(tmp_path, reward_workers={"jpeg": 2})
+    assert control.asked(tmp_path) == control.Asked(rollout_workers=4, reward_workers={"jpeg": 2})
+    control.ask(tmp_path, stop=True)
+    assert control.asked(tmp_path).rollout_workers == 4
+    control.forget(tmp_path)
+    assert control.asked(tmp_path) == control.Asked()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"stop": "perhaps"}', '{"rollout_workers": 0}', '{"other": 1}', "\x00"]
+)
+def test_a_damaged_file_asks_for_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "control.json").write_text(text)
+    assert control.asked(tmp_path) == control.Asked()
+
+
+def test_status_tells_round_reward_and_time_left(tmp_path: Path) -> None:
+    status = control.Status(tmp_path, 10, name="test")
+    for number, seconds in enumerate((1.0, 2.0, 3.0), start=1):
+        status.record(
+            {
+                "round": number,
+                "staleness/max": 0,
+                "reward/total/mean": 0.1 * number,
+                "seconds/round": seconds,
+            }
+        )
+    found = control.status_of(tmp_path)
+    assert (found["state"], found["round"], found["rounds"]) == ("running", 3, 10)
+    assert found["reward"] == pytest.approx(0.3)
+    assert found["eta_seconds"] == pytest.approx(7 * 2.0)
+
+
+def test_what_is_not_a_round_changes_nothing(tmp_path: Path) -> None:
+    status = control.Status(tmp_path, 10, name="test")
+    status.record({"note": "hello"})
+    status.record({"evaluation": {"round": 0}})
+    assert not (tmp_path / "status.json").exists()
+
+
+def test_a_run_whose_process_is_gone_is_lost(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys
+from rlalign.alignment.control import Status
+
+Status(pathlib.Path(sys.argv[1]), 5).write(state="running")
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert control.status_of(tmp_path)["state"] == "lost"
+
+
+def test_one_on_another_machine_is_lost_when_it_is_silent(tmp_path: Path) -> None:
+    status = control.Status(tmp_path, 5)
+    status.write(state="running", host="elsewhere")
+    assert control.status_of(tmp_path)["state"] == "running"
+    found = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps({**found, "updated": found["updated"] - 60}))
+    assert control.status_of(tmp_path)["state"] == "lost"
+
+
+def test_no_status_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="has no status.json; name the folder of a run that was started"
+    ):
+        control.status_of(tmp_path)
+    (tmp_path / "status.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        control.status_of(tmp_path)
+
+
+def test_reading_a_status_waits_for_no_torch() -> None:
+    code = (
+        "import sys, rlalign.alignment.control, rlalign.cli.operate, rlalign.runtime.jobs.runs; "
+        "assert not {'torch', 'ray'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
