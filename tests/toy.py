@@ -1,8 +1,8 @@
 """A real policy that is small enough for closed forms: a two-layer denoiser on latents of two
 numbers.
 
-``ToyPolicy`` is a subclass of the library's own Policy (nothing is faked but the size); ``Toy`` is
-its recipe, so a run file can say ``policy: {name: "tests.toy:Toy"}``. The functions below make
+``ToyFamily`` is a family behind the library's own Policy (nothing is faked but the size); ``Toy``
+is its recipe, so a run file can say ``policy: {name: "tests.toy:Toy"}``. The functions below make
 units, trajectories and batches with keyed noise.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from rlalign.diffusion.noise import generator
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.diffusion.rollout import rollout
 from rlalign.networks import lora
-from rlalign.policies.base import OWN_SIZE, Condition, Policy, PolicyRecipe, Words
+from rlalign.policies.base import OWN_SIZE, Condition, Family, Policy, PolicyRecipe, Words
 
 PROMPTS = ("a red circle", "a blue square", "a green triangle", "two circles")
 PLAN = Plan(steps=5, eta=1.0)
@@ -51,34 +51,19 @@ class ToyNetwork(torch.nn.Module):
         return self.outer(torch.nn.functional.silu(self.inner(features))).reshape(x.shape)
 
 
-class ToyPolicy(Policy):
+class ToyFamily(Family):
     """Latents (2, 1, 1) on Stable Diffusion's path, epsilon prediction; pictures of one colour, 8 x
     8."""
 
     prediction = "epsilon"
+    lora_targets = ("inner", "outer")
 
-    def __init__(
-        self,
-        *,
-        seed: int = 0,
-        lora_rank: int = 0,
-        lora_alpha: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         self.path = VariancePreserving.scaled_linear()
         self.device = "cpu"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = ToyNetwork().to(dtype).eval()
-        if lora_rank:
-            lora.attach(
-                self.network,
-                rank=lora_rank,
-                alpha=lora_alpha,
-                targets=("inner", "outer"),
-                seed=seed,
-            )
-        self.reference = {} if lora_rank else self.weights()
 
     def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
         rows = [
@@ -115,13 +100,36 @@ class ToyPolicy(Policy):
         )
 
 
+class ToyPolicy(Policy):
+    """The toy's policy, made without a recipe."""
+
+    kind: ClassVar[type[ToyFamily]] = ToyFamily
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        lora_rank: int = 0,
+        lora_alpha: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        family = self.kind(seed=seed, dtype=dtype)
+        if lora_rank:
+            targets = family.lora_targets
+            network = family.network
+            lora.attach(network, rank=lora_rank, alpha=lora_alpha, targets=targets, seed=seed)
+        super().__init__(family)
+
+
 class Toy(PolicyRecipe):
     """The toy denoiser as a recipe. Source: none, a test's own."""
 
+    family = ToyFamily
+
     seed: int = 0
 
-    def load(self, device: str) -> ToyPolicy:
-        return ToyPolicy(seed=self.seed, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+    def build(self, device: str) -> ToyFamily:
+        return ToyFamily(seed=self.seed)
 
 
 def make_units(

@@ -100,8 +100,9 @@ def _family(folder: Path) -> str:
     # every policy says which pipelines it reads
     readers: dict[str, str] = {}
     for name in names("policies"):
-        classes = load_class("policies", name).pipeline_classes  # type: ignore[attr-defined]
-        readers |= dict.fromkeys(classes, name)
+        recipe: Any = load_class("policies", name)
+        if recipe.by_folder:
+            readers |= dict.fromkeys(recipe.family.pipeline_classes, name)
 
     # the index of the folder names its pipeline
     index = folder / "model_index.json"

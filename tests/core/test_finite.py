@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from rlalign.alignment.environment import Denoising
 from rlalign.cli import main
-from rlalign.core.finite import Diverged, NotFinite, all_finite
+from rlalign.core.finite import Diverged, NotFinite, all_finite, watched_place
 from rlalign.core.media import as_uint8
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, build
@@ -136,7 +136,7 @@ def test_a_rollout_names_the_part(damaged: Any, part: str) -> None:
         rollout(policy, unit, 0)
     if part == "unet":
         assert "at step 1 of 3, timestep 667; its weights are damaged" in str(refusal.value)
-    assert policy.watch == ""
+    assert watched_place() == ""
 
 
 @pytest.mark.usefixtures("without_trial")
@@ -225,7 +225,7 @@ def test_every_sampler_names_the_part(damaged: Any, name: str, part: str) -> Non
     assert isinstance(method, Sampler)
     with pytest.raises(NotFinite, match=PARTS[part][1]):
         rewards.scores(policy.decode(method.sample(engine, unit).latents), unit.prompts)
-    assert policy.watch == ""
+    assert watched_place() == ""
 
 
 @pytest.mark.usefixtures("without_trial")

@@ -83,7 +83,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(name: str) -> None
 
 def test_a_policy_that_cannot_checkpoint_says_so() -> None:
     with pytest.raises(
-        registry.UserError, match=r"policy\.gradient_checkpointing must be false for PointsPolicy"
+        registry.UserError, match=r"policy\.gradient_checkpointing must be false for PointsFamily"
     ):
         loaded("points", gradient_checkpointing=True)
 

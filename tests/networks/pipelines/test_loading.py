@@ -71,11 +71,11 @@ def test_weights_of_a_variant_alone_are_read_in_float32(
     for name, weight in getattr(half, part).state_dict().items():
         assert torch.equal(policy.network.state_dict()[name], weight.float())
     for name, weight in half.vae.state_dict().items():
-        assert torch.equal(policy.vae.state_dict()[name], weight.float())
+        assert torch.equal(policy.family.vae.state_dict()[name], weight.float())
     assert (
         policy.network.dtype
-        == policy.vae.dtype
-        == policy.pipeline.text_encoder.dtype
+        == policy.family.vae.dtype
+        == policy.family.pipeline.text_encoder.dtype
         == torch.float32
     )
 
