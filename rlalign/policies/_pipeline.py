@@ -22,8 +22,8 @@ from rlalign.diffusion.condition import Condition, Words
 from rlalign.diffusion.paths import NoisePath, Tokens
 from rlalign.diffusion.predictions import PredictionType
 from rlalign.networks import lora
+from rlalign.networks.pipelines.checkpoints import load_checkpoint
 from rlalign.networks.pipelines.fitting import check_parts, default_size, try_out
-from rlalign.networks.pipelines.loading import load_pipeline
 from rlalign.networks.pipelines.schedulers import read_flow, say_steps
 from rlalign.networks.precision import Precision
 from rlalign.policies._family import OWN_SIZE, Family, refuse_frames
@@ -63,7 +63,7 @@ class PipelineRecipe(PolicyRecipe):
         """Loads safetensors weights alone."""
         family = self.family
         place = self.location
-        pipeline = load_pipeline(
+        pipeline = load_checkpoint(
             place, family.pipeline_classes, self.dtypes, **family.pipeline_settings
         )
         family.check(pipeline, place)
@@ -225,7 +225,7 @@ class PipelineFamily(Family):
         """Mean and deviation of each latent channel, where the autoencoder's config has them; its
         scaling factor; its shift, where it has one."""
         config = self.vae.config
-        scaling = config.get("scaling_factor") or 1.0
+        scaling = config.get("scaling_factor", 1.0)
         mean = config.get("latents_mean")
         std = config.get("latents_std")
         if mean is None or std is None:

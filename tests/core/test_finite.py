@@ -88,8 +88,7 @@ def damaged(sound: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
 def without_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads without the pass that tries a checkpoint out, which would refuse a weight too large
     before anything is drawn."""
-    for home in ("stable_diffusion", "sd3"):
-        monkeypatch.setattr(f"rlalign.policies.{home}.try_out", lambda policy, path, side: policy)
+    monkeypatch.setattr("rlalign.policies._pipeline.try_out", lambda *given: None)
 
 
 # --- on load -------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ def test_a_flow_models_rollout_names_the_part(damaged: Any, part: str) -> None:
 def test_the_step_is_the_first_that_is_not_finite() -> None:
     """A network that overflows in the last third of the chain alone."""
     policy, seen = ToyPolicy(), []
-    sound = policy.predict
+    sound = policy.family.predict
 
     def late(
         x: torch.Tensor, timestep_B: torch.Tensor, *words: torch.Tensor | None
@@ -161,7 +160,7 @@ def test_the_step_is_the_first_that_is_not_finite() -> None:
         seen.append(int(timestep_B[0]))
         return sound(x, timestep_B, words[0]) * (float("inf") if int(timestep_B[0]) < 300 else 1.0)  # type: ignore[arg-type]
 
-    policy.predict = late  # type: ignore[method-assign]
+    policy.family.predict = late  # type: ignore[method-assign]
     policy.reference = {}
     (unit,) = make_units(1, plan=Plan(steps=6))
     with pytest.raises(

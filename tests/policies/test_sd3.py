@@ -126,7 +126,7 @@ def test_encode_is_the_pipelines(
     condition = policy.encode(PROMPTS)
     with torch.no_grad():
         wanted = diffusers_pipeline(folder).encode_prompt(
-            list(PROMPTS), None, None, max_sequence_length=policy.t5_tokens
+            list(PROMPTS), None, None, max_sequence_length=policy.family.t5_tokens
         )
     found = (
         condition.caption["embeds_BLD"],
@@ -319,7 +319,9 @@ def test_plain_diffusers_loads_the_adapter_and_the_merged_pipeline(
         for parameter in policy.trainable().values():
             parameter.add_(0.1 * torch.randn_like(parameter))
     adapted = {n.split(".lora_")[0] for n in policy.trainable()}
-    assert all(any(n.endswith(f"attn.{target}") for n in adapted) for target in policy.lora_targets)
+    assert all(
+        any(n.endswith(f"attn.{target}") for n in adapted) for target in policy.family.lora_targets
+    )
     changed = predicted(policy)
     assert (changed - plain).abs().max() > 1e-3
     with policy.as_reference():
