@@ -216,7 +216,7 @@ def _vae(**more: Any) -> Any:
     )
 
 
-def _text_config(**more: Any) -> Any:
+def text_config(**more: Any) -> Any:
     """A CLIP text encoder's settings: two layers of width 16."""
     from transformers import CLIPTextConfig
 
@@ -234,7 +234,7 @@ def _text_config(**more: Any) -> Any:
     )
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     """A CLIP tokenizer to which every letter is a token."""
     from transformers import CLIPTokenizer
 
@@ -264,7 +264,7 @@ def save_pipeline(
             norm_num_groups=4,
         )
         vae = _vae()
-        text_encoder = transformers.CLIPTextModel(_text_config())
+        text_encoder = transformers.CLIPTextModel(text_config())
     schedule: dict[str, Any] = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -278,7 +278,7 @@ def save_pipeline(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         scheduler=getattr(diffusers, scheduler)(**schedule, **more),
         safety_checker=None,
         feature_extractor=None,
@@ -312,7 +312,7 @@ def save_flow_pipeline(
         )
         vae = _vae(scaling_factor=1.5, shift_factor=0.06)
         first, second = (
-            transformers.CLIPTextModelWithProjection(_text_config(projection_dim=12))
+            transformers.CLIPTextModelWithProjection(text_config(projection_dim=12))
             for _ in range(2)
         )
         third = (
@@ -329,9 +329,9 @@ def save_flow_pipeline(
         transformer=transformer,
         vae=vae,
         text_encoder=first,
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         text_encoder_2=second,
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=tokenizer(),
         text_encoder_3=third,
         tokenizer_3=transformers.T5Tokenizer(vocab=[(p, -1.0) for p in pieces], extra_ids=0)
         if t5

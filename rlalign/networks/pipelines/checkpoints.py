@@ -67,36 +67,49 @@ def _load_one_file(file: Path, classes: Sequence[str], settings: Mapping[str, An
     held = dict.fromkeys(tensor_names(file, rule))
     with quiet_libraries():
         # some files hold the denoiser alone, or no text encoders
-        beside = {
-            part: load_network(folder / part, kind, rule)
-            for part, kind in networks.items()
-            if not _is_held(class_of(kind), held)
-        }
+        parts: dict[str, Any] = {}
+        for part, kind in networks.items():
+            if not _is_held(class_of(kind), held):
+                parts[part] = load_network(folder / part, kind, rule)
+            elif kind[0] == "diffusers":
+                parts[part] = _convert(file, folder, part, class_of(kind))
+
+        # diffusers converts the text encoders that the file has, and loads the other parts
         try:
             pipeline = getattr(diffusers, name).from_single_file(
-                str(file),
-                config=str(folder),
-                local_files_only=True,
-                dtype=torch.float32,
-                **beside,
-                **given,
+                str(file), config=str(folder), local_files_only=True, **parts, **given
             )
         except Exception as error:
             raise broken(rule, error) from error
 
-        # a weight that the file lacks is left empty
-        for part in networks:
-            tensors = getattr(pipeline, part).named_parameters()
-            empty = [name for name, tensor in tensors if tensor.is_meta]
-            if empty:
-                more = f" and {len(empty) - 1} more" if empty[1:] else ""
-                raise UserError(
-                    f"{rule}: it lacks {empty[0]}{more} of the {part}, which"
-                    f" {folder / part}/config.json asks for; are they of the same model, and is the"
-                    " file whole?"
-                )
+    # a weight of a text encoder that the file lacks is left empty; the others have its dtype
+    for part in networks:
+        network = getattr(pipeline, part)
+        empty = [n for n, tensor in network.named_parameters() if tensor.is_meta]
+        if empty:
+            raise _lacking(file, folder, part, empty[0])
+        network.float()
     pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline
+
+
+def _convert(file: Path, folder: Path, part: str, kind: Any) -> Any:
+    """A network of diffusers from the tensors of a file."""
+    try:
+        return kind.from_single_file(
+            str(file), config=str(folder), subfolder=part, local_files_only=True
+        )
+    except NotImplementedError as error:  # torch's, of a weight that stayed empty
+        raise _lacking(file, folder, part, "a weight") from error
+    except Exception as error:
+        raise broken(f"policy.path: cannot load {str(file)!r}", error, part) from error
+
+
+def _lacking(file: Path, folder: Path, part: str, what: str) -> UserError:
+    return UserError(
+        f"policy.path: cannot load {str(file)!r}: it lacks {what} of the {part}, which"
+        f" {folder / part}/config.json asks for; are they of the same model, and is the file whole?"
+    )
 
 
 def _is_held(kind: type, names: Mapping[str, None]) -> bool:
