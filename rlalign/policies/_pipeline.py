@@ -197,7 +197,7 @@ class PipelineFamily(Family):
         """The posterior's mode, or the latents of an encoder that has no posterior."""
         media = media_BFCHW.transpose(1, 2) if self._reads_clips else media_BFCHW[:, 0]
         encoded = self.vae.encode(media * 2 - 1)
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
         refuse(latents, "the policy's autoencoder (its encoder)")
         still = self._reads_clips and not self.draws_clips
         return self.from_autoencoder(latents[:, :, 0] if still else latents)

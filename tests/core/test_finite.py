@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from rlalign.alignment.environment import Denoising
 from rlalign.cli import main
-from rlalign.core.finite import Diverged, NotFinite, all_finite, watched_place
+from rlalign.core.finite import Diverged, NotFinite, all_finite, watched_place, watching
 from rlalign.core.media import as_uint8
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, build
@@ -124,6 +125,16 @@ def test_check_refuses_a_damaged_file_too(
 
 
 # --- where pictures are drawn --------------------------------------------------------------------
+
+
+def test_what_is_watched_is_so_in_this_thread_alone() -> None:
+    """Also inside, where it may be left out; and no policy knows of it."""
+    with watching("at the end"):
+        assert watched_place() == "at the end"
+        with ThreadPoolExecutor(1) as other, watching(""):
+            assert watched_place() == other.submit(watched_place).result() == ""
+        assert watched_place() == "at the end"
+    assert watched_place() == ""
 
 
 @pytest.mark.usefixtures("without_trial")

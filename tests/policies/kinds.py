@@ -122,6 +122,7 @@ class PackedRecipe(PipelineRecipe):
 
 class Masked(PipelineFamily):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_encoder": ()}
     own_side: ClassVar[int] = 8
     even_levels: ClassVar[bool] = True
     patch = 2

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
-from rlalign.networks.pipelines.packing import pack, positions, unpack
+from rlalign.networks.pipelines.packing import pack, unpack
 from rlalign.policies.base import Policy
 from tests.policies import kinds
 
@@ -152,19 +152,30 @@ def test_gradient_checkpointing_repeats_the_gradient(kind: Any) -> None:
 
 
 def test_a_missing_part_is_named(kind: Any, tmp_path: Path) -> None:
+    """One whose folder is gone, one that the index leaves out, and a pipeline of another class."""
     _, recipe = kind
     family = recipe.family
-    copy = Path(shutil.copytree(recipe.path, tmp_path / "copy"))
-    index = json.loads((copy / "model_index.json").read_text())
-    if not family.needs:
-        shutil.rmtree(copy / "vae")
-        said = "it has no folder vae"
-    else:
-        index["_class_name"] = "NoPipeline"
+
+    def refused(change: dict[str, Any], *, without: str = "") -> str:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(recipe.path, copy)
+        index = json.loads((copy / "model_index.json").read_text()) | change
         (copy / "model_index.json").write_text(json.dumps(index))
-        said = rf"_class_name in model_index\.json must be {family.pipeline_classes[0]}, got 'NoPi"
-    with pytest.raises(UserError, match=said):
-        recipe.model_copy(update={"path": str(copy)}).load("cpu")
+        shutil.rmtree(copy / without if without else copy / "none", ignore_errors=True)
+        with pytest.raises(UserError) as caught:
+            recipe.model_copy(update={"path": str(copy)}).load("cpu")
+        return str(caught.value)
+
+    assert "it has no folder vae, which its model_index.json names" in refused({}, without="vae")
+    (name,) = family.pipeline_classes
+    assert f"must be {name}, got 'NoPipeline'" in refused({"_class_name": "NoPipeline"})
+    part = list(family.needs)[-1]
+    assert f"it has no {part}, which {name} needs" in refused({part: [None, None]})
+
+
+def test_a_size_is_whole_tokens(kind: Any) -> None:
+    _, recipe = kind
     with pytest.raises(UserError, match=r"plan\.height and plan\.width must be multiples of \d"):
         recipe.load("cpu").latent_shape(Plan(height=17, width=16))
 
@@ -174,15 +185,3 @@ def test_a_kind_of_pipeline_is_told_in_few_lines() -> None:
         lines = len(inspect.getsource(recipe).splitlines())
         lines += len(inspect.getsource(recipe.family).splitlines())
         assert lines <= 70
-
-
-def test_tokens_are_those_of_the_pipelines() -> None:
-    """Packed, and where each token lies, as FLUX's pipeline has it; and back."""
-    from diffusers import FluxPipeline
-
-    x = torch.randn(2, 4, 6, 8)
-    wanted = FluxPipeline._pack_latents(x, 2, 4, 6, 8)
-    assert torch.equal(pack(x), wanted)
-    assert torch.equal(unpack(wanted, x.shape), x)
-    places = FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32)
-    assert torch.equal(positions(x), places)

@@ -163,14 +163,30 @@ def test_the_result_does_not_depend_on_who_works(name: str) -> None:
     assert first.cost.reward_queries == second.cost.reward_queries
 
 
+class Thrice(ToyFamily):
+    """Looks with three calls, whatever the plan."""
+
+    @classmethod
+    def calls_per_look(cls, plan: Plan) -> int:
+        return 3
+
+    def look(self, ask, x, timestep_B, condition, guidance):  # type: ignore[no-untyped-def]
+        three = (ask(x, timestep_B, words) for words in [condition.caption, condition.empty] * 2)
+        return sum(answer for answer, _ in zip(three, range(3), strict=False)) / 3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("kind", [ToyFamily, Thrice])
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"demon", "training_free"}))
-def test_a_method_costs_what_it_says(name: str) -> None:
-    """Denoiser calls of Stable Diffusion's path, whose last step is noisy too; Demon and recurrence
-    have tests of their own."""
-    plan = PLANS["vp"]
-    engine, method = engine_of(toy("vp"), ExactRewards(lambda x_BD: x_BD[:, 0])), build(name)
+def test_a_method_costs_what_it_says(name: str, kind: type[ToyFamily], guidance: float) -> None:
+    """Denoiser calls of Stable Diffusion's path, whose last step is noisy too, as often as the
+    family asks for a look; Demon and recurrence have tests of their own."""
+    plan = PLANS["vp"].model_copy(update={"guidance": guidance})
+    policy = toy("vp")
+    policy.family = kind()
+    engine, method = engine_of(policy, ExactRewards(lambda x_BD: x_BD[:, 0])), build(name)
     method.sample(engine, unit_of(3, plan))
-    per_look = ToyFamily.calls_per_look(plan)
+    per_look = kind.calls_per_look(plan)
     assert engine.cost.denoiser_calls == 3 * per_look * method.looks(plan)
     assert engine.cost.backward_calls == 3 * per_look * method.looks_back(plan)
 

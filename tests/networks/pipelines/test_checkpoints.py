@@ -136,9 +136,7 @@ def test_what_the_file_lacks_is_not_invented(saved: Any, tmp_path: Path) -> None
 
     missing = next(n for n in tensors if n.endswith("layers.0.self_attn.k_proj.weight"))
     save_file({n: t for n, t in tensors.items() if n != missing}, copy)
-    with pytest.raises(
-        UserError, match=r"it lacks \S*k_proj\.weight of the text_encoder"
-    ):
+    with pytest.raises(UserError, match=r"it lacks \S*k_proj\.weight of the text_encoder"):
         FAMILIES[name](path=str(copy)).load("cpu")
 
     part = "unet" if name == "stable_diffusion" else "transformer"
