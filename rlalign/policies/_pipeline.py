@@ -205,7 +205,7 @@ class PipelineFamily(Family):
     @property
     def _reads_clips(self) -> bool:
         """Whether the autoencoder wants (B, C, F, H, W), as those with a cache of frames do."""
-        return bool(self.own_per_thread)
+        return self.draws_clips or bool(self.own_per_thread)
 
     def to_autoencoder(self, latents: torch.Tensor) -> torch.Tensor:
         """The denoiser's latents in the autoencoder's own scale."""
