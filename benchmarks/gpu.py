@@ -181,17 +181,10 @@ def same(ends: list[dict[str, torch.Tensor]]) -> str:
 
 def loaded(case: Case, settings: dict[str, Any], small: bool) -> Policy:
     """A live policy around a pipeline that was made here rather than read from a folder."""
-    from rlalign.policies.sd3 import StableDiffusion3Policy
-    from rlalign.policies.stable_diffusion import StableDiffusionPolicy
-
     recipe: Any = registry.build("policies", {"name": case.family, "path": "made-here", **settings})
-    kind = StableDiffusion3Policy if case.family == "sd3" else StableDiffusionPolicy
     with torch.device(DEVICE):
         pipeline = case.pipeline(small)
-    words = {"t5_tokens": recipe.t5_tokens} if case.family == "sd3" else {}
-    return recipe.ready(
-        kind(pipeline, DEVICE, lora_rank=recipe.lora_rank, lora_alpha=recipe.lora_alpha, **words)
-    )
+    return recipe.make_policy(recipe.family(recipe, pipeline, DEVICE))
 
 
 def timed(work: Callable[[], Any]) -> float:

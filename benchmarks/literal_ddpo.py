@@ -19,7 +19,7 @@ from rlalign.algorithms.ddpo import DDPO
 from rlalign.core.records import Unit
 from rlalign.diffusion.noise import unit_noise
 from rlalign.learning.learner import LearnerSettings
-from rlalign.policies.stable_diffusion import StableDiffusionPolicy
+from rlalign.policies.base import Policy
 
 
 class LiteralDDPO:
@@ -27,16 +27,17 @@ class LiteralDDPO:
 
     def __init__(
         self,
-        policy: StableDiffusionPolicy,
+        policy: Policy,
         algorithm: DDPO,
         settings: LearnerSettings,
         *,
         train_batch: int,
     ) -> None:
-        self.unet, self.vae = policy.network, policy.vae
-        self.tokenizer, self.text_encoder = policy.tokenizer, policy.text_encoder
+        self.unet, self.vae = policy.network, policy.family.vae
+        pipeline = policy.family.pipeline
+        self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
         self.scheduler, self.algorithm, self.settings, self.train_batch = (
-            policy.pipeline.scheduler,
+            pipeline.scheduler,
             algorithm,
             settings,
             train_batch,

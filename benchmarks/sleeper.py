@@ -11,21 +11,10 @@ from pydantic import Field
 
 from rlalign.core.records import Plan
 from rlalign.diffusion.paths import VariancePreserving
-from rlalign.policies.base import OWN_SIZE, Condition, Policy, PolicyRecipe, Words
+from rlalign.policies.base import OWN_SIZE, Condition, Family, PolicyRecipe, Words
 
 
-class Sleeper(PolicyRecipe):
-    """A denoiser that takes ``seconds`` a call and no CPU. Source: none, a benchmark's own."""
-
-    seconds: float = Field(
-        default=0.1, ge=0, description="seconds that a call of the denoiser sleeps"
-    )
-
-    def load(self, device: str) -> SleeperPolicy:
-        return SleeperPolicy(self.seconds)
-
-
-class SleeperPolicy(Policy):
+class SleeperFamily(Family):
     """Latents (4, 8, 8), pictures of 8 x 8; one weight."""
 
     prediction = "epsilon"
@@ -33,7 +22,6 @@ class SleeperPolicy(Policy):
     def __init__(self, seconds: float) -> None:
         self.path, self.device, self.seconds = VariancePreserving.scaled_linear(), "cpu", seconds
         self.network = torch.nn.Linear(1, 1, bias=False)
-        self.reference = self.weights()
 
     def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
         empty = Words({"embeds_BLD": torch.zeros(len(prompts), 1, 1)})
@@ -55,3 +43,16 @@ class SleeperPolicy(Policy):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+
+
+class Sleeper(PolicyRecipe):
+    """A denoiser that takes ``seconds`` a call and no CPU. Source: none, a benchmark's own."""
+
+    family = SleeperFamily
+
+    seconds: float = Field(
+        default=0.1, ge=0, description="seconds that a call of the denoiser sleeps"
+    )
+
+    def build(self, device: str) -> SleeperFamily:
+        return SleeperFamily(self.seconds)

@@ -14,7 +14,9 @@ run         everything that one YAML file says; the same run gives the same numb
 recipe      a plug-in: a frozen model; its fields are the settings, its methods the behaviour
 shelf       a folder of plug-ins (policies, rewards, algorithms, samplers, prompts): the name in the
             YAML is the file's name
-policy      the denoiser that is aligned, with its noise path, its words and its pictures
+family      how the checkpoints of one kind are told words, asked, and decoded; verbs without state
+policy      the denoiser that is aligned: a family with weights, a precision and a meter
+look        one guided answer of a policy: as many denoiser calls as its family asks for
 plan        how a picture is made: steps, step rule, eta, guidance, size
 step        one denoising step: a Gaussian over the next latent
 unit        a fixed group of prompts with its noise, the smallest piece of work

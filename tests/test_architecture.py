@@ -74,7 +74,7 @@ EXCEPTIONS: dict[str, str] = {
     "rlalign/diffusion/steps.py:step()": (
         "the seven arguments of every step rule, and which rule it is"
     ),
-    "rlalign/policies/base.py:sample()": (
+    "rlalign/policies/_policy.py:sample()": (
         "what a picture is made with, each by its own keyword, as diffusers' pipelines take it"
     ),
 }

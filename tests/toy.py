@@ -1,8 +1,8 @@
 """A real policy that is small enough for closed forms: a two-layer denoiser on latents of two
 numbers.
 
-``ToyPolicy`` is a subclass of the library's own Policy (nothing is faked but the size); ``Toy`` is
-its recipe, so a run file can say ``policy: {name: "tests.toy:Toy"}``. The functions below make
+``ToyFamily`` is a family behind the library's own Policy (nothing is faked but the size); ``Toy``
+is its recipe, so a run file can say ``policy: {name: "tests.toy:Toy"}``. The functions below make
 units, trajectories and batches with keyed noise.
 """
 
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from rlalign.diffusion.noise import generator
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.diffusion.rollout import rollout
 from rlalign.networks import lora
-from rlalign.policies.base import OWN_SIZE, Condition, Policy, PolicyRecipe, Words
+from rlalign.policies.base import OWN_SIZE, Condition, Family, Policy, PolicyRecipe, Words
 
 PROMPTS = ("a red circle", "a blue square", "a green triangle", "two circles")
 PLAN = Plan(steps=5, eta=1.0)
@@ -54,34 +54,19 @@ class ToyNetwork(torch.nn.Module):
         return self.outer(torch.nn.functional.silu(self.inner(features))).reshape(x.shape)
 
 
-class ToyPolicy(Policy):
+class ToyFamily(Family):
     """Latents (2, 1, 1) on Stable Diffusion's path, epsilon prediction; pictures of one colour, 8 x
     8."""
 
     prediction = "epsilon"
+    lora_targets = ("inner", "outer")
 
-    def __init__(
-        self,
-        *,
-        seed: int = 0,
-        lora_rank: int = 0,
-        lora_alpha: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         self.path = VariancePreserving.scaled_linear()
         self.device = "cpu"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = ToyNetwork().to(dtype).eval()
-        if lora_rank:
-            lora.attach(
-                self.network,
-                rank=lora_rank,
-                alpha=lora_alpha,
-                targets=("inner", "outer"),
-                seed=seed,
-            )
-        self.reference = {} if lora_rank else self.weights()
 
     def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
         rows = [
@@ -118,13 +103,36 @@ class ToyPolicy(Policy):
         )
 
 
+class ToyPolicy(Policy):
+    """The toy's policy, made without a recipe."""
+
+    kind: ClassVar[type[ToyFamily]] = ToyFamily
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        lora_rank: int = 0,
+        lora_alpha: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        family = self.kind(seed=seed, dtype=dtype)
+        if lora_rank:
+            targets = family.lora_targets
+            network = family.network
+            lora.attach(network, rank=lora_rank, alpha=lora_alpha, targets=targets, seed=seed)
+        super().__init__(family)
+
+
 class Toy(PolicyRecipe):
     """The toy denoiser as a recipe. Source: none, a test's own."""
 
+    family = ToyFamily
+
     seed: int = 0
 
-    def load(self, device: str) -> ToyPolicy:
-        return ToyPolicy(seed=self.seed, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+    def build(self, device: str) -> ToyFamily:
+        return ToyFamily(seed=self.seed)
 
 
 def make_units(
@@ -228,7 +236,7 @@ def _vae(**more: Any) -> Any:
     )
 
 
-def _text_config(**more: Any) -> Any:
+def text_config(**more: Any) -> Any:
     """A CLIP text encoder's settings: two layers of width 16."""
     from transformers import CLIPTextConfig
 
@@ -246,7 +254,7 @@ def _text_config(**more: Any) -> Any:
     )
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     """A CLIP tokenizer to which every letter is a token."""
     from transformers import CLIPTokenizer
 
@@ -277,7 +285,7 @@ def save_pipeline(
             norm_num_groups=4,
         )
         vae = _vae()
-        text_encoder = transformers.CLIPTextModel(_text_config())
+        text_encoder = transformers.CLIPTextModel(text_config())
     schedule: dict[str, Any] = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -291,7 +299,7 @@ def save_pipeline(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         scheduler=getattr(diffusers, scheduler)(**schedule, **more),
         safety_checker=None,
         feature_extractor=None,
@@ -326,7 +334,7 @@ def save_flow_pipeline(
         )
         vae = _vae(scaling_factor=1.5, shift_factor=0.06)
         first, second = (
-            transformers.CLIPTextModelWithProjection(_text_config(projection_dim=12))
+            transformers.CLIPTextModelWithProjection(text_config(projection_dim=12))
             for _ in range(2)
         )
         third = (
@@ -343,9 +351,9 @@ def save_flow_pipeline(
         transformer=transformer,
         vae=vae,
         text_encoder=first,
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         text_encoder_2=second,
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=tokenizer(),
         text_encoder_3=third,
         tokenizer_3=transformers.T5Tokenizer(vocab=[(p, -1.0) for p in pieces], extra_ids=0)
         if t5

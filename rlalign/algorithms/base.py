@@ -81,8 +81,8 @@ class Algorithm(Recipe):
             _check_steps(self.name, given)
 
     def critic(self, policy: Policy, plan: Plan) -> tuple[torch.nn.Module, float] | None:
-        """A value network to be trained beside the policy, and its learning rate; the loss finds it
-        as ``policy.critic``."""
+        """A value network to be trained beside the policy, and its learning rate; the loss is given
+        it as ``critic``."""
         return None
 
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> Batch:

@@ -94,7 +94,7 @@ class DPOK(Algorithm):
         fresh = step_batch(scored, np.clip(value_B, -self.advantage_clip, self.advantage_clip))
         return memory.with_earlier(fresh, self.replay) if self.replay else fresh
 
-    def loss(self, batch: StepPass, policy: Policy) -> Loss:
+    def loss(self, batch: StepPass, policy: Policy, critic: torch.nn.Module | None = None) -> Loss:
         # each step under the reference and under the policy
         condition = policy.encode(batch.unit.prompts, batch.unit.plan).rows(len(batch.steps))
         with torch.no_grad(), policy.as_reference():
@@ -104,7 +104,7 @@ class DPOK(Algorithm):
         # the surrogate of the reward
         log_prob = mine.gaussian.log_prob(by_step(batch.after_BS))
         ratio = objectives.ratio(log_prob, batch.log_prob_BS.transpose(0, 1).flatten())
-        advantage, extra, means = self._advantage(batch, policy, condition)
+        advantage, extra, means = self._advantage(batch, critic, condition)
         clip = objectives.clamped_ratio if self.clip == "ratio" else objectives.clipped_surrogate
         metrics = objectives.ratio_metrics(ratio, self.clip_range)
 
@@ -126,7 +126,7 @@ class DPOK(Algorithm):
         )
 
     def _advantage(
-        self, batch: StepPass, policy: Policy, condition: Condition
+        self, batch: StepPass, critic: torch.nn.Module | None, condition: Condition
     ) -> tuple[torch.Tensor, torch.Tensor | float, dict[str, torch.Tensor]]:
         """(S * B,) advantages, the value network's own loss, and its metrics.
 
@@ -134,11 +134,11 @@ class DPOK(Algorithm):
         which learns to predict it.
         """
         advantage = batch.advantage_B.repeat(len(batch.steps))
-        if policy.critic is None:
+        if critic is None:
             return advantage, 0.0, {}
         rows = batch.before_BS.shape[0]
         x = by_step(batch.before_BS)
         step_B = torch.tensor(batch.steps, device=x.device).repeat_interleave(rows)
-        value = policy.critic(x, step_B, condition.caption.summary_BD)
+        value = critic(x, step_B, condition.caption.summary_BD)
         error = ((value - advantage) ** 2).mean()
         return advantage - value.detach(), error, {"value/error": error.detach()}

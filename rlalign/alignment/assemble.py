@@ -154,9 +154,9 @@ def check_size(found: tuple[int, int], drawn: tuple[int, int], size: int) -> Non
 def of_one_size(loss: Callable[..., Any], drawn: tuple[int, int], size: int) -> Callable[..., Any]:
     """A loss on pairs that takes pictures of the policy's own size alone."""
 
-    def checked(batch: PairPass, policy: Policy) -> Any:
+    def checked(batch: PairPass, policy: Policy, **critic: Any) -> Any:
         height, width = batch.pairs.first.shape[-2:]
         check_size((height, width), drawn, size)
-        return loss(batch, policy)
+        return loss(batch, policy, **critic)
 
     return checked

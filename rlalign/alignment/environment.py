@@ -155,7 +155,7 @@ class Denoising(gymnasium.Env[np.ndarray, np.ndarray]):
         self._step += 1
         if self._step < self.chain.decisions:
             return self._observation(), 0.0, False, False, {}
-        with watching(self.chain.policy, "at the end of an episode"):
+        with watching("at the end of an episode"):
             self._latent = self.chain.finished(
                 self._latent.to(self.chain.policy.device), self._prompt
             ).cpu()

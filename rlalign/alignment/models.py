@@ -61,7 +61,8 @@ def find_model(text: str, place: str = "MODEL", **settings: Any) -> Model:
     """The model that a user means: a policy's name, a run folder (also of pretraining), or a
     pipeline folder. ``settings`` are the policy's own; errors name ``place``."""
     from rlalign.networks import lora
-    from rlalign.networks.pipelines.loading import find_folder
+    from rlalign.networks.pipelines.checkpoints import settings_folder
+    from rlalign.networks.pipelines.loading import find_folder, one_file
 
     # a name, a run folder, a pipeline folder or one of pretraining
     folder = Path(text)
@@ -83,6 +84,9 @@ def find_model(text: str, place: str = "MODEL", **settings: Any) -> Model:
         if (own / "model_index.json").is_file():
             named = {"name": _family(own), "path": str(own.resolve())}
             return Model(title=text, recipe=build("policies", {**settings, **named}, place))
+    if file := one_file(text):
+        named = {"name": _family(settings_folder(file)), "path": str(file.resolve())}
+        return Model(title=text, recipe=build("policies", {**settings, **named}, place))
     lora.refuse_as_model(text, place)
     if not folder.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
         with contextlib.suppress(UserError):
@@ -100,8 +104,9 @@ def _family(folder: Path) -> str:
     # every policy says which pipelines it reads
     readers: dict[str, str] = {}
     for name in names("policies"):
-        classes = load_class("policies", name).pipeline_classes  # type: ignore[attr-defined]
-        readers |= dict.fromkeys(classes, name)
+        recipe: Any = load_class("policies", name)
+        if recipe.by_folder:
+            readers |= dict.fromkeys(recipe.family.pipeline_classes, name)
 
     # the index of the folder names its pipeline
     index = folder / "model_index.json"

@@ -275,15 +275,15 @@ def describe_sample(data: Mapping[str, Any], address: str | None) -> dict[str, s
     plan = sample.plan
     settings = method.model_dump(exclude={"name"}, exclude_defaults=True)
     title = sample.model.title
-    calls = f"{sample.pictures * method.calls(plan):,} denoiser calls"
+    each = sample.calls_per_look * method.looks(plan)
+    back = sample.calls_per_look * method.looks_back(plan)
+    calls = f"{sample.pictures * each:,} denoiser calls"
     more = ", and as much again for best-of-N" if sample.compare else ""
     return {
         "sample": f"{sample.name}: {title} with {method.name} on {weighted_sum(sample)}",
         "method": ", ".join(f"{n} {v}" for n, v in settings.items()) or "as it is by default",
         "plan": f"{plan.steps} steps, {plan.rule}, eta {plan.eta:g}, guidance {plan.guidance:g}",
-        "denoiser calls a picture": (
-            f"about {method.calls(plan):,}, {method.backward(plan):,} of them with a gradient"
-        ),
+        "denoiser calls a picture": f"about {each:,}, {back:,} of them with a gradient",
         "in all": f"{sample.pictures:,} pictures, about {calls}{more}",
         "pieces": f"of {sample.rows} rows",
         **memory.rows(needs),

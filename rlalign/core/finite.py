@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,8 @@ DAMAGED = (
 """The way out where a part of a model is at fault."""
 WEAKER = "where a method of sampler made them, lower its strength or its rate"
 """The way out where latents are not finite and no network is at fault."""
+
+_WATCHED: ContextVar[str] = ContextVar("watched", default="")
 
 
 class NotFinite(UserError):
@@ -98,8 +101,7 @@ def refuse_answer(
     Raises Diverged where the network did answer before it was trained.
     """
     # first what the network was given
-    where = policy.watch
-    policy.watch = ""
+    where = watched_place()
     if not all_finite([t for t in words.tensors.values() if t.is_floating_point()]):
         raise NotFinite(message("the policy's text encoder"))
     if not all_finite(x):
@@ -110,7 +112,7 @@ def refuse_answer(
     timesteps = ", ".join(f"{t:g}" for t in dict.fromkeys(timestep_B.tolist()))
     where = f"{where}, timestep {timesteps}"
     if policy.reference or any("lora_" in name for name in policy.trainable()):
-        with torch.no_grad(), policy.as_reference(pretrained=True):
+        with torch.no_grad(), watching(""), policy.as_reference(pretrained=True):
             before = policy.answer(x, timestep_B, words)
         if all_finite(before):
             way_out = (
@@ -121,18 +123,24 @@ def refuse_answer(
     raise NotFinite(message("the policy's denoiser", where=where))
 
 
+def watched_place() -> str:
+    """Where something was found that is not finite and is looked for; "" where nothing was. Then
+    every answer of a policy's network is looked at, to name the part at fault."""
+    return _WATCHED.get()
+
+
 @contextlib.contextmanager
-def watching(policy: Any, where: str) -> Iterator[None]:
-    """Inside, an answer of the policy's network that is not finite is refused, in the name of the
-    part at fault."""
-    policy.watch = where
+def watching(where: str) -> Iterator[None]:
+    """Inside, in this thread, an answer of a policy's network that is not finite is refused, in the
+    name of the part at fault."""
+    token = _WATCHED.set(where)
     try:
         yield
     finally:
-        policy.watch = ""
+        _WATCHED.reset(token)
 
 
-def refuse_update(policy: Any, version: int, again: Iterable[Any]) -> NoReturn:
+def refuse_update(version: int, again: Iterable[Any]) -> NoReturn:
     """Raises for an update whose gradient is not finite; its losses are computed again as ``again``
     is gone through.
 
@@ -141,7 +149,7 @@ def refuse_update(policy: Any, version: int, again: Iterable[Any]) -> NoReturn:
     """
     with (
         torch.no_grad(),
-        watching(policy, f"in update {version + 1}"),
+        watching(f"in update {version + 1}"),
         contextlib.suppress(Diverged),
     ):
         for _ in again:

@@ -131,7 +131,7 @@ def load_class(shelf: str, name: str) -> type[Recipe]:
         if not (isinstance(found, type) and issubclass(found, base)):
             raise UserError(
                 f"{shelf}: {name!r} must be a class derived from"
-                f" {base.__module__}.{base.__qualname__}"
+                f" {_package(shelf)}.base.{base.__qualname__}"
             )
         return found
     # on the shelf: a file with one public class

@@ -24,8 +24,10 @@ from rlalign.diffusion.steps import Gaussian, is_stochastic, step
 class Denoiser(Protocol):
     """What a rollout needs of a policy."""
 
-    path: NoisePath
-    device: str
+    @property
+    def path(self) -> NoisePath: ...
+    @property
+    def device(self) -> str: ...
 
     def encode(self, prompts: Sequence[str], plan: Plan) -> Any: ...
     def denoise(
@@ -86,7 +88,7 @@ def refuse_latents(
     finite_K1 = np.isfinite(latents_BK1).all(axis=(0, *range(2, latents_BK1.ndim)))
     k = int(finite_K1.argmin()) - 1
     where = f"at step {k + 1} of {unit.plan.steps}"
-    with watching(policy, where):
+    with watching(where):
         x = torch.from_numpy(latents_BK1[:, k].astype(np.float32)).to(policy.device)
         advance(policy, unit, schedule, k, x, condition)
     raise NotFinite(

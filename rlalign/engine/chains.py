@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,13 +40,14 @@ class ChainGradient(Work):
     noises: torch.Tensor
 
     def do(self, policy: Policy, rewards: Rewards) -> Pulled:
-        before = policy.backward_calls
+        meter = policy.meter
+        before = meter.backward_calls
         with torch.enable_grad():
             noises = self.noises.to(policy.device).detach().requires_grad_()
             clean = run_chain(policy, self.unit, noises)
             total_B, gradient = reward_gradient(policy, rewards, clean, self.unit.prompts, noises)
         # every step was asked twice, and gone back through once
-        policy.backward_calls = before + (policy.backward_calls - before) // 2
+        meter.backward_calls = before + (meter.backward_calls - before) // 2
         return Pulled(total_B, gradient.cpu(), clean.detach().cpu())
 
 
@@ -108,7 +108,7 @@ class Edict:
     def __init__(
         self, policy: Policy, unit: Unit, *, p: float, dtype: torch.dtype, alternate: bool = True
     ) -> None:
-        self.policy = in_precision(policy, dtype)
+        self.policy = policy.in_precision(dtype)
         self.p = p
         self.alternate = alternate
         self.steps = unit.plan.steps
@@ -179,33 +179,3 @@ class Edict:
                 pull = Pair(*torch.autograd.grad(list(again), inputs, list(pull)))
             end = Pair(*(t.detach() for t in start))
         return end, pull
-
-
-def in_precision(policy: Policy, dtype: torch.dtype) -> Policy:
-    """The policy, or a copy of it whose denoiser computes in ``dtype``; kept for the next time."""
-    first = next(policy.network.parameters())
-    if first.dtype == dtype:
-        return policy
-    if policy.copies is None:
-        policy.copies = {}
-    kept = policy.copies
-    if dtype not in kept:
-        twin = copy.copy(policy)
-        twin.network = copy.deepcopy(policy.network).to(dtype)
-        twin.precision = "float32"
-        twin.reference = {n: t.to(dtype) for n, t in policy.reference.items()}
-        twin.copies = None
-        kept[dtype] = twin
-    twin = kept[dtype]
-    twin.calls = 0
-    twin.backward_calls = 0
-    twin.watch = policy.watch
-    return twin
-
-
-def charge(policy: Policy, edict: Edict) -> None:
-    """Adds the calls of a copy in another precision to the policy's own count."""
-    if edict.policy is not policy:
-        policy.calls += edict.policy.calls
-        policy.backward_calls += edict.policy.backward_calls
-        edict.policy.calls = edict.policy.backward_calls = 0

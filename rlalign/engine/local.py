@@ -135,8 +135,8 @@ def perform(work: Work, policy: Policy, rewards: Rewards) -> WorkResult:
 
 def _read_meters(policy: Policy, rewards: Rewards) -> Cost:
     return Cost(
-        denoiser_calls=policy.calls,
-        backward_calls=policy.backward_calls,
+        denoiser_calls=policy.meter.calls,
+        backward_calls=policy.meter.backward_calls,
         reward_queries=rewards.queries,
         gradient_calls=rewards.gradients,
         missing_scores=rewards.missing,
@@ -157,7 +157,7 @@ def do_finite(work: Work, policy: Policy, rewards: Rewards) -> Any:
         if work.explains_itself:
             raise
         # it may have come from further up than where it was seen
-    with watching(policy, "in sampling"):
+    with watching("in sampling"):
         work.do(policy, rewards)
     raise NotFinite(
         "sampling: latents are not finite (NaN or infinity), and every answer of the policy is;"

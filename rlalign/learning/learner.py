@@ -11,19 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlalign.core.batches import Batch, Pass, moved
+from rlalign.core.batches import Batch, Pass
 from rlalign.core.copies import AtRoundStart, Copy, Decay, Every
 from rlalign.core.finite import refuse_update
 from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Weights
 from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import generator
+from rlalign.learning.lanes import Lane, PassLoss
 from rlalign.networks.precision import explained, here, start_thread
 from rlalign.policies.base import Policy
 
@@ -59,12 +59,6 @@ class LearnerSettings(BaseModel):
     )
 
 
-class PassLoss(Protocol):
-    """What the learner calls: a loss with its metrics for one pass (an Algorithm's ``loss``)."""
-
-    def __call__(self, batch: Any, policy: Policy, /) -> Any: ...
-
-
 def _refuse_uneven(shards: int, world: int) -> None:
     """Raises UserError where the learners cannot share the shards out evenly."""
     if shards % world:
@@ -88,7 +82,7 @@ class Learner:
         critic: tuple[torch.nn.Module, float] | None = None,
     ) -> None:
         """``copies`` are kept as an algorithm declares them; ``critic`` is a value network, which
-        the loss finds as ``policy.critic``, and its learning rate."""
+        the loss is given as ``critic``, and its learning rate."""
         from accelerate import Accelerator
 
         self.accelerator = Accelerator(cpu=policy.device == "cpu")
@@ -100,12 +94,13 @@ class Learner:
         self.version = 0
         self._base = policy.weights()
         self._average = policy.weights() if settings.ema_decay else None
-        policy.critic, critic_lr = critic or (None, settings.lr)
+        network, critic_lr = critic or (None, settings.lr)
         slow = [kind for kind, copy in copies.items() if isinstance(copy, Decay)]
         self._snapshots = {kind: policy.weights() for kind in slow}
         policy.snapshots = self._snapshots  # the replicas' too
+        first = Lane(policy, network)
         self._own = policy.trainable()
-        self._parameters = _all_parameters(policy)
+        self._parameters = first.parameters()
         others = [p for n, p in self._parameters.items() if n not in self._own]
         self.optimiser = torch.optim.AdamW(
             [{"params": list(self._own.values())}, {"params": others, "lr": critic_lr}],
@@ -119,7 +114,7 @@ class Learner:
         _refuse_uneven(settings.shards, world)
         self._own_shards = range(rank, settings.shards, world)
         lanes = len(self._own_shards) if policy.device == "cpu" else 1
-        self._lanes = [policy, *(policy.replica() for _ in range(lanes - 1))]
+        self._lanes = [first, *(first.replica() for _ in range(lanes - 1))]
         begin = (threads, here(policy.device))
         self._pool = ThreadPoolExecutor(lanes, "lane", initializer=start_thread, initargs=begin)
 
@@ -179,8 +174,8 @@ class Learner:
         # the gradient is the same whatever the number of lanes
         gradient = self._sum_of_shards([flat for flat, _, _ in mine])
         if not bool(torch.isfinite(gradient).all()):
-            again = (self.loss(moved(one, self.policy.device), self.policy) for one in passes)
-            refuse_update(self.policy, self.version, again)
+            first = self._lanes[0]
+            refuse_update(self.version, (first.loss_of(one, self.loss) for one in passes))
 
         # the step of the optimiser
         self._place(gradient)
@@ -199,20 +194,20 @@ class Learner:
     _maxima: frozenset[str] = frozenset()
 
     def _shard(
-        self, passes: Sequence[Pass], lane: Policy
+        self, passes: Sequence[Pass], lane: Lane
     ) -> tuple[torch.Tensor, dict[str, float], dict[str, float]]:
         """The summed gradient of one shard as a flat vector, with its weighted means and its
         maxima."""
         # the sums start anew with each shard
-        parameters = list(_all_parameters(lane).values())
-        calls = lane.calls
+        parameters = list(lane.parameters().values())
+        calls = lane.policy.meter.calls
         means: dict[str, float] = {}
         maxima: dict[str, float] = {}
 
         # gradients add up over the passes
         for one in passes:
             with explained():
-                loss = self.loss(moved(one, lane.device), lane)
+                loss = lane.loss_of(one, self.loss)
                 (loss.value * one.weight).backward()
             for name, value in {"loss": loss.value, **loss.means}.items():
                 means[name] = means.get(name, 0.0) + float(value.detach()) * one.weight
@@ -225,7 +220,7 @@ class Learner:
         )
         for parameter in parameters:
             parameter.grad = None
-        means["update_calls"] = float(lane.calls - calls)
+        means["update_calls"] = float(lane.policy.meter.calls - calls)
         return flat, means, maxima
 
     def _sum_of_shards(self, own: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -367,9 +362,3 @@ class Learner:
                 n: tensors[f"average/{n}"].to(p.device, copy=True) for n, p in self._own.items()
             }
         self.version = int(tensors["version"])
-
-
-def _all_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:
-    """The policy's trainable weights, then its critic's, in a fixed order."""
-    critic = dict(policy.critic.named_parameters()) if policy.critic is not None else {}
-    return {**policy.trainable(), **{f"critic/{n}": p for n, p in critic.items()}}

@@ -215,6 +215,31 @@ def plain_state_dict(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def save(pipeline: Any, part: str, folder: Path) -> None:
+    """Writes the adapters of a pipeline's ``part`` as the file that its ``load_lora_weights``
+    reads, with their settings."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    # of a transformer the loader knows peft's own names only
+    network = getattr(pipeline, part)
+    layers = get_peft_model_state_dict(network)
+    if part == "unet":
+        layers = convert_state_dict_to_diffusers(layers)
+
+    # without the adapter's own settings diffusers would take alpha to be the rank
+    settings = network.peft_config[ADAPTER].to_dict()
+
+    # the same policy is the same file, whichever process writes it: sets and the header in an order
+    # of their own
+    settings = {
+        name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()
+    }
+    named = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": settings}
+    pipeline.save_lora_weights(folder, safe_serialization=True, **named)
+    order_header(folder / FILE)
+
+
 def order_header(file: Path) -> None:
     """Rewrites a safetensors file so that its metadata lie in the order of their names: as the
     library writes them, in the order of a hash map, the same adapter would be another file each

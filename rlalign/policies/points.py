@@ -3,6 +3,7 @@ load."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, read_reason
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.networks import lora
-from rlalign.policies.base import OWN_SIZE, Condition, Policy, PolicyRecipe, Words, refuse_frames
+from rlalign.policies.base import OWN_SIZE, Condition, Family, PolicyRecipe, Words, refuse_frames
 
 MODES: dict[str, tuple[tuple[float, float], ...]] = {
     "left": ((-1.2, 0.6), (-1.2, -0.6)),
@@ -30,31 +31,6 @@ REACH = 2.5
 BLOB = 0.45
 """Pixels of a picture's side, the plane's half width in it, and the drawn blob's standard deviation
 in the plane."""
-
-
-class Points(PolicyRecipe):
-    """Points in the plane: the exact denoiser of a Gaussian mixture for each caption, and a small
-    network to be trained.
-
-    The network's last layer starts at zero, so the untrained policy is exact. A picture is a bright
-    spot on black.
-
-    Source: the score of a mixture of Gaussians in closed form; no paper.
-    """
-
-    hidden: int = Field(default=64, ge=1, description="width of the trained network")
-    path: str = Field(
-        default="", description="a folder that a run has saved; empty is the untrained one"
-    )
-
-    def load(self, device: str) -> PointsPolicy:
-        """The exact policy, or a trained one. Raises UserError for a folder that is not one."""
-        policy = PointsPolicy(
-            device, self.hidden, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha
-        )
-        if self.path:
-            policy.read(Path(self.path))
-        return self.ready(policy)
 
 
 class Residual(torch.nn.Module):
@@ -76,24 +52,19 @@ class Residual(torch.nn.Module):
         return self.outer(torch.nn.functional.silu(self.middle(hidden)))
 
 
-class PointsPolicy(Policy):
+class PointsFamily(Family):
     """Latents (2, 1, 1) on Stable Diffusion's path, noise prediction; pictures of 16 x 16."""
 
     prediction = "epsilon"
+    lora_targets = ("inner", "middle", "outer")
 
-    def __init__(
-        self, device: str, hidden: int, *, lora_rank: int = 0, lora_alpha: float = 0.0
-    ) -> None:
+    def __init__(self, device: str, hidden: int) -> None:
         self.path = VariancePreserving.scaled_linear()
         self.device = device
         self._hidden = hidden
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.network = Residual(hidden).eval().to(device)
-        if lora_rank:
-            targets = ("inner", "middle", "outer")
-            lora.attach(self.network, rank=lora_rank, alpha=lora_alpha, targets=targets, seed=0)
-        self.reference = {} if lora_rank else self.weights()
 
     def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
         """(B, 8, 3) centres with weights: those of the caption's words, or all where it has none
@@ -161,11 +132,17 @@ class PointsPolicy(Policy):
         return SIZE, SIZE
 
     def save(self, folder: Path) -> None:
-        """The network's weights and its width; ``path`` of the recipe reads them."""
+        """The network's weights, with the adapters in them, and its width; ``path`` of the recipe
+        reads them."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {n: t.detach().cpu().contiguous() for n, t in self.network.state_dict().items()}
+        network = self.network
+        if lora.is_attached(network):
+            network = copy.deepcopy(network)
+            lora.merge(network)
+        plain = lora.plain_state_dict(network)
+        weights = {n: t.detach().cpu().contiguous() for n, t in plain.items()}
         save_file(weights, folder / "points.safetensors")
         (folder / "points.json").write_text(json.dumps({"hidden": self._hidden}), encoding="utf-8")
 
@@ -182,5 +159,27 @@ class PointsPolicy(Policy):
                 "policy.path must be a folder that a run of points with this width has saved, got"
                 f" {str(folder)!r} ({reason})"
             ) from error
-        if self.reference:
-            self.reference = self.weights()
+
+
+class Points(PolicyRecipe):
+    """Points in the plane: the exact denoiser of a Gaussian mixture for each caption, and a small
+    network to be trained.
+
+    The network's last layer starts at zero, so the untrained policy is exact. A picture is a bright
+    spot on black.
+
+    Source: the score of a mixture of Gaussians in closed form; no paper.
+    """
+
+    family = PointsFamily
+
+    hidden: int = Field(default=64, ge=1, description="width of the trained network")
+    path: str = Field(
+        default="", description="a folder that a run has saved; empty is the untrained one"
+    )
+
+    def build(self, device: str) -> PointsFamily:
+        family = PointsFamily(device, self.hidden)
+        if self.path:
+            family.read(Path(self.path))
+        return family

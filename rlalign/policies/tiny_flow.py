@@ -4,33 +4,31 @@ coloured shapes."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from rlalign.core.locations import LocalPathOrHubId
 from rlalign.core.registry import Before
-from rlalign.networks.pipelines.fitting import try_out
-from rlalign.policies.base import PolicyRecipe
-from rlalign.policies.sd3 import StableDiffusion3Policy, load_stable_diffusion_3
-from rlalign.policies.stable_diffusion import NegativePrompt
+from rlalign.policies.sd3 import StableDiffusion3
 
 ASSET = Path(__file__).parent.parent / "assets" / "tiny_flow"
 
 
-class TinyFlow(PolicyRecipe):
+class TinyFlow(StableDiffusion3):
     """The shipped 32x32 flow-matching transformer of coloured shapes, in Stable Diffusion 3's
-    format.
+    format; captions are read by the two CLIP encoders alone.
 
     Made by ``rlalign pretrain configs/pretrain_tiny_flow.yaml``.
 
     Source: Lipman 2022, arXiv:2210.02747 (training); Esser 2024, arXiv:2403.03206 (architecture).
     """
 
+    by_folder: ClassVar[bool] = False
+
     path: LocalPathOrHubId = Field(
         default="", description="another folder of the same format; empty is the shipped one"
     )
-    negative_prompt: NegativePrompt = ""
     t5_tokens: Annotated[int, Before(0)] = Field(
         default=256,
         ge=0,
@@ -40,15 +38,6 @@ class TinyFlow(PolicyRecipe):
         ),
     )
 
-    def load(self, device: str) -> StableDiffusion3Policy:
-        """The shipped weights, float32; captions are read by the two CLIP encoders alone."""
-        path = self.path or str(ASSET)
-        pipeline = load_stable_diffusion_3(path, self.denoiser_dtype)
-        policy = StableDiffusion3Policy(
-            pipeline,
-            device,
-            **self.lora_settings,
-            negative_prompt=self.negative_prompt,
-            t5_tokens=self.t5_tokens,
-        )
-        return try_out(self.ready(policy), path, policy.network.config.patch_size)
+    @property
+    def location(self) -> str:
+        return self.path or str(ASSET)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rlalign.core.records import Plan, Unit, is_guided
+from rlalign.core.records import Plan, Unit
 from rlalign.core.registry import Recipe, UserError
 from rlalign.engine import Engine, NoScore, Swarm, expand
 from rlalign.engine.particles import Scheme
@@ -71,40 +71,45 @@ class Sampler(Recipe):
         """One latent for each row of the unit."""
         raise NotImplementedError
 
-    def calls(self, plan: Plan) -> int:
-        """Denoiser calls a picture, a guided pass counted twice; going back through them not
-        counted."""
+    def looks(self, plan: Plan) -> int:
+        """How often a picture's denoiser is looked at; a guided look is one, whatever calls it
+        takes."""
         raise NotImplementedError
 
-    def backward(self, plan: Plan) -> int:
+    def looks_back(self, plan: Plan) -> int:
         """Of these, the ones that a gradient goes back through."""
         return 0
 
-    def price(self, plan: Plan) -> int:
-        """Calls a picture with each way back counted as two more: what budgets and comparisons are
-        made in."""
-        return self.calls(plan) + BACKWARD * self.backward(plan)
+    def price(self, plan: Plan, per_look: int) -> int:
+        """Denoiser calls a picture with each way back counted as two more: what budgets and
+        comparisons are made in. ``per_look`` are a policy's calls of one look."""
+        return per_look * (self.looks(plan) + BACKWARD * self.looks_back(plan))
 
-    def within(self, budget: int, plan: Plan) -> Sampler:
+    def within(self, budget: int, plan: Plan, per_look: int) -> Sampler:
         """The method with the largest width whose price a picture fits a budget."""
         if not self.width:
             return self
-        low = 1
-        high = 1
-        if self._sized(1).price(plan) > budget:
+
+        def costs(width: int) -> int:
+            return self._sized(width).price(plan, per_look)
+
+        if costs(1) > budget:
             raise UserError(
-                f"budget.denoiser_calls must be >= {self._sized(1).price(plan)} for {self.name}"
-                f" with this plan, got {budget}"
+                f"budget.denoiser_calls must be >= {costs(1)} for {self.name} with this plan, got"
+                f" {budget}"
             )
-        while high < MOST and self._sized(2 * high).price(plan) <= budget:
-            high *= 2
-        low = high
-        high = min(2 * high, MOST)
+
+        # the width is doubled, and then looked for between the last two
+        low = 1
+        while low < MOST and costs(2 * low) <= budget:
+            low *= 2
+        high = min(2 * low, MOST)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if self._sized(middle).price(plan) <= budget else (low, middle - 1)
-            )
+            if costs(middle) <= budget:
+                low = middle
+            else:
+                high = middle - 1
         return self._sized(low)
 
     def _sized(self, width: int) -> Sampler:
@@ -136,13 +141,8 @@ class ParticleSampler(Sampler):
         x = engine.begin(rows)
         return rows, Swarm(unit, x, self.particles, self.scheme, self.threshold)
 
-    def calls(self, plan: Plan) -> int:
-        return passes(plan) * plan.steps * self.particles
-
-
-def passes(plan: Plan) -> int:
-    """Denoiser calls of one look."""
-    return 2 if is_guided(plan.guidance) else 1
+    def looks(self, plan: Plan) -> int:
+        return plan.steps * self.particles
 
 
 def group_rows(values_M: np.ndarray, count: int) -> np.ndarray:

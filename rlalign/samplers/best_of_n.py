@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rlalign.core.records import Plan, Unit
 from rlalign.engine import Engine, advance_rows, expand, score_rows
-from rlalign.samplers.base import Result, Sampler, best, group_rows, passes, refuse_unscored, take
+from rlalign.samplers.base import Result, Sampler, best, group_rows, refuse_unscored, take
 
 
 class BestOfN(Sampler):
@@ -60,11 +60,9 @@ class BestOfN(Sampler):
             return [(0, self.n)]
         return [(0, 2 * self.n), (steps // 4, self.n), (steps // 2, max(self.n // 2, 1))]
 
-    def calls(self, plan: Plan) -> int:
+    def looks(self, plan: Plan) -> int:
         stages = [*self._stages(plan.steps), (plan.steps, 0)]
-        return passes(plan) * sum(
-            (stages[i + 1][0] - stages[i][0]) * stages[i][1] for i in range(len(stages) - 1)
-        )
+        return sum((stages[i + 1][0] - stages[i][0]) * stages[i][1] for i in range(len(stages) - 1))
 
 
 def _keep(total_BN: np.ndarray, count: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from rlalign.diffusion.steps import Gaussian, step
 from rlalign.engine import Engine, Rewards, View, Work, join_views, reward_gradient, see
 from rlalign.networks.noisy_classifier import load_classifier
 from rlalign.policies.base import Policy
-from rlalign.samplers.base import NonNegative, Result, Sampler, passes
+from rlalign.samplers.base import NonNegative, Result, Sampler
 
 
 class ClassifierGuidance(Sampler):
@@ -61,11 +61,11 @@ class ClassifierGuidance(Sampler):
             x = join_views(found).next(unit, k)
         return Result(latents=x)
 
-    def calls(self, plan: Plan) -> int:
-        return passes(plan) * plan.steps
+    def looks(self, plan: Plan) -> int:
+        return plan.steps
 
-    def backward(self, plan: Plan) -> int:
-        return self.calls(plan) if self.of == "reward" else 0
+    def looks_back(self, plan: Plan) -> int:
+        return self.looks(plan) if self.of == "reward" else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from rlalign.diffusion.paths import coefficients
 from rlalign.diffusion.rollout import schedule_of
 from rlalign.engine import Engine, View, expand, look_rows, score_rows
 from rlalign.engine.particles import normalise
-from rlalign.samplers.base import NonNegative, Result, Sampler, group_rows, passes, refuse_unscored
+from rlalign.samplers.base import NonNegative, Result, Sampler, group_rows, refuse_unscored
 
 
 class Demon(Sampler):
@@ -100,11 +100,11 @@ class Demon(Sampler):
             noisy = [bool(alpha[k] > 0 and sigma[k + 1] > 0) for k in range(unit.plan.steps)]
         return [n and above[k] for k, n in enumerate(noisy)]
 
-    def calls(self, plan: Plan) -> int:
+    def looks(self, plan: Plan) -> int:
         """All steps but the last taken as noisy."""
-        looks = [min(self.look_ahead, plan.steps - k - 1) for k in range(plan.steps - 1)]
+        ahead = [min(self.look_ahead, plan.steps - k - 1) for k in range(plan.steps - 1)]
         heun = (1 + self.candidates) * (plan.steps - 1) + 1 if self.beta else 0
-        return passes(plan) * (plan.steps + self.candidates * sum(looks) + heun)
+        return plan.steps + self.candidates * sum(ahead) + heun
 
 
 def demon_weights(reward_BK: np.ndarray, tau_B1: np.ndarray, kind: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from rlalign.core.records import Plan, Unit
 from rlalign.diffusion.noise import generator, unit_noise
 from rlalign.engine import Engine, score_rows
 from rlalign.engine.chains import ChainEnd, ChainGradient, Pulled
-from rlalign.samplers.base import NonNegative, Result, Sampler, best_updates, passes, per_row
+from rlalign.samplers.base import NonNegative, Result, Sampler, best_updates, per_row
 
 FLOOR = 4.0 * math.log(2.0)
 """What the regulariser is worth for noise that passes every test."""
@@ -86,12 +86,12 @@ class Dno(Sampler):
         (gradient,) = torch.autograd.grad(self.regularise * value, flat_BD)
         return gradient.reshape(noises.shape)
 
-    def calls(self, plan: Plan) -> int:
+    def looks(self, plan: Plan) -> int:
         """Down and, step by step, again on the way back; the last chain goes down only."""
-        return passes(plan) * plan.steps * (2 * self.updates + 1)
+        return plan.steps * (2 * self.updates + 1)
 
-    def backward(self, plan: Plan) -> int:
-        return passes(plan) * plan.steps * self.updates
+    def looks_back(self, plan: Plan) -> int:
+        return plan.steps * self.updates
 
 
 def _ends(engine: Engine, unit: Unit, noises: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,9 @@ from pydantic import Field
 from rlalign.core.records import Plan, Unit
 from rlalign.diffusion.noise import generator, noise_for
 from rlalign.engine import Engine, Rewards, Work
-from rlalign.engine.chains import ChainGradient, Edict, Pair, Pulled, charge
+from rlalign.engine.chains import ChainGradient, Edict, Pair, Pulled
 from rlalign.policies.base import Policy
-from rlalign.samplers.base import NonNegative, Result, Sampler, best_updates, passes, per_row
+from rlalign.samplers.base import NonNegative, Result, Sampler, best_updates, per_row
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
@@ -94,13 +94,13 @@ class Doodl(Sampler):
         totals = np.concatenate([f.total_B for f in found])
         return Pulled(totals, gradient, torch.cat([f.clean for f in found]))
 
-    def calls(self, plan: Plan) -> int:
+    def looks(self, plan: Plan) -> int:
         """Inversion: two chains down, up and down again; checkpointing: one chain twice."""
         chains = 6 if self.by == "inversion" else 2
-        return passes(plan) * plan.steps * chains * (self.updates + 1)
+        return plan.steps * chains * (self.updates + 1)
 
-    def backward(self, plan: Plan) -> int:
-        return passes(plan) * plan.steps * (2 if self.by == "inversion" else 1) * (self.updates + 1)
+    def looks_back(self, plan: Plan) -> int:
+        return plan.steps * (2 if self.by == "inversion" else 1) * (self.updates + 1)
 
 
 def without_noise(unit: Unit) -> Unit:
@@ -138,7 +138,6 @@ class _PullInverted(Work):
         # and back up to the noise
         start, gradient = chain.pull_back(end, Pair(*(p.to(chain.dtype) for p in pulls)))
         assert start.x.shape == z.shape
-        charge(policy, chain)
         total_B = np.asarray(total_M).reshape(-1, len(prompts)).mean(axis=0)
         return Pulled(
             total_B, (gradient.x + gradient.y).to(self.z.dtype).cpu(), end.x.to(self.z.dtype).cpu()

@@ -17,9 +17,9 @@ from rlalign.core.records import Plan, Unit, with_prompts
 from rlalign.core.registry import UserError
 from rlalign.engine import Engine, Rewards, Work
 from rlalign.engine.chains import Edict as Coupled
-from rlalign.engine.chains import Pair, charge
+from rlalign.engine.chains import Pair
 from rlalign.policies.base import Policy
-from rlalign.samplers.base import Result, Sampler, passes
+from rlalign.samplers.base import Result, Sampler
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
@@ -112,9 +112,9 @@ class Edict(Sampler):
             policy, unit, p=self.p, dtype=PRECISIONS[self.precision], alternate=self.alternate
         )
 
-    def calls(self, plan: Plan) -> int:
+    def looks(self, plan: Plan) -> int:
         back = max(1, round(self.strength * plan.steps))
-        return passes(plan) * (2 * plan.steps if not self.source else 4 * back)
+        return 4 * back if self.source else 2 * plan.steps
 
 
 def _for_all(values: tuple[str, ...], unit: Unit) -> tuple[str, ...]:
@@ -153,7 +153,6 @@ class _Run(Work):
         chain = self.settings.coupled(policy, self.unit)
         pair = Pair(*(t.to(policy.device, chain.dtype) for t in (self.x, self.y)))
         end = chain.run(pair, self.start)
-        charge(policy, chain)
         return end.x.to(next(policy.network.parameters()).dtype).cpu()
 
 
@@ -168,5 +167,4 @@ class _Invert(Work):
         chain = self.settings.coupled(policy, self.unit)
         latents = policy.encode_media(self.media_BCHW[:, None].to(policy.device)).to(chain.dtype)
         pair = chain.invert(Pair(latents, latents), self.stop)
-        charge(policy, chain)
         return Pair(pair.x.cpu(), pair.y.cpu())

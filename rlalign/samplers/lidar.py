@@ -15,7 +15,7 @@ from rlalign.diffusion.rollout import schedule_of
 from rlalign.diffusion.steps import step
 from rlalign.engine import Engine, advance_rows, expand, look_rows, score_rows
 from rlalign.engine.particles import normalise
-from rlalign.samplers.base import NonNegative, Result, Sampler, group_rows, passes, refuse_unscored
+from rlalign.samplers.base import NonNegative, Result, Sampler, group_rows, refuse_unscored
 
 
 class Lidar(Sampler):
@@ -102,5 +102,5 @@ class Lidar(Sampler):
         pull_BD = torch.einsum("bm,bmd->bd", torch.from_numpy(r_BM - w_BM), flat_BMD)
         return (a / (s * s) * pull_BD).reshape(x.shape), size
 
-    def calls(self, plan: Plan) -> int:
-        return passes(plan) * (plan.steps + self.look_aheads * self.look_ahead_steps)
+    def looks(self, plan: Plan) -> int:
+        return plan.steps + self.look_aheads * self.look_ahead_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlalign.core.records import Plan, Unit
 from rlalign.engine import Engine, advance_rows
-from rlalign.samplers.base import Result, Sampler, passes
+from rlalign.samplers.base import Result, Sampler
 
 
 class Plain(Sampler):
@@ -16,5 +16,5 @@ class Plain(Sampler):
     def sample(self, engine: Engine, unit: Unit) -> Result:
         return Result(latents=advance_rows(engine, unit, None, 0, unit.plan.steps).x)
 
-    def calls(self, plan: Plan) -> int:
-        return passes(plan) * plan.steps
+    def looks(self, plan: Plan) -> int:
+        return plan.steps

@@ -12,7 +12,7 @@ from pydantic import Field
 from rlalign.core.records import Plan, Unit
 from rlalign.engine import Engine
 from rlalign.engine.chains import ChainGradient, Pulled
-from rlalign.samplers.base import NonNegative, Result, Sampler, best_updates, passes, per_row
+from rlalign.samplers.base import NonNegative, Result, Sampler, best_updates, per_row
 from rlalign.samplers.doodl import without_noise
 
 
@@ -62,11 +62,11 @@ class Reno(Sampler):
                 break
         return Result(latents=best_updates(tried), series={"reward": tuple(rewards)})
 
-    def calls(self, plan: Plan) -> int:
-        return passes(plan) * plan.steps * 2 * (self.updates + 1)
+    def looks(self, plan: Plan) -> int:
+        return plan.steps * 2 * (self.updates + 1)
 
-    def backward(self, plan: Plan) -> int:
-        return passes(plan) * plan.steps * (self.updates + 1)
+    def looks_back(self, plan: Plan) -> int:
+        return plan.steps * (self.updates + 1)
 
 
 def norm_gradient(z: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ from rlalign.samplers.base import (
     Sampler,
     best,
     group_rows,
-    passes,
     refuse_unscored,
     take,
 )
@@ -88,5 +87,5 @@ class Svdd(Sampler):
         same_B = np.nanmax(value_BM, axis=1) == np.nanmin(value_BM, axis=1)
         return np.where(same_B, best(value_BM, x), np.array(chosen))
 
-    def calls(self, plan: Plan) -> int:
-        return passes(plan) * (1 + (plan.steps - 1) * self.candidates)
+    def looks(self, plan: Plan) -> int:
+        return 1 + (plan.steps - 1) * self.candidates

@@ -17,7 +17,7 @@ from rlalign.diffusion.rollout import schedule_of
 from rlalign.diffusion.steps import Gaussian
 from rlalign.engine import Engine, Rewards, View, Work, join_views, see
 from rlalign.policies.base import Policy
-from rlalign.samplers.base import NonNegative, Result, Sampler, passes, per_row
+from rlalign.samplers.base import NonNegative, Result, Sampler, per_row
 
 Course = Literal["increase", "decrease", "constant"]
 
@@ -112,11 +112,11 @@ class TrainingFree(Sampler):
         spread = (sigma**2 - (keep * sigma_next) ** 2).clamp(min=0.0).sqrt()
         return keep * x + spread * _noise(unit, ("back", k, turn), x)
 
-    def calls(self, plan: Plan) -> int:
-        return passes(plan) * plan.steps * self.recurrence
+    def looks(self, plan: Plan) -> int:
+        return plan.steps * self.recurrence
 
-    def backward(self, plan: Plan) -> int:
-        return self.calls(plan) if self.rho else 0
+    def looks_back(self, plan: Plan) -> int:
+        return self.looks(plan) if self.rho else 0
 
 
 def _noise(unit: Unit, place: tuple[str | int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -96,8 +96,8 @@ class TwistedSmc(ParticleSampler):
         """Strength times the tempering of step ``k``."""
         return self.strength * (min((1.0 + self.growth) ** k - 1.0, 1.0) if self.growth else 1.0)
 
-    def backward(self, plan: Plan) -> int:
-        return self.calls(plan)
+    def looks_back(self, plan: Plan) -> int:
+        return self.looks(plan)
 
 
 class _Pulled(NamedTuple):

@@ -79,7 +79,7 @@ def _outcome(
 ) -> Outcome:
     before = engine.cost
     unit = sample.unit
-    calls = sampler.calls(sample.plan)
+    calls = sample.calls_per_look * sampler.looks(sample.plan)
     on_record({"note": f"{title}: {sampler.name}, about {calls} denoiser calls a picture"})
     found = sampler.sample(engine, unit)
     cost = engine.cost - before
@@ -100,8 +100,9 @@ def _baselines(sample: Sample, chosen: Outcome) -> list[tuple[str, Sampler]]:
     best: Any = build("samplers", {"name": "best_of_n"})
     each = (chosen.cost.denoiser_calls + BACKWARD * chosen.cost.backward_calls) // sample.pictures
     wanted = [] if sample.sampler.name == "plain" else [("plain", plain)]
-    if sample.sampler.name != "best_of_n" and each >= 2 * plain.calls(sample.plan):
-        wanted.append(("best of N, same cost", best.within(each, sample.plan)))
+    per_look = sample.calls_per_look
+    if sample.sampler.name != "best_of_n" and each >= 2 * plain.price(sample.plan, per_look):
+        wanted.append(("best of N, same cost", best.within(each, sample.plan, per_look)))
     return wanted
 
 

@@ -106,10 +106,18 @@ class Sample(BaseModel):
     def method(self) -> Sampler:
         """The sampler, as wide as the budget allows."""
         return (
-            self.sampler.within(self.budget.denoiser_calls, self.plan)
+            self.sampler.within(self.budget.denoiser_calls, self.plan, self.calls_per_look)
             if self.budget
             else self.sampler
         )
+
+    @property
+    def calls_per_look(self) -> int:
+        """Denoiser calls of one sample at one step; of the aligned and of its base where both are
+        asked."""
+        recipe: Any = self.model.recipe
+        models = 1 if self.interpolation == 1.0 else 2
+        return models * recipe.calls_per_look(self.plan)
 
     @property
     def unit(self) -> Unit:

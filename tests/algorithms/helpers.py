@@ -13,17 +13,23 @@ from rlalign.core.batches import StepPass
 from rlalign.core.records import Plan, Scored
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.policies.base import Policy
-from tests.toy import ToyPolicy, collect, make_units
+from tests.toy import ToyFamily, ToyPolicy, collect, make_units
 
 
-class FlowToy(ToyPolicy):
-    """The toy denoiser on the rectified-flow path; with ``dtype`` float64 for exact comparisons."""
+class FlowToyFamily(ToyFamily):
+    """The toy denoiser on the rectified-flow path."""
 
     prediction = "flow"
 
     def __init__(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(seed=seed, dtype=dtype)
         self.path = RectifiedFlow(shift=3.0)
+
+
+class FlowToy(ToyPolicy):
+    """Its policy; with ``dtype`` float64 for exact comparisons."""
+
+    kind = FlowToyFamily
 
 
 def scored_of(

@@ -126,7 +126,7 @@ def test_steps_must_have_a_density(algorithm: Algorithm) -> None:
         " flow_sde"
     )
     one = given(Plan(steps=1))
-    one.policy.path = VariancePreserving.scaled_linear(ends_clean=True)
+    one.policy.family.path = VariancePreserving.scaled_linear(ends_clean=True)
     assert refused(algorithm, one).startswith(
         f"plan.steps must be >= 2 for {name}, got 1: the step to the clean sample"
     )

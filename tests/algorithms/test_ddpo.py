@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from rlalign.core.registry import UserError, build
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.diffusion.rollout import replay_log_prob
 from rlalign.diffusion.steps import step
-from rlalign.policies.base import OWN_SIZE, Condition, Policy, Words
+from rlalign.policies.base import OWN_SIZE, Condition, Family, Policy, Words
 from tests.toy import PLAN, ToyPolicy, as_float64, collect, first_number, gradient, make_units
 
 SCORE_FUNCTION = DDPO(form="score_function", advantage="global")
@@ -37,7 +38,7 @@ class Biases(torch.nn.Module):
         self.bias_K = torch.nn.Parameter(torch.tensor([0.1, -0.2, 0.3, 0.05, -0.1]))
 
 
-class ChainPolicy(Policy):
+class ChainFamily(Family):
     """x_next = a_k x + b_k + s_k z with learnable b: a denoiser whose DDPM posterior mean is that
     line, exactly.
 
@@ -47,7 +48,6 @@ class ChainPolicy(Policy):
 
     prediction = "sample"
     device = "cpu"
-    plan = Plan(steps=5, rule="ddpm", eta=1.0)
 
     def __init__(self) -> None:
         self.path = VariancePreserving(
@@ -80,6 +80,16 @@ class ChainPolicy(Policy):
 
     def save(self, folder: Path) -> None:
         raise NotImplementedError
+
+
+class ChainPolicy(Policy):
+    """The chain's policy."""
+
+    plan = Plan(steps=5, rule="ddpm", eta=1.0)
+    kind: ClassVar[type[ChainFamily]] = ChainFamily
+
+    def __init__(self) -> None:
+        super().__init__(self.kind())
 
 
 UNITS, PER_UNIT = 32, 512
@@ -256,7 +266,7 @@ def test_gradient_flows_through_both_halves_of_guidance() -> None:
         alone = leaf.detach().requires_grad_(True)
         t_B = policy.path.timestep(level).expand(2)
         (raw,) = torch.autograd.grad(
-            policy.predict(x, t_B, Words({"embeds_BLD": alone})).sum(), alone
+            policy.family.predict(x, t_B, Words({"embeds_BLD": alone})).sum(), alone
         )
         assert torch.allclose(halves[name], (3.0 if name == "cond" else -2.0) * raw, rtol=1e-12)
         assert halves[name].abs().max() > 0

@@ -255,19 +255,19 @@ def test_the_value_network_starts_at_nothing_and_learns_the_advantage() -> None:
     algorithm = DPOK(value_lr=1e-2, kl_weight=0.0)
     made = algorithm.critic(policy, PLAN)
     assert made is not None
-    policy.critic, lr = made
+    critic, lr = made
     batch = algorithm.make_batch(scored_of(policy, PLAN), Memory())
     passes = list(batch.passes(4))
-    first = [algorithm.loss(p, policy).means["value/error"].item() for p in passes]
+    first = [algorithm.loss(p, policy, critic).means["value/error"].item() for p in passes]
     assert np.mean(first) == pytest.approx(
         np.mean([(p.advantage_B**2).mean().item() for p in passes]), rel=1e-5
     )
-    optimiser = torch.optim.Adam(policy.critic.parameters(), lr=lr)
+    optimiser = torch.optim.Adam(critic.parameters(), lr=lr)
     for _ in range(200):
         optimiser.zero_grad()
-        sum((algorithm.loss(p, policy).value for p in passes), torch.zeros(())).backward()
+        sum((algorithm.loss(p, policy, critic).value for p in passes), torch.zeros(())).backward()
         optimiser.step()
-    last = [algorithm.loss(p, policy).means["value/error"].item() for p in passes]
+    last = [algorithm.loss(p, policy, critic).means["value/error"].item() for p in passes]
     assert np.mean(last) < 0.5 * np.mean(first)
 
 
@@ -278,9 +278,9 @@ def test_the_critics_value_is_taken_off_and_learned_apart() -> None:
     algorithm = DPOK(kl_weight=0.0, clip="surrogate", clip_range=0.2, value_lr=1e-3)
     made = algorithm.critic(policy, PLAN)
     assert made is not None
-    policy.critic = made[0].double()
+    critic = made[0].double()
     with torch.no_grad():
-        for parameter in policy.critic.head.parameters():
+        for parameter in critic.head.parameters():
             parameter += 0.02 * torch.sin(
                 torch.arange(parameter.numel(), dtype=torch.float64)
             ).view_as(parameter)
@@ -288,9 +288,7 @@ def test_the_critics_value_is_taken_off_and_learned_apart() -> None:
     rows, steps = one.before_BS.shape[0], list(one.steps)
     condition = policy.encode(one.unit.prompts)
     values = [
-        policy.critic(
-            one.before_BS[:, s], torch.full((rows,), k), condition.caption.summary_BD
-        ).detach()
+        critic(one.before_BS[:, s], torch.full((rows,), k), condition.caption.summary_BD).detach()
         for s, k in enumerate(steps)
     ]
     assert torch.stack(values).std() > 1e-4
@@ -310,19 +308,19 @@ def test_the_critics_value_is_taken_off_and_learned_apart() -> None:
         total = total + plain.loss(alone, policy).value / len(steps)
     wanted = gradient(total, policy)
     assert wanted.abs().max() > 1e-3
-    loss = algorithm.loss(one, policy)
+    loss = algorithm.loss(one, policy, critic)
     assert torch.allclose(gradient(loss.value, policy), wanted, rtol=0, atol=1e-10)
     # the critic's part
     error = torch.stack([(v - one.advantage_B) ** 2 for v in values]).mean()
     assert loss.means["value/error"].item() == pytest.approx(error.item(), rel=1e-10)
-    head = policy.critic.head.weight
-    (found,) = torch.autograd.grad(algorithm.loss(one, policy).value, head)
+    head = critic.head.weight
+    (found,) = torch.autograd.grad(algorithm.loss(one, policy, critic).value, head)
     for entry in (0, 100, 255):
         ends = []
         for sign in (1, -1):
             with torch.no_grad():
                 head[0, entry] += sign * 1e-6
-                ends.append(algorithm.loss(one, policy).means["value/error"].item())
+                ends.append(algorithm.loss(one, policy, critic).means["value/error"].item())
                 head[0, entry] -= sign * 1e-6
         assert found[0, entry].item() == pytest.approx(
             (ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-9

@@ -23,10 +23,10 @@ from rlalign.algorithms.grpo import GRPO
 from rlalign.core.records import Plan, Scored
 from rlalign.core.registry import UserError, build
 from rlalign.diffusion.noise import noisy_steps
-from rlalign.policies.base import Policy, PolicyRecipe
+from rlalign.policies.base import Policy, PolicyRecipe, Words
 from tests.algorithms.helpers import FlowToy, scored_of
 from tests.runs import small_run
-from tests.toy import ToyPolicy, collect, make_units
+from tests.toy import ToyFamily, ToyPolicy, collect, make_units
 
 ALGORITHMS = {
     "ddpo": DDPO(),
@@ -106,19 +106,28 @@ def test_d3pos_ratios_to_the_reference_are_one_before_the_first_update(model: st
     )
 
 
+class DriftingFamily(ToyFamily):
+    """Answers ``by`` more where gradients are wanted."""
+
+    by: float
+
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
+        plain = super().predict(x, timestep_B, words)
+        return plain + (self.by if torch.is_grad_enabled() else 0.0)
+
+
 class Drifting(PolicyRecipe):
     """The toy policy, which computes something else where gradients are wanted. Source: none, a
     test's own."""
 
     by: float = 0.0
 
-    def load(self, device: str) -> ToyPolicy:
-        policy = ToyPolicy()
-        plain = policy.predict
-        policy.predict = lambda *given: (
-            plain(*given) + (self.by if torch.is_grad_enabled() else 0.0)
-        )  # type: ignore[method-assign]
-        return policy
+    family = DriftingFamily
+
+    def build(self, device: str) -> DriftingFamily:
+        family = DriftingFamily()
+        family.by = self.by
+        return family
 
 
 def drifting(by: float, folder: Path, *more: str) -> None:

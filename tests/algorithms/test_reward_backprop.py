@@ -18,7 +18,7 @@ from rlalign.diffusion.noise import unit_noise
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.policies.base import Condition, Words
 from tests.algorithms.helpers import FlowToy, numeric_gradient
-from tests.algorithms.test_ddpo import CLOSED_FORM_K, ChainPolicy
+from tests.algorithms.test_ddpo import CLOSED_FORM_K, ChainFamily, ChainPolicy
 from tests.toy import ToyPolicy, gradient, make_units
 
 PLAN = Plan(steps=5, eta=1.0)
@@ -78,7 +78,7 @@ def test_o15_full_backpropagation_is_the_gradient_of_the_reward() -> None:
     assert torch.equal(gradient(whole.loss(one, policy).value, policy), found)
 
 
-class Chain(ChainPolicy):
+class WideChain(ChainFamily):
     """The linear chain of DDPO's oracle in float64; its picture is its last number, unsqueezed."""
 
     def __init__(self) -> None:
@@ -87,6 +87,12 @@ class Chain(ChainPolicy):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents[:, None].expand(-1, 1, 3, 1, 1)
+
+
+class Chain(ChainPolicy):
+    """Its policy."""
+
+    kind = WideChain
 
 
 def last_number(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
@@ -165,11 +171,9 @@ class Offset(torch.nn.Module):
         self.theta = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
 
 
-class Normal(Chain):
+class OffsetNormal(WideChain):
     """The exact denoiser of N(0, .5^2), plus an offset theta on the clean sample, in which its five
     steps end."""
-
-    plan = PLAN
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,6 +183,13 @@ class Normal(Chain):
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         alpha, sigma = (f(timestep_B[0].double()) for f in (self.path.alpha, self.path.sigma))
         return alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * x + self.network.theta
+
+
+class Normal(ChainPolicy):
+    """Its policy."""
+
+    plan = PLAN
+    kind = OffsetNormal
 
 
 def near_one(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:

@@ -173,7 +173,7 @@ def test_a_policy_by_its_name(tmp_path: Path) -> None:
     """A plug-in's name with settings, a class kept elsewhere, and a pipeline folder."""
     assert rlalign.load_policy("points", lora_rank=2).reference == {}
     assert rlalign.load_policy("points", hidden=7).network.inner.out_features == 7
-    assert type(rlalign.load_policy("tests.toy:Toy")).__name__ == "ToyPolicy"
+    assert type(rlalign.load_policy("tests.toy:Toy").family).__name__ == "ToyFamily"
     folder = save_pipeline(tmp_path / "pipeline")
     by_folder = rlalign.load_policy(folder, lora_rank=2)
     assert all("lora" in name for name in by_folder.trainable())

@@ -17,7 +17,8 @@ from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import write_pairs
 from rlalign.data.pairs.ranking import encode
 from rlalign.data.pairs.reader import PairReader
-from tests.toy import PROMPTS, SIZE, ToyPolicy
+from rlalign.policies.base import Policy
+from tests.toy import PROMPTS, SIZE, ToyFamily, ToyPolicy
 
 ONLINE = {"per_round": 4, "per_unit": 2, "samples_per_prompt": 4}
 
@@ -176,12 +177,12 @@ def test_a_later_picture_of_another_size_is_refused_where_it_is_met(tmp_path: Pa
 
 
 def test_an_oblong_plan_wants_its_own_shape(tmp_path: Path) -> None:
-    class Oblong(ToyPolicy):
+    class Oblong(ToyFamily):
         def decode(self, latents):
             return super().decode(latents)[..., :4]
 
     with pytest.raises(UserError) as caught:
-        check_plan(offline(write(tmp_path, (SIZE, SIZE))), Oblong())
+        check_plan(offline(write(tmp_path, (SIZE, SIZE))), Policy(Oblong()))
     assert str(caught.value).startswith(
         "preferences must hold pictures of 8 x 4 (height x width), the plan's, got 8 x 8; "
     )

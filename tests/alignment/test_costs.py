@@ -65,7 +65,7 @@ def test_backpropagation_counts_the_calls_and_queries_of_its_updates(
     batch = PromptBatch(units=units, scorer=differentiable_scorer(run, "cpu"))
     learned = learner.update(batch, round=1)
     costs.add(counts, run, learned, updates=learner.version)
-    assert counts["denoiser_calls"] == learner.policy.calls > 0
+    assert counts["denoiser_calls"] == learner.policy.meter.calls > 0
     assert counts["reward_queries"] == 4 * epochs * (resamples or 1)
 
 

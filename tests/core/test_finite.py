@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from rlalign.alignment.environment import Denoising
 from rlalign.cli import main
-from rlalign.core.finite import Diverged, NotFinite, all_finite
+from rlalign.core.finite import Diverged, NotFinite, all_finite, watched_place, watching
 from rlalign.core.media import as_uint8
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, build
@@ -88,8 +89,7 @@ def damaged(sound: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
 def without_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads without the pass that tries a checkpoint out, which would refuse a weight too large
     before anything is drawn."""
-    for home in ("stable_diffusion", "sd3"):
-        monkeypatch.setattr(f"rlalign.policies.{home}.try_out", lambda policy, path, side: policy)
+    monkeypatch.setattr("rlalign.policies._pipeline.try_out", lambda *given: None)
 
 
 # --- on load -------------------------------------------------------------------------------------
@@ -127,6 +127,16 @@ def test_check_refuses_a_damaged_file_too(
 # --- where pictures are drawn --------------------------------------------------------------------
 
 
+def test_what_is_watched_is_so_in_this_thread_alone() -> None:
+    """Also inside, where it may be left out; and no policy knows of it."""
+    with watching("at the end"):
+        assert watched_place() == "at the end"
+        with ThreadPoolExecutor(1) as other, watching(""):
+            assert watched_place() == other.submit(watched_place).result() == ""
+        assert watched_place() == "at the end"
+    assert watched_place() == ""
+
+
 @pytest.mark.usefixtures("without_trial")
 @pytest.mark.parametrize("part", PARTS)
 def test_a_rollout_names_the_part(damaged: Any, part: str) -> None:
@@ -136,7 +146,7 @@ def test_a_rollout_names_the_part(damaged: Any, part: str) -> None:
         rollout(policy, unit, 0)
     if part == "unet":
         assert "at step 1 of 3, timestep 667; its weights are damaged" in str(refusal.value)
-    assert policy.watch == ""
+    assert watched_place() == ""
 
 
 @pytest.mark.usefixtures("without_trial")
@@ -153,7 +163,7 @@ def test_a_flow_models_rollout_names_the_part(damaged: Any, part: str) -> None:
 def test_the_step_is_the_first_that_is_not_finite() -> None:
     """A network that overflows in the last third of the chain alone."""
     policy, seen = ToyPolicy(), []
-    sound = policy.predict
+    sound = policy.family.predict
 
     def late(
         x: torch.Tensor, timestep_B: torch.Tensor, *words: torch.Tensor | None
@@ -161,7 +171,7 @@ def test_the_step_is_the_first_that_is_not_finite() -> None:
         seen.append(int(timestep_B[0]))
         return sound(x, timestep_B, words[0]) * (float("inf") if int(timestep_B[0]) < 300 else 1.0)  # type: ignore[arg-type]
 
-    policy.predict = late  # type: ignore[method-assign]
+    policy.family.predict = late  # type: ignore[method-assign]
     policy.reference = {}
     (unit,) = make_units(1, plan=Plan(steps=6))
     with pytest.raises(
@@ -225,7 +235,7 @@ def test_every_sampler_names_the_part(damaged: Any, name: str, part: str) -> Non
     assert isinstance(method, Sampler)
     with pytest.raises(NotFinite, match=PARTS[part][1]):
         rewards.scores(policy.decode(method.sample(engine, unit).latents), unit.prompts)
-    assert policy.watch == ""
+    assert watched_place() == ""
 
 
 @pytest.mark.usefixtures("without_trial")

@@ -140,4 +140,4 @@ def test_checkpoints_count_every_call_they_make() -> None:
     policy, unit = POLICIES["vp"](), unit_of(2, Plan(steps=6, eta=0.0))
     noises = _start(policy, unit)[:, None]
     ChainGradient(unit=unit, noises=noises).do(policy, ExactRewards(lambda x_BD: _score(x_BD)))
-    assert policy.calls == 2 * 6 * 2  # down, and each step again on the way back
+    assert policy.meter.calls == 2 * 6 * 2  # down, and each step again on the way back

@@ -16,7 +16,7 @@ from rlalign.networks import devices
 from rlalign.policies.base import PolicyRecipe
 from rlalign.rewards.base import Reward, Scorer
 from tests.runs import CONFIGS, small_run
-from tests.toy import ToyPolicy
+from tests.toy import ToyFamily
 
 LOADED: list[str] = []
 
@@ -25,9 +25,11 @@ class NotedPolicy(PolicyRecipe):
     """The toy policy, which notes where it was to be loaded, and stays on the CPU. Source: none, a
     test's own."""
 
-    def load(self, device: str) -> ToyPolicy:
+    family = ToyFamily
+
+    def build(self, device: str) -> ToyFamily:
         LOADED.append(f"policy {device}")
-        return ToyPolicy()
+        return ToyFamily()
 
 
 class NotedReward(Reward):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from rlalign.core.registry import UserError
 from rlalign.networks import lora
-from rlalign.policies.stable_diffusion import LORA_TARGETS, StableDiffusion, StableDiffusionPolicy
+from rlalign.policies.base import Policy
+from rlalign.policies.stable_diffusion import LORA_TARGETS, StableDiffusion
 from tests.toy import ToyPolicy, save_pipeline
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -28,11 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pipeline(tmp_path_factory.mktemp("pipeline") / "small")
 
 
-def load(folder: Path, *, rank: int = 0, alpha: float = 0.0) -> StableDiffusionPolicy:
+def load(folder: Path, *, rank: int = 0, alpha: float = 0.0) -> Policy:
     return StableDiffusion(path=str(folder), lora_rank=rank, lora_alpha=alpha).load("cpu")
 
 
-def trained(folder: Path, *, alpha: float = 0.0) -> StableDiffusionPolicy:
+def trained(folder: Path, *, alpha: float = 0.0) -> Policy:
     """Rank 4, with adapters as large as training might make them."""
     policy = load(folder, rank=4, alpha=alpha)
     with torch.no_grad():
@@ -44,8 +45,8 @@ def trained(folder: Path, *, alpha: float = 0.0) -> StableDiffusionPolicy:
 
 
 @torch.no_grad()
-def prediction(policy: StableDiffusionPolicy) -> torch.Tensor:
-    return policy.predict(X, T, policy.encode(PROMPTS).caption)
+def prediction(policy: Policy) -> torch.Tensor:
+    return policy.family.predict(X, T, policy.encode(PROMPTS).caption)
 
 
 def test_attaching_changes_no_output_and_trains_adapters_alone(folder: Path) -> None:
@@ -84,10 +85,10 @@ def test_the_scale_is_alpha_over_rank() -> None:
         policy = ToyPolicy(lora_rank=2, lora_alpha=alpha)
         with torch.no_grad():
             policy.network.outer.lora_B["default"].weight.fill_(0.3)  # type: ignore[index, union-attr]
-            outputs[alpha] = policy.predict(x, t, policy.encode(["a", "b", "c"]).caption)
+            outputs[alpha] = policy.family.predict(x, t, policy.encode(["a", "b", "c"]).caption)
     base = ToyPolicy()
     with torch.no_grad():
-        plain = base.predict(x, t, base.encode(["a", "b", "c"]).caption)
+        plain = base.family.predict(x, t, base.encode(["a", "b", "c"]).caption)
     assert torch.allclose(outputs[8.0] - plain, 4 * (outputs[2.0] - plain), rtol=1e-4, atol=1e-5)
 
 
@@ -121,10 +122,10 @@ def test_the_reference_leaves_a_built_graph_alone(rank: int) -> None:
             for parameter in policy.trainable().values():
                 parameter.add_(0.5)
         words = policy.encode(["a", "b", "c"]).caption
-        value = policy.predict(x, t, words).square().sum()
+        value = policy.family.predict(x, t, words).square().sum()
         if look:
             with torch.no_grad(), policy.as_reference():
-                assert not torch.equal(policy.predict(x, t, words).square().sum(), value)
+                assert not torch.equal(policy.family.predict(x, t, words).square().sum(), value)
         value.backward()
         return [p.grad for p in policy.trainable().values() if p.grad is not None]
 
@@ -206,7 +207,7 @@ def test_plain_diffusers_loads_the_saved_adapter(
             X, T, encoder_hidden_states=policy.encode(PROMPTS).caption["embeds_BLD"]
         ).sample
     assert torch.allclose(found, prediction(policy), rtol=0, atol=1e-5)
-    assert torch.allclose(picture(pipeline), picture(policy.pipeline), rtol=0, atol=1e-5)
+    assert torch.allclose(picture(pipeline), picture(policy.family.pipeline), rtol=0, atol=1e-5)
     assert (picture(pipeline) - plain).abs().max() > 1e-3
 
 
@@ -228,7 +229,7 @@ def test_plain_diffusers_loads_the_merged_pipeline(folder: Path, tmp_path: Path)
         ).sample
     assert torch.equal(found, prediction(merged))
     assert torch.equal(prediction(policy), before)  # the adapters' owner is as it was
-    assert lora.is_attached(policy.pipeline.unet)
+    assert lora.is_attached(policy.family.pipeline.unet)
     plain = load(folder)
     assert plain.merged() is plain
 
@@ -237,7 +238,7 @@ def test_a_policy_that_cannot_merge_its_adapter_says_so() -> None:
     plain = ToyPolicy()
     assert plain.merged() is plain
     with pytest.raises(
-        UserError, match="a merged export needs a policy that can merge its LoRA, got ToyPolicy"
+        UserError, match="a merged export needs a policy that can merge its LoRA, got ToyFamily"
     ):
         ToyPolicy(lora_rank=2).merged()
 

@@ -10,7 +10,6 @@ import torch
 
 from rlalign.core import registry
 from rlalign.core.records import Plan
-from rlalign.engine.chains import in_precision
 from rlalign.networks import precision
 from rlalign.policies.base import Policy
 
@@ -83,7 +82,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(name: str) -> None
 
 def test_a_policy_that_cannot_checkpoint_says_so() -> None:
     with pytest.raises(
-        registry.UserError, match=r"policy\.gradient_checkpointing must be false for PointsPolicy"
+        registry.UserError, match=r"policy\.gradient_checkpointing must be false for PointsFamily"
     ):
         loaded("points", gradient_checkpointing=True)
 
@@ -106,8 +105,8 @@ def test_a_merged_export_keeps_what_bfloat16_could_not_hold() -> None:
 
 
 def test_a_copy_in_float64_computes_in_float64() -> None:
-    rounded = in_precision(loaded(precision="bfloat16"), torch.float64)
-    exact = in_precision(loaded(), torch.float64)
+    rounded = loaded(precision="bfloat16").in_precision(torch.float64)
+    exact = loaded().in_precision(torch.float64)
     x = torch.randn(1, 4, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     time_B, words = (
         torch.tensor([500]),

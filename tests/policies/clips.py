@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -16,29 +16,13 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import Before, UserError
 from rlalign.diffusion.noise import generator
 from rlalign.diffusion.paths import LineShift, RectifiedFlow, Tokens
-from rlalign.policies.base import OWN_SIZE, Condition, Policy, PolicyRecipe, Words
+from rlalign.policies.base import OWN_SIZE, Condition, Family, PolicyRecipe, Words
 
 CHANNELS = 4
 WIDTH = 8
 TOKENS = 6
 SIDE = 4
 """Latent channels, width of an embedding, tokens of a prompt, pixels of a latent's side."""
-
-
-class Clips(PolicyRecipe):
-    """A random denoiser of clips under a random causal video autoencoder. Source: none, a test's
-    own."""
-
-    lora_targets: ClassVar[tuple[str, ...]] = ("inner", "outer")
-
-    embedded_guidance: float = Field(default=3.5, ge=0.0, description="what the network is told")
-    negative_prompt: Annotated[str, Before("")] = Field(
-        default="noise", description="what plan.guidance goes away from"
-    )
-
-    def load(self, device: str) -> ClipsPolicy:
-        policy = ClipsPolicy(device, self.embedded_guidance, self.negative_prompt)
-        return self.ready(policy)
 
 
 class Network(torch.nn.Module):
@@ -56,17 +40,19 @@ class Network(torch.nn.Module):
         return self.outer(hidden).permute(0, 4, 1, 2, 3)
 
 
-class ClipsPolicy(Policy):
+class ClipsFamily(Family):
     """Latents (4, F', H/4, W/4), F' = (F - 1) / 2 + 1; the autoencoder keeps a cache on itself."""
 
     prediction = "flow"
+    lora_targets = ("inner", "outer")
+    own_per_thread = ("vae",)
 
-    def __init__(self, device: str, embedded_guidance: float, negative_prompt: str) -> None:
+    def __init__(self, device: str, recipe: Clips) -> None:
         from diffusers import AutoencoderKLWan
 
         self.device = device
-        self.embedded_guidance = embedded_guidance
-        self.negative_prompt = negative_prompt
+        self.embedded_guidance = recipe.embedded_guidance
+        self.negative_prompt = recipe.negative_prompt
         tokens = Tokens(side=SIDE, frames=2, height=16, width=16)
         line = LineShift(tokens=tokens, base_tokens=16, max_tokens=256)
         self.path = RectifiedFlow(last=0.0, beyond=1, terminal=0.05, moving=line)
@@ -80,7 +66,6 @@ class ClipsPolicy(Policy):
                 **settings, latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS
             )
         self.vae = self.vae.eval().requires_grad_(False).to(device)
-        self.reference = self.weights()
 
     def words(self, texts: Sequence[str], plan: Plan) -> Words:
         """Embeddings at one width with a mask, (height, width, frames), and the told guidance."""
@@ -147,3 +132,18 @@ class ClipsPolicy(Policy):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {n: t.contiguous() for n, t in self.network.state_dict().items()}
         save_file(tensors, folder / "clips.safetensors")
+
+
+class Clips(PolicyRecipe):
+    """A random denoiser of clips under a random causal video autoencoder. Source: none, a test's
+    own."""
+
+    family = ClipsFamily
+
+    embedded_guidance: float = Field(default=3.5, ge=0.0, description="what the network is told")
+    negative_prompt: Annotated[str, Before("")] = Field(
+        default="noise", description="what plan.guidance goes away from"
+    )
+
+    def build(self, device: str) -> ClipsFamily:
+        return ClipsFamily(device, self)

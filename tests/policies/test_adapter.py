@@ -51,7 +51,7 @@ def trained(recipe: Any, folder: Path) -> Policy:
 @torch.no_grad()
 def prediction(policy: Policy) -> torch.Tensor:
     condition = policy.encode(PROMPTS)
-    return policy.predict(X, T.float(), condition.caption)
+    return policy.family.predict(X, T.float(), condition.caption)
 
 
 # --- what it starts with -------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_a_second_run_goes_on_where_the_first_one_ended(
 def prediction_of(policy: Policy) -> torch.Tensor:
     x = torch.randn(2, *policy.latent_shape(Plan()), generator=torch.Generator().manual_seed(1))
     condition = policy.encode(PROMPTS)
-    return policy.predict(x, T, condition.caption)
+    return policy.family.predict(x, T, condition.caption)
 
 
 def test_evaluate_takes_an_adapter_beside_its_model(

@@ -16,10 +16,10 @@ def test_the_weights_zero_and_one_are_the_two_models_and_two_goes_beyond() -> No
         for parameter in policy.network.parameters():
             parameter += 0.1
     own = policy.denoise(x, level, condition, 1.0)
-    calls = policy.calls
+    calls = policy.meter.calls
     for w in (0.0, 0.5, 2.0):
         policy.interpolation = w
         found = policy.denoise(x, level, condition, 1.0)
         for got, b, o in zip(found, base, own, strict=True):
             torch.testing.assert_close(got, b + w * (o - b), atol=1e-12, rtol=0)
-    assert policy.calls == calls + 3 * 2 * 3  # both models are asked
+    assert policy.meter.calls == calls + 3 * 2 * 3  # both models are asked

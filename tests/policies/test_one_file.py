@@ -80,14 +80,14 @@ def test_guidance_is_the_familys_own() -> None:
     condition = policy.encode(PROMPTS, PLAN)
     timestep_B = torch.full((3,), 500.0)
     with torch.no_grad():
-        found = policy.guided(x, timestep_B, condition, 2.0)
-        assert policy.calls == 6
-        cond = policy.predict(x, timestep_B, condition.caption)
-        uncond = policy.predict(x, timestep_B, policy.words(["blue noise"] * 3, PLAN))
-        assert torch.equal(policy.guided(x, timestep_B, condition, 1.0), cond)
-        assert policy.calls == 9
+        found = policy.family.look(policy.answer, x, timestep_B, condition, 2.0)
+        assert policy.meter.calls == 6
+        cond = policy.family.predict(x, timestep_B, condition.caption)
+        uncond = policy.family.predict(x, timestep_B, policy.family.words(["blue noise"] * 3, PLAN))
+        assert torch.equal(policy.family.look(policy.answer, x, timestep_B, condition, 1.0), cond)
+        assert policy.meter.calls == 9
         other = Clips(embedded_guidance=9.0).load("cpu")
-        told = other.predict(x, timestep_B, other.encode(PROMPTS, PLAN).caption)
+        told = other.family.predict(x, timestep_B, other.encode(PROMPTS, PLAN).caption)
     assert not torch.allclose(told, cond)
     mixed = uncond + 2.0 * (cond - uncond)
     torch.testing.assert_close(found.norm(dim=1), cond.norm(dim=1))
@@ -100,7 +100,7 @@ def test_lanes_decode_side_by_side_as_alone() -> None:
     what one gives."""
     first = Clips().load("cpu")
     lanes = [first, *(first.replica() for _ in range(3))]
-    assert len({id(lane.vae) for lane in lanes}) == 4
+    assert len({id(lane.family.vae) for lane in lanes}) == 4
     latents = torch.randn(12, 1, 4, 5, 8, 8)
     with torch.no_grad():
         alone = [first.decode(one) for one in latents]
@@ -118,12 +118,12 @@ def test_lanes_decode_side_by_side_as_alone() -> None:
 
 def test_the_size_needs_no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Clips().load("cpu")
-    monkeypatch.setattr(policy, "decode", None)
+    monkeypatch.setattr(policy.family, "decode", None)
     assert policy.drawn_size(PLAN) == (16, 24)
 
 
 def test_a_value_network_is_told_the_mean_of_the_tokens_that_count() -> None:
-    words = Clips().load("cpu").words(PROMPTS, PLAN)
+    words = Clips().load("cpu").family.words(PROMPTS, PLAN)
     for row, text in enumerate(PROMPTS):
         count = min(len(text.split()), 6)
         wanted = words["embeds_BLD"][row, :count].mean(0)

@@ -11,10 +11,11 @@ import torch
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
 from rlalign.diffusion.rollout import rollout
-from rlalign.policies.points import MODES, SPREAD, Points, PointsPolicy
+from rlalign.policies.base import Policy
+from rlalign.policies.points import MODES, SPREAD, Points
 
 
-def policy() -> PointsPolicy:
+def policy() -> Policy:
     return Points().load("cpu")
 
 
@@ -37,7 +38,7 @@ def test_the_prediction_is_minus_sigma_times_the_score(prompt: str, level: int) 
     x = torch.randn(16, 2, 1, 1, dtype=torch.float64, requires_grad=True)
     (score,) = torch.autograd.grad(log_density(x.flatten(1), words, alpha, sigma).sum(), x)
     condition = one.encode([prompt] * 16)
-    found = one.predict(x, torch.full((16,), level), condition.caption)
+    found = one.family.predict(x, torch.full((16,), level), condition.caption)
     assert torch.allclose(found, -sigma * score, rtol=0, atol=1e-6)
 
 

@@ -21,7 +21,8 @@ from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
 from rlalign.diffusion.rollout import moves, replay_log_prob, rollout
 from rlalign.networks import lora
-from rlalign.policies.sd3 import StableDiffusion3, StableDiffusion3Policy
+from rlalign.policies.base import Policy
+from rlalign.policies.sd3 import StableDiffusion3, StableDiffusion3Family
 from tests.toy import collect, make_units, save_flow_pipeline
 
 PROMPTS = ("a red circle", "blue", "a green square")
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def policy(folder: Path) -> StableDiffusion3Policy:
+def policy(folder: Path) -> Policy:
     return StableDiffusion3(path=str(folder)).load("cpu")
 
 
@@ -62,10 +63,10 @@ def diffusers_pipeline(folder: Path) -> Any:
     return pipeline
 
 
-def predicted(policy: StableDiffusion3Policy) -> torch.Tensor:
+def predicted(policy: Policy) -> torch.Tensor:
     condition = policy.encode(PROMPTS)
     with torch.no_grad():
-        return policy.predict(X, T, condition.caption)
+        return policy.family.predict(X, T, condition.caption)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 3.0])
@@ -125,7 +126,7 @@ def test_encode_is_the_pipelines(
     condition = policy.encode(PROMPTS)
     with torch.no_grad():
         wanted = diffusers_pipeline(folder).encode_prompt(
-            list(PROMPTS), None, None, max_sequence_length=policy.t5_tokens
+            list(PROMPTS), None, None, max_sequence_length=policy.family.t5_tokens
         )
     found = (
         condition.caption["embeds_BLD"],
@@ -169,20 +170,18 @@ def test_a_prompts_rows_do_not_depend_on_its_neighbours(folder: Path) -> None:
     assert not torch.equal(together.caption["pooled_BD"][0], together.caption["pooled_BD"][1])
 
 
-def test_remembered_prompts_are_bounded(
-    policy: StableDiffusion3Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remembered_prompts_are_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long prompt lists do not fill the memory, and forgetting changes no bit."""
     first = policy.encode(PROMPTS)
     monkeypatch.setattr(
-        "rlalign.policies.sd3.REMEMBERED_BYTES", 2 * first.caption["embeds_BLD"][0].nbytes
+        "rlalign.policies._pipeline.REMEMBERED_BYTES", 2 * first.caption["embeds_BLD"][0].nbytes
     )
     policy.encode(["something else", "and more"])
     assert torch.equal(policy.encode(PROMPTS).caption["embeds_BLD"], first.caption["embeds_BLD"])
-    assert len(policy._pairs) <= 2
+    assert len(policy.family.memory.rows) <= 2
 
 
-def test_guidance_mixes_the_empty_caption_in(policy: StableDiffusion3Policy) -> None:
+def test_guidance_mixes_the_empty_caption_in(policy: Policy) -> None:
     """At three levels, one a sample: (clean, noise) from the guided velocity of two passes of
     diffusers' transformer (1e-5)."""
     levels, w = T.double() / 1000.0, 3.0
@@ -207,7 +206,7 @@ def test_guidance_mixes_the_empty_caption_in(policy: StableDiffusion3Policy) -> 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("window", [0, 2])
 def test_replay_gives_the_rollouts_log_probs_bit_for_bit(
-    policy: StableDiffusion3Policy, guidance: float, window: int
+    policy: Policy, guidance: float, window: int
 ) -> None:
     """Flow-SDE on Stable Diffusion 3's grid, also its sharp last step (std 0.0063 with shift 3):
     finite, and equal."""
@@ -239,20 +238,20 @@ def test_ratio_is_exactly_one_before_the_first_update(folder: Path, lora_rank: i
         assert algorithm.loss(one, policy).maxima["ratio/max_deviation"].item() == 0.0
 
 
-def test_pictures_come_back_from_latents(policy: StableDiffusion3Policy) -> None:
+def test_pictures_come_back_from_latents(policy: Policy) -> None:
     """decode is the VAE's decoder, encode_media the mean of its encoder, with the checkpoint's
     scale and shift."""
-    scale, shift = policy.vae.config.scaling_factor, policy.vae.config.shift_factor
+    scale, shift = policy.family.vae.config.scaling_factor, policy.family.vae.config.shift_factor
     assert (scale, shift) == (1.5, 0.06)
     with torch.no_grad():
         media = policy.decode(X)
-        wanted = policy.vae.decode(X / scale + shift).sample
+        wanted = policy.family.vae.decode(X / scale + shift).sample
         assert torch.equal(media[:, 0], (wanted / 2 + 0.5).clamp(0, 1))
-        mean = policy.vae.encode(media[:, 0] * 2 - 1).latent_dist.mean
+        mean = policy.family.vae.encode(media[:, 0] * 2 - 1).latent_dist.mean
         assert torch.equal(policy.encode_media(media), (mean - shift) * scale)
 
 
-def test_latent_shape_follows_the_plan(policy: StableDiffusion3Policy) -> None:
+def test_latent_shape_follows_the_plan(policy: Policy) -> None:
     assert policy.latent_shape(Plan()) == (4, 8, 8)
     assert policy.latent_shape(Plan(height=24, width=20)) == (4, 12, 10)
     with pytest.raises(
@@ -261,15 +260,15 @@ def test_latent_shape_follows_the_plan(policy: StableDiffusion3Policy) -> None:
         policy.latent_shape(Plan(height=18))
 
 
-def test_only_the_transformer_is_trained(policy: StableDiffusion3Policy) -> None:
+def test_only_the_transformer_is_trained(policy: Policy) -> None:
     assert set(policy.trainable()) == {n for n, _ in policy.network.named_parameters()}
-    pipeline = policy.pipeline
-    frozen = [policy.vae, pipeline.text_encoder, pipeline.text_encoder_2]
+    pipeline = policy.family.pipeline
+    frozen = [policy.family.vae, pipeline.text_encoder, pipeline.text_encoder_2]
     assert not any(p.requires_grad for m in frozen for p in m.parameters())
     assert not any(m.training for m in [*frozen, policy.network])
 
 
-def test_saved_folder_is_plain_diffusers(policy: StableDiffusion3Policy, tmp_path: Path) -> None:
+def test_saved_folder_is_plain_diffusers(policy: Policy, tmp_path: Path) -> None:
     """All weights trained: a pipeline folder that diffusers loads with the same prediction, bit for
     bit, and no pickle.
 
@@ -291,7 +290,7 @@ def test_saved_folder_is_plain_diffusers(policy: StableDiffusion3Policy, tmp_pat
         )
     assert torch.equal(found, predicted(policy))
     again = find_model(str(tmp_path)).load("cpu")
-    assert isinstance(again, StableDiffusion3Policy)
+    assert isinstance(again.family, StableDiffusion3Family)
     assert torch.equal(predicted(again), predicted(policy))
 
 
@@ -320,7 +319,9 @@ def test_plain_diffusers_loads_the_adapter_and_the_merged_pipeline(
         for parameter in policy.trainable().values():
             parameter.add_(0.1 * torch.randn_like(parameter))
     adapted = {n.split(".lora_")[0] for n in policy.trainable()}
-    assert all(any(n.endswith(f"attn.{target}") for n in adapted) for target in policy.lora_targets)
+    assert all(
+        any(n.endswith(f"attn.{target}") for n in adapted) for target in policy.family.lora_targets
+    )
     changed = predicted(policy)
     assert (changed - plain).abs().max() > 1e-3
     with policy.as_reference():

@@ -17,7 +17,8 @@ from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
 from rlalign.diffusion.rollout import rollout
 from rlalign.diffusion.steps import RULES, Move
-from rlalign.policies.stable_diffusion import StableDiffusion, StableDiffusionPolicy
+from rlalign.policies.base import Policy
+from rlalign.policies.stable_diffusion import StableDiffusion
 from tests.toy import save_pipeline
 
 PROMPTS = ("a red circle", "blue", "a green square")
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def policy(folder: Path) -> StableDiffusionPolicy:
+def policy(folder: Path) -> Policy:
     return StableDiffusion(path=str(folder)).load("cpu")
 
 
@@ -156,7 +157,7 @@ def test_the_ddpm_rule_has_the_variance_of_the_folder(tmp_path: Path, variance_t
         json.dumps({**index, "scheduler": ["diffusers", "DDPMScheduler"]})
     )
     policy = StableDiffusion(path=str(tmp_path / "p")).load("cpu")
-    theirs, levels = policy.pipeline.scheduler, policy.path.levels(5)
+    theirs, levels = policy.family.pipeline.scheduler, policy.path.levels(5)
     assert isinstance(theirs, DDPMScheduler)
     theirs.set_timesteps(5)
     x = torch.zeros(1, 1)
@@ -165,9 +166,7 @@ def test_the_ddpm_rule_has_the_variance_of_the_folder(tmp_path: Path, variance_t
         torch.testing.assert_close(std, theirs._get_variance(t) ** 0.5, rtol=0, atol=1e-6)
 
 
-def test_denoise_is_diffusers_guidance_and_formula(
-    policy: StableDiffusionPolicy, folder: Path
-) -> None:
+def test_denoise_is_diffusers_guidance_and_formula(policy: Policy, folder: Path) -> None:
     """At three levels: (clean, noise) from diffusers' unet, its text encoder and DDIM's own clean
     sample (1e-5)."""
     pipeline = diffusers_pipeline(folder)
@@ -190,7 +189,7 @@ def test_denoise_is_diffusers_guidance_and_formula(
         assert torch.allclose(clean, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_level_per_sample_equals_one_level_at_a_time(policy: StableDiffusionPolicy) -> None:
+def test_a_level_per_sample_equals_one_level_at_a_time(policy: Policy) -> None:
     """denoise takes (B,) levels: row by row the scalar's result, within 1e-5."""
     x, levels = torch.randn(3, 4, 8, 8), torch.tensor([901.0, 401.0, 1.0], dtype=torch.float64)
     condition = policy.encode(PROMPTS)
@@ -213,33 +212,33 @@ def test_a_prompts_rows_do_not_depend_on_its_neighbours(folder: Path) -> None:
     assert not torch.equal(together.caption["embeds_BLD"][0], together.caption["embeds_BLD"][1])
 
 
-def test_remembered_prompts_are_bounded(
-    policy: StableDiffusionPolicy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remembered_prompts_are_bounded(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long prompt lists do not fill the memory, and forgetting changes no bit."""
-    monkeypatch.setattr("rlalign.policies.stable_diffusion.REMEMBERED_PROMPTS", 2)
     first = policy.encode(PROMPTS)
+    kept = first.caption["embeds_BLD"][0].nbytes
+    monkeypatch.setattr("rlalign.policies._pipeline.REMEMBERED_BYTES", 2 * kept)
+    policy.encode(["something else", "and more", "and yet more"])
     again = policy.encode(PROMPTS)
     assert torch.equal(first.caption["embeds_BLD"], again.caption["embeds_BLD"])
-    assert len(policy._encoded) <= 2
+    assert len(policy.family.memory.rows) <= 2
 
 
-def test_pictures_come_back_from_latents(policy: StableDiffusionPolicy) -> None:
+def test_pictures_come_back_from_latents(policy: Policy) -> None:
     """decode is the VAE's decoder, encode_media the mean of its encoder, with the checkpoint's
     scaling factor."""
-    latents, scale = torch.randn(2, 4, 8, 8), policy.vae.config.scaling_factor
+    latents, scale = torch.randn(2, 4, 8, 8), policy.family.vae.config.scaling_factor
     with torch.no_grad():
         media = policy.decode(latents)
-        wanted = policy.vae.decode(latents / scale).sample
+        wanted = policy.family.vae.decode(latents / scale).sample
         assert media.shape == (2, 1, 3, 16, 16)
         assert media.min() >= 0
         assert media.max() <= 1
         assert torch.equal(media[:, 0], (wanted / 2 + 0.5).clamp(0, 1))
-        mean = policy.vae.encode(media[:, 0] * 2 - 1).latent_dist.mean * scale
+        mean = policy.family.vae.encode(media[:, 0] * 2 - 1).latent_dist.mean * scale
         assert torch.equal(policy.encode_media(media), mean)
 
 
-def test_latent_shape_follows_the_plan(policy: StableDiffusionPolicy) -> None:
+def test_latent_shape_follows_the_plan(policy: Policy) -> None:
     assert policy.latent_shape(Plan()) == (4, 8, 8)
     assert policy.latent_shape(Plan(height=32, width=24)) == (4, 16, 12)
     with pytest.raises(
@@ -248,16 +247,16 @@ def test_latent_shape_follows_the_plan(policy: StableDiffusionPolicy) -> None:
         policy.latent_shape(Plan(height=15))
 
 
-def test_only_the_denoiser_is_trained(policy: StableDiffusionPolicy) -> None:
+def test_only_the_denoiser_is_trained(policy: Policy) -> None:
     assert set(policy.trainable()) == {n for n, _ in policy.network.named_parameters()}
-    frozen = [*policy.vae.parameters(), *policy.text_encoder.parameters()]
+    frozen = [*policy.family.vae.parameters(), *policy.family.pipeline.text_encoder.parameters()]
     assert not any(p.requires_grad for p in frozen)
-    modules = [policy.network, policy.vae, policy.text_encoder]
+    modules = [policy.network, policy.family.vae, policy.family.pipeline.text_encoder]
     assert not any(m.training for m in modules)
     assert all(p.dtype == torch.float32 for p in policy.network.parameters())
 
 
-def test_saved_folder_is_plain_diffusers(policy: StableDiffusionPolicy, tmp_path: Path) -> None:
+def test_saved_folder_is_plain_diffusers(policy: Policy, tmp_path: Path) -> None:
     """All weights trained: a pipeline folder that diffusers loads with the same prediction, bit for
     bit, and no pickle."""
     from diffusers import DiffusionPipeline
@@ -274,7 +273,7 @@ def test_saved_folder_is_plain_diffusers(policy: StableDiffusionPolicy, tmp_path
     with torch.no_grad():
         assert torch.equal(
             again.unet(x, t, encoder_hidden_states=words["embeds_BLD"]).sample,
-            policy.predict(x, t, words),
+            policy.family.predict(x, t, words),
         )
 
 

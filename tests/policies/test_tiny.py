@@ -13,14 +13,14 @@ from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.ddpo import DDPO
 from rlalign.core import registry
 from rlalign.core.records import Plan, Unit, UnitKey
-from rlalign.policies.stable_diffusion import StableDiffusionPolicy
+from rlalign.policies.base import Policy
 from rlalign.policies.tiny import ASSET, Tiny
 from rlalign.rewards.shapes import Shapes
 from tests.toy import collect, make_units
 
 
 @pytest.fixture(scope="module")
-def policy() -> StableDiffusionPolicy:
+def policy() -> Policy:
     return Tiny().load("cpu")
 
 
@@ -38,14 +38,14 @@ def test_it_is_a_pipeline_of_plain_diffusers() -> None:
     )
 
 
-def test_it_draws_no_clips(policy: StableDiffusionPolicy) -> None:
+def test_it_draws_no_clips(policy: Policy) -> None:
     with pytest.raises(
         registry.UserError, match="plan.frames must be 1 for a policy that draws pictures, got 9"
     ):
         policy.latent_shape(Plan(frames=9))
 
 
-def test_it_draws_32_pixels(policy: StableDiffusionPolicy) -> None:
+def test_it_draws_32_pixels(policy: Policy) -> None:
     (scored,) = collect(policy, make_units(1, per_unit=2, plan=Plan(steps=2)))
     assert scored.media_BFCHW is not None
     assert scored.media_BFCHW.shape == (2, 1, 3, 32, 32)
@@ -62,7 +62,7 @@ def test_ratio_is_exactly_one_before_the_first_update(lora_rank: int, guidance: 
         assert algorithm.loss(one, policy).maxima["ratio/max_deviation"].item() == 0.0
 
 
-def test_a_replica_computes_the_same_bits(policy: StableDiffusionPolicy) -> None:
+def test_a_replica_computes_the_same_bits(policy: Policy) -> None:
     """Another lane, the same unit: latents, log-probs and pictures are equal."""
     units = make_units(1, per_unit=3, plan=Plan(steps=4, guidance=3.0))
     (mine,), (other,) = collect(policy, units), collect(policy.replica(), units)
@@ -74,7 +74,7 @@ def test_a_replica_computes_the_same_bits(policy: StableDiffusionPolicy) -> None
     assert np.array_equal(mine.media_BFCHW, other.media_BFCHW)
 
 
-def test_it_draws_what_the_caption_says(policy: StableDiffusionPolicy) -> None:
+def test_it_draws_what_the_caption_says(policy: Policy) -> None:
     """Twelve captions, ten steps, guidance 2: the verifier likes the pictures better under their
     own captions.
 

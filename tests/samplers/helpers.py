@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.diffusion.paths import NoisePath, RectifiedFlow, VariancePreserving
 from rlalign.engine import Rewards, Scores
-from rlalign.policies.base import OWN_SIZE, Condition, Policy, Words
+from rlalign.policies.base import OWN_SIZE, Condition, Family, Policy, Words
 from rlalign.sampling import LocalEngine
 
 Reward = Callable[[torch.Tensor], torch.Tensor]
@@ -27,7 +28,7 @@ def linear_path(steps: int = 1000) -> VariancePreserving:
     )
 
 
-class GaussianPolicy(Policy):
+class GaussianFamily(Family):
     """Data N(mean, variance) in D independent numbers, in float64; media are the numbers
     themselves.
 
@@ -46,7 +47,6 @@ class GaussianPolicy(Policy):
         )
         self.prediction = "flow" if isinstance(path, RectifiedFlow) else "epsilon"
         self.network = torch.nn.Linear(1, 1).double()
-        self.reference = {}
 
     def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
         rows = torch.zeros(len(prompts), 1, 1, dtype=torch.float64)
@@ -75,6 +75,13 @@ class GaussianPolicy(Policy):
 
     def save(self, folder: Path) -> None:
         raise NotImplementedError
+
+
+class GaussianPolicy(Policy):
+    """The policy of a Gaussian family with these settings."""
+
+    def __init__(self, path: NoisePath, **settings: Any) -> None:
+        super().__init__(GaussianFamily(path, **settings))
 
 
 class ExactRewards:

@@ -160,5 +160,5 @@ def test_calls_are_counted_as_promised() -> None:
         method.sample(engine, unit_of(2, plan))
         # Stable Diffusion's path ends at a small noise, so its last step is noisy too: the promise
         # is an upper bound but one
-        assert engine.cost.denoiser_calls <= 2 * (method.calls(plan) + 1)
-        assert engine.cost.denoiser_calls >= 2 * method.calls(plan) * 0.8
+        assert engine.cost.denoiser_calls <= 2 * (method.looks(plan) + 1)
+        assert engine.cost.denoiser_calls >= 2 * method.looks(plan) * 0.8

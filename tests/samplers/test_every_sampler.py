@@ -19,7 +19,7 @@ from rlalign.samplers.plain import Plain
 from rlalign.sampling import LocalEngine
 from tests.algorithms.helpers import FlowToy
 from tests.samplers.helpers import ExactRewards, engine_of, unit_of
-from tests.toy import ToyPolicy
+from tests.toy import ToyFamily, ToyPolicy
 
 PLANS = {"vp": Plan(steps=6, eta=1.0), "flow": Plan(steps=6, rule="flow_sde", eta=0.7)}
 
@@ -163,15 +163,32 @@ def test_the_result_does_not_depend_on_who_works(name: str) -> None:
     assert first.cost.reward_queries == second.cost.reward_queries
 
 
+class Thrice(ToyFamily):
+    """Looks with three calls, whatever the plan."""
+
+    @classmethod
+    def calls_per_look(cls, plan: Plan) -> int:
+        return 3
+
+    def look(self, ask, x, timestep_B, condition, guidance):  # type: ignore[no-untyped-def]
+        three = (ask(x, timestep_B, words) for words in [condition.caption, condition.empty] * 2)
+        return sum(answer for answer, _ in zip(three, range(3), strict=False)) / 3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("kind", [ToyFamily, Thrice])
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"demon", "training_free"}))
-def test_a_method_costs_what_it_says(name: str) -> None:
-    """Denoiser calls of Stable Diffusion's path, whose last step is noisy too; Demon and recurrence
-    have tests of their own."""
-    plan = PLANS["vp"]
-    engine, method = engine_of(toy("vp"), ExactRewards(lambda x_BD: x_BD[:, 0])), build(name)
+def test_a_method_costs_what_it_says(name: str, kind: type[ToyFamily], guidance: float) -> None:
+    """Denoiser calls of Stable Diffusion's path, whose last step is noisy too, as often as the
+    family asks for a look; Demon and recurrence have tests of their own."""
+    plan = PLANS["vp"].model_copy(update={"guidance": guidance})
+    policy = toy("vp")
+    policy.family = kind()
+    engine, method = engine_of(policy, ExactRewards(lambda x_BD: x_BD[:, 0])), build(name)
     method.sample(engine, unit_of(3, plan))
-    assert engine.cost.denoiser_calls == 3 * method.calls(plan)
-    assert engine.cost.backward_calls == 3 * method.backward(plan)
+    per_look = kind.calls_per_look(plan)
+    assert engine.cost.denoiser_calls == 3 * per_look * method.looks(plan)
+    assert engine.cost.backward_calls == 3 * per_look * method.looks_back(plan)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +246,7 @@ def test_pruning_costs_n_and_with_perfect_foresight_is_best_of_two_n() -> None:
     plan = Plan(steps=8, eta=0.0)
     engine = engine_of(GaussianPolicy(linear_path()), lambda x_BD: x_BD[:, 0])
     pruned = BestOfN(n=4, prune=True)
-    assert pruned.calls(plan) == 4 * 8
+    assert pruned.looks(plan) == 4 * 8
     found = pruned.sample(engine, unit_of(20, plan))
     assert engine.cost.denoiser_calls == 20 * 4 * 8
     assert engine.cost.reward_queries == 20 * (8 + 4 + 2)
@@ -245,9 +262,9 @@ def test_pruning_costs_n_and_with_perfect_foresight_is_best_of_two_n() -> None:
 def test_a_budget_buys_the_widest_method_that_fits(name: str) -> None:
     plan = PLANS["vp"]
     for budget in (200, 2000):
-        chosen = build(name).within(budget, plan)
-        assert chosen.price(plan) <= budget
+        chosen = build(name).within(budget, plan, 2)
+        assert chosen.price(plan, 2) <= budget
         wider = chosen.model_copy(update={chosen.width: getattr(chosen, chosen.width) + 1})
-        assert wider.price(plan) > budget or getattr(chosen, chosen.width) >= 1 << 16
+        assert wider.price(plan, 2) > budget or getattr(chosen, chosen.width) >= 1 << 16
     with pytest.raises(UserError, match=r"budget\.denoiser_calls must be >= \d+ for"):
-        build(name).within(1, plan)
+        build(name).within(1, plan, 2)

@@ -51,7 +51,7 @@ def test_the_exact_noisy_gradient_comes_to_the_known_moments(
     found = method.sample(engine, unit_of(1000, Plan(steps=steps, eta=eta)))
     assert float(found.latents.mean()) == pytest.approx(mean, abs=0.065)
     assert float(found.latents.var()) == pytest.approx(variance, abs=0.045)
-    assert engine.cost.denoiser_calls == 1000 * method.calls(Plan(steps=steps))
+    assert engine.cost.denoiser_calls == 1000 * method.looks(Plan(steps=steps))
     assert engine.cost.gradient_calls == 1000 * steps
 
 
@@ -149,7 +149,7 @@ def test_noisy_copies_average_the_likelihood_and_recurrence_repeats_the_step() -
     )
     found = one.sample(engine, unit_of(2, plan))
     assert torch.isfinite(found.latents).all()
-    assert engine.cost.denoiser_calls == 2 * one.calls(plan) == 2 * 15
+    assert engine.cost.denoiser_calls == 2 * one.looks(plan) == 2 * 15
     assert engine.cost.gradient_calls == 2 * 15 * 4 * (1 + 2)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.networks.pipelines.loading import one_line
-from rlalign.networks.precision import autocast, unrepeatable
-
-Live = TypeVar("Live")
+from rlalign.networks.precision import Precision, autocast, unrepeatable
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 """Autoencoders that decode as diffusers' pipelines ask, without noise of their own."""
@@ -60,47 +59,53 @@ def check_transformer(pipeline: Any, path: str) -> None:
     _check_tokens(pipeline, path, ("", "_2"), pipeline.tokenizer_max_length)
 
 
-def try_out(policy: Live, path: str, side: int) -> Live:
-    """Refuses a pipeline whose parts do not fit, by one small pass: the empty prompt, zero latents.
+def check_parts(pipeline: Any, path: str, needs: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a pipeline that lacks a part of ``needs`` (part -> the classes that it may be of;
+    none is any), or has one of another class."""
+    _check_present(pipeline, path, tuple(needs))
+    for part, classes in needs.items():
+        if classes:
+            _check_class(pipeline, path, part, classes)
 
-    Gives back ``policy``, a live one that is settled on its device (the libraries of a GPU keep
-    what the first product finds); ``side`` is of the latents. Raises UserError.
+
+def try_out(family: Any, path: str, plan: Plan, precision: Precision) -> None:
+    """Refuses a pipeline whose parts do not fit, by one small pass: the empty prompt, zero latents
+    of the size of ``plan``.
+
+    ``family`` is one that is settled on its device (the libraries of a GPU keep what the first
+    product finds). Raises UserError.
     """
     # one latent of zeros, which each part must be able to read or to give
-    asked: Any = policy
-    channels = asked.network.config.in_channels
-    factor = asked.pipeline.vae_scale_factor
-    latents = torch.zeros(1, channels, side, side, device=asked.device)
-    timestep_B = torch.ones(1, dtype=torch.long, device=asked.device)
+    latents = torch.zeros(1, *family.latent_shape(plan), device=family.device)
+    timestep_B = torch.ones(1, dtype=torch.long, device=family.device)
     with torch.no_grad():
         # the words are remembered: they are read as a rollout reads them, not in the denoiser's
         # precision
-        condition = _tried(path, "the text encoders", lambda: asked.encode([""]))
-        with autocast(asked.device, asked.precision):
+        condition = _tried(path, "the text encoders", lambda: family.encode([""]))
+        with autocast(family.device, precision):
             output = _tried(
                 path,
-                asked.part,
-                lambda: asked.predict(latents, timestep_B, condition.caption),
+                family.part,
+                lambda: family.predict(latents, timestep_B, condition.caption),
             )
-        media = _tried(path, "vae", lambda: asked.decode(latents))
+        media = _tried(path, "vae", lambda: family.decode(latents))
 
     # shapes first, then the numbers
+    sides = " x ".join(str(side) for side in latents.shape[2:])
     for part, found, shape in (
-        (asked.part, output, latents.shape),
-        ("vae", media, (1, 1, 3, side * factor, side * factor)),
+        (family.part, output, latents.shape),
+        ("vae", media, (1, plan.frames, 3, plan.height, plan.width)),
     ):
         if tuple(found.shape) != tuple(shape):
             raise _misfit(
                 path,
                 part,
-                f"must give {tuple(shape)} for latents of {side} x {side}, got"
-                f" {tuple(found.shape)}",
+                f"must give {tuple(shape)} for latents of {sides}, got {tuple(found.shape)}",
             )
         if not bool(torch.isfinite(found).all()):
             raise _misfit(
                 path, part, "gives numbers that are not finite (NaN), whatever it is asked"
             )
-    return policy
 
 
 def default_size(sample_size: Any, path: str) -> tuple[int, int] | None:

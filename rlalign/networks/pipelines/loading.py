@@ -42,7 +42,7 @@ def load_pipeline(
     """
     import diffusers
 
-    folder = find_folder(path, classes)
+    folder = find_folder(path)
     name, index = read_index(folder, path, classes)
     with quiet_libraries():
         # networks are loaded here, with checks that diffusers does not make
@@ -56,7 +56,7 @@ def load_pipeline(
                 dtypes.get(part, torch.float32),
             )
             for part, kind in index.items()
-            if part not in given and _is_network(kind)
+            if part not in given and is_network(kind)
         }
 
         # diffusers loads the other parts
@@ -65,18 +65,19 @@ def load_pipeline(
                 str(folder), local_files_only=True, **networks, **given
             )
         except Exception as error:
-            raise _broken(f"policy.path: cannot load {path!r}", error) from error
+            raise broken(f"policy.path: cannot load {path!r}", error) from error
 
 
-def find_folder(path: str, classes: Sequence[str] = ("DiffusionPipeline",)) -> Path:
+def find_folder(path: str) -> Path:
     """The pipeline folder that a setting names: on disk, or in the hub's cache after a download."""
     folder = Path(path)
     if (folder / INDEX).is_file():
         return folder
-    _refuse_one_file(folder, classes[0])
-    lora.refuse_as_model(path, "policy.path")
     place = folder.absolute()
     rule = f"policy.path must be a diffusers pipeline folder or a hub id, got {path!r}"
+    if one_file(path):
+        raise UserError(f"{rule}: weights in one file, which this policy does not read")
+    lora.refuse_as_model(path, "policy.path")
     if folder.exists():
         raise UserError(f"{rule}: {place} has no {INDEX}{_run_folder_hint(folder)}")
     if folder.is_absolute() or path.startswith((".", "~")):
@@ -85,28 +86,26 @@ def find_folder(path: str, classes: Sequence[str] = ("DiffusionPipeline",)) -> P
         return _download(path, f"{rule}: there is no folder {place}, and as a hub id")
 
 
-def _refuse_one_file(file: Path, kind: str) -> None:
-    """Raises UserError for a whole checkpoint in one file, with how a folder is made of it."""
+def one_file(path: str) -> Path | None:
+    """The whole checkpoint in one ``.safetensors`` file that a path names; None for anything else,
+    an adapter's file too. Raises UserError where it cannot be read."""
+    file = Path(path)
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    names = tensor_names(file, f"policy.path: cannot read {path!r}")
+    return None if any("lora" in name.lower() for name in names) else file
+
+
+def tensor_names(file: Path, rule: str) -> list[str]:
+    """The names of the tensors in a safetensors file; ``rule`` begins the message of a
+    UserError."""
     from safetensors import SafetensorError, safe_open
 
-    if file.suffix != ".safetensors" or not file.is_file():
-        return
     try:
         with safe_open(file, "pt") as opened:
-            names = list(opened.keys())
+            return list(opened.keys())
     except (OSError, SafetensorError) as error:
-        raise _broken(f"policy.path: cannot read {str(file)!r}", error) from error
-
-    # an adapter is refused elsewhere, by a message of its own
-    if any("lora" in name.lower() for name in names):
-        return
-    raise UserError(
-        f"policy.path must be a diffusers pipeline folder or a hub id, got {str(file)!r}, a"
-        " checkpoint in one file, which lacks the settings and tokenizers of its parts; make a"
-        " folder of it, with those of CONFIG, a folder of the same family: python -c"
-        f" \"import diffusers; diffusers.{kind}.from_single_file('{file}', config='CONFIG',"
-        " local_files_only=True).save_pretrained('NEW')\""
-    )
+        raise broken(rule, error) from error
 
 
 def _run_folder_hint(folder: Path) -> str:
@@ -161,7 +160,7 @@ def read_index(folder: Path, path: str, classes: Sequence[str]) -> tuple[str, di
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _broken(f"policy.path: cannot load {path!r}", error, INDEX) from error
+        raise broken(f"policy.path: cannot load {path!r}", error, INDEX) from error
 
     # the class decides whether this policy can read it
     name = index.get("_class_name") if isinstance(index, Mapping) else None
@@ -195,18 +194,19 @@ def variant_of(names: Sequence[str]) -> str | None:
     return next((v for v in PREFERRED_VARIANTS if v in variants), variants[0])
 
 
-def _is_network(kind: list[Any]) -> bool:
+def is_network(kind: list[Any]) -> bool:
     """Whether a part has weights of its own: what is neither a tokenizer nor a scheduler nor a
     preprocessor."""
     return (
         len(kind) == 2
         and kind[0] in LIBRARIES
-        and isinstance(_class_of(kind), type)
-        and (issubclass(_class_of(kind), torch.nn.Module))
+        and isinstance(class_of(kind), type)
+        and (issubclass(class_of(kind), torch.nn.Module))
     )
 
 
-def _class_of(kind: list[Any]) -> Any:
+def class_of(kind: list[Any]) -> Any:
+    """The class of [library, class]; None where the library has none of this name."""
     import diffusers
     import transformers
 
@@ -231,7 +231,7 @@ def load_network(
     # the weights as they are stored
     try:
         variant = variant_of([file.name for file in folder.iterdir()])
-        network, info = _class_of(kind).from_pretrained(
+        network, info = class_of(kind).from_pretrained(
             str(folder),
             dtype=dtype,
             use_safetensors=True,
@@ -243,7 +243,7 @@ def load_network(
         if dtype != torch.float32:
             _restore_buffers(network, [f for f in folder.iterdir() if f.suffix == ".safetensors"])
     except Exception as error:
-        raise _broken(rule, error, folder.name) from error
+        raise broken(rule, error, folder.name) from error
 
     # the libraries fill what is not in the file, or has another size there, with random numbers
     invented = sorted(str(name) for name in info["missing_keys"])
@@ -282,7 +282,8 @@ def _sizes_as_info(kind: list[Any]) -> dict[str, bool]:
     return {"ignore_mismatched_sizes": True} if kind[0] == "transformers" else {}
 
 
-def _broken(rule: str, error: Exception, part: str = "") -> UserError:
+def broken(rule: str, error: Exception, part: str = "") -> UserError:
+    """What is said of a library's error in reading a folder or a file."""
     place = f"{part}: " if part else ""
     return UserError(f"{rule}: {place}{one_line(error)}; is the folder complete and undamaged?")
 

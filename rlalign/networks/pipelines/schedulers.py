@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 
 from rlalign.core.registry import UserError
-from rlalign.diffusion.paths import LineShift, RectifiedFlow, Tokens
+from rlalign.diffusion.paths import LineShift, RectifiedFlow, Tokens, VariancePreserving
 from rlalign.diffusion.predictions import PredictionType
 
 FILE = "scheduler/scheduler_config.json"
@@ -133,6 +133,18 @@ def check_variance_preserving(scheduler: Any, path: str) -> None:
     if not isinstance(config.get("steps_offset", 1), int):
         raise _refusal(path, f"steps_offset must be a whole number, got {config.steps_offset!r}")
     _check_table(scheduler, path)
+
+
+def read_variance_preserving(scheduler: Any) -> VariancePreserving:
+    """The path of a scheduler that ``check_variance_preserving`` has let through."""
+    config = scheduler.config
+    return VariancePreserving(
+        scheduler.alphas_cumprod,
+        spacing=config.get("timestep_spacing", "leading"),
+        offset=config.get("steps_offset", 1),
+        ends_clean=bool(config.get("set_alpha_to_one", True)),
+        variance_type=config.get("variance_type") or "fixed_small",
+    )
 
 
 def _check_table(scheduler: Any, path: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from rlalign.alignment.models import find_model
 from rlalign.core.registry import UserError
@@ -71,11 +70,11 @@ def test_weights_of_a_variant_alone_are_read_in_float32(
     for name, weight in getattr(half, part).state_dict().items():
         assert torch.equal(policy.network.state_dict()[name], weight.float())
     for name, weight in half.vae.state_dict().items():
-        assert torch.equal(policy.vae.state_dict()[name], weight.float())
+        assert torch.equal(policy.family.vae.state_dict()[name], weight.float())
     assert (
         policy.network.dtype
-        == policy.vae.dtype
-        == policy.pipeline.text_encoder.dtype
+        == policy.family.vae.dtype
+        == policy.family.pipeline.text_encoder.dtype
         == torch.float32
     )
 
@@ -133,13 +132,8 @@ def test_a_folder_without_one_of_its_parts_says_which(folder: Path, tmp_path: Pa
         StableDiffusion(path=str(copy)).load("cpu")
 
 
-def test_a_checkpoint_in_one_file_is_told_how_to_become_a_folder(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_in_one_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
-    save_file({"model.diffusion_model.time_embed.0.weight": torch.ones(2)}, file)
-    with pytest.raises(
-        UserError, match=r"a checkpoint in one file, .*StableDiffusion3Pipeline\.from_single_file"
-    ):
-        StableDiffusion3(path=str(file)).load("cpu")
     file.write_bytes(b"no tensors")
     with pytest.raises(UserError, match="cannot read .*model.safetensors"):
         StableDiffusion3(path=str(file)).load("cpu")

@@ -1,0 +1,168 @@
+"""What a model family says: how prompts become words, what the denoiser answers, how latents become
+media and back."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+
+from rlalign.core.records import Plan, is_guided
+from rlalign.core.registry import UserError
+from rlalign.diffusion.condition import Condition, Words
+from rlalign.diffusion.paths import NoisePath
+from rlalign.diffusion.predictions import PredictionType
+from rlalign.networks import lora
+from rlalign.networks.precision import Precision
+
+OWN_SIZE = Plan()
+"""A plan that leaves the size to the policy."""
+
+Ask = Callable[[torch.Tensor, torch.Tensor, Words], torch.Tensor]
+"""(latents, timestep_B, words) -> the raw prediction, counted: ``predict`` in a precision."""
+
+
+def refuse_frames(plan: Plan) -> None:
+    """Raises UserError where a plan asks for a clip of a policy that draws pictures."""
+    if plan.frames != 1:
+        raise UserError(
+            f"plan.frames must be 1 for a policy that draws pictures, got {plan.frames}"
+        )
+
+
+class Family(ABC):
+    """A checkpoint of one model family on one device: five verbs, and what it declares.
+
+    It holds networks and numbers, and no verb changes them; what changes while a policy computes
+    (weights that are swapped, counts, precision) belongs to the ``Policy`` around it.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]] = ()
+    """Classes of diffusers' pipelines whose folders this family reads, as model_index.json names
+    them."""
+    lora_targets: Sequence[str] = ()
+    """Endings of the names of layers that a LoRA adapts; none where it takes no adapter."""
+    reads_adapters: ClassVar[bool] = False
+    """Whether training may start from a LoRA file (``attach_saved``)."""
+    own_per_thread: tuple[str, ...] = ()
+    """Attributes with frozen parts that write on themselves while they compute, as causal video
+    autoencoders do, which keep the features of the frames before: each thread has a copy."""
+
+    path: NoisePath
+    prediction: PredictionType
+    network: torch.nn.Module
+    """The denoiser: what is trained."""
+    device: str
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
+        """The condition of each prompt under a plan; a prompt's rows do not depend on its
+        neighbours in the batch."""
+
+    @abstractmethod
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
+        """The network's raw output for latents (B, *latent), told the timestep and the family's
+        words."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Clean latents (B, *latent) -> media (B, F, 3, H, W) float32 in [0, 1]."""
+
+    @abstractmethod
+    def encode_media(self, media_BFCHW: torch.Tensor) -> torch.Tensor:
+        """Media in [0, 1] -> clean latents: the mean of the encoder's posterior."""
+
+    @abstractmethod
+    def latent_shape(self, plan: Plan) -> tuple[int, ...]:
+        """Shape of one sample's latent under a plan. Raises UserError for a plan that the family
+        cannot follow."""
+
+    def drawn_size(self, plan: Plan) -> tuple[int, int]:
+        """(height, width) in pixels of what is drawn under a plan. A family whose decoder's factors
+        say it answers without decoding; here a latent of zeros is decoded."""
+        blank = torch.zeros(1, *self.latent_shape(plan), device=self.device)
+        with torch.no_grad():
+            height, width = self.decode(blank).shape[-2:]
+        return height, width
+
+    # --- guidance ---------------------------------------------------------------------------------
+
+    @classmethod
+    def calls_per_look(cls, plan: Plan) -> int:
+        """Denoiser calls of one sample at one step, as often as ``look`` asks: two with
+        classifier-free guidance."""
+        return 2 if is_guided(plan.guidance) else 1
+
+    def look(
+        self,
+        ask: Ask,
+        x: torch.Tensor,
+        timestep_B: torch.Tensor,
+        condition: Condition,
+        guidance: float,
+    ) -> torch.Tensor:
+        """The raw prediction under classifier-free guidance: one pass of 2B rows, or of B for the
+        caption alone at a guidance of 1 and below, as in diffusers' pipelines."""
+        if not is_guided(guidance):
+            return ask(x, timestep_B, condition.caption)
+        both = ask(torch.cat([x, x]), torch.cat([timestep_B, timestep_B]), condition.both())
+        uncond, cond = both.chunk(2)
+        return self.combine(cond, uncond, guidance)
+
+    def combine(self, cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> torch.Tensor:
+        """The guided prediction of the two raw ones (Ho & Salimans 2022, arXiv:2207.12598); a
+        family whose pipeline does otherwise says so here."""
+        return uncond + guidance * (cond - uncond)
+
+    # --- the networks -----------------------------------------------------------------------------
+
+    def parts(self) -> Mapping[str, torch.nn.Module]:
+        """The networks that it is made of, by the names of their folders or of what they do."""
+        return {"denoiser": self.network}
+
+    def with_network(self, network: torch.nn.Module) -> Self:
+        """The same family around another denoiser; other parts are shared."""
+        twin = copy.copy(self)
+        twin.network = network
+        return twin
+
+    def for_thread(self, network: torch.nn.Module) -> Self:
+        """The family for another thread: around its own denoiser, with parts that keep state
+        copied."""
+        twin = self.with_network(network)
+        for name in self.own_per_thread:
+            setattr(twin, name, copy.deepcopy(getattr(self, name)))
+        return twin
+
+    def attach_saved(self, name: str, *, rank: int, alpha: float) -> None:
+        """Freezes the denoiser and adds the trainable LoRA of a file; where ``reads_adapters``."""
+        raise NotImplementedError
+
+    def checkpoint_gradients(self) -> None:
+        """From now on the backward pass computes most activations again instead of keeping them."""
+        raise UserError(
+            f"policy.gradient_checkpointing must be false for {type(self).__name__}, which cannot"
+            " do it"
+        )
+
+    def try_out(self, precision: Precision) -> None:  # noqa: B027 - few families have parts to try
+        """Raises UserError where the parts do not fit, by one small pass; here nothing is tried."""
+
+    # --- files ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes what plain diffusers loads: a pipeline folder, or a LoRA file."""
+
+    def merged(self) -> Self:
+        """A copy without adapters, which saves as a whole pipeline; families that can merge a LoRA
+        do so."""
+        if lora.is_attached(self.network):
+            raise UserError(
+                f"a merged export needs a policy that can merge its LoRA, got {type(self).__name__}"
+            )
+        return self

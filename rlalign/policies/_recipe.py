@@ -1,0 +1,113 @@
+"""What a policy's settings are, and how a live policy is made of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from rlalign.core.finite import refuse_weights
+from rlalign.core.locations import LocalPath
+from rlalign.core.records import Plan
+from rlalign.core.registry import Before, Recipe, UserError
+from rlalign.networks import lora
+from rlalign.networks.precision import Precision, keep_frozen, settle
+from rlalign.policies._family import Family
+from rlalign.policies._policy import Policy
+
+
+class PolicyRecipe(Recipe):
+    """Base of a model family's settings: the checkpoint, and what is trained in it."""
+
+    shelf: ClassVar[str] = "policies"
+    family: ClassVar[type[Family]] = Family
+    """What ``build`` gives: its class says, before anything is loaded, what it reads and what a
+    look costs."""
+    by_folder: ClassVar[bool] = True
+    """Whether a pipeline folder that is named alone is read under this name."""
+
+    lora_rank: int = Field(
+        default=0, ge=0, description="LoRA rank; 0 trains all weights of the denoiser"
+    )
+    lora_alpha: float = Field(
+        default=0.0, ge=0.0, description="LoRA scale numerator; 0 means equal to the rank"
+    )
+    adapter: Annotated[LocalPath, Before("")] = Field(
+        default="", description="LoRA to start from, as diffusers saves it: a folder, or its file"
+    )
+    precision: Precision = Field(
+        default="float32",
+        description=(
+            "in which the denoiser computes; trained weights and log-probs are float32 in any"
+        ),
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description=(
+            "compute activations twice and keep few: less memory, a third more time in training"
+        ),
+    )
+    deterministic: bool = Field(
+        default=True,
+        description=(
+            "on CUDA, only kernels that repeat their numbers; false is faster, and no run repeats"
+        ),
+    )
+
+    def build(self, device: str) -> Family:
+        """The family with its checkpoint on ``device``, in evaluation mode. Raises UserError for a
+        missing, damaged or unknown one."""
+        raise NotImplementedError
+
+    def load(self, device: str) -> Policy:
+        """The live policy on ``device``: the family, with its adapter, in its precision."""
+        if self.adapter and not self.family.reads_adapters:
+            raise UserError(
+                f"policy.adapter must be empty for {self.name}, which takes none, got"
+                f" {self.adapter!r}"
+            )
+        return self.make_policy(self.build(device))
+
+    def make_policy(self, family: Family) -> Policy:
+        """The policy around a family that is loaded. Raises UserError for weights that are not
+        finite, and for parts that do not fit."""
+        # what is trained
+        network = family.network
+        rank = self.lora_rank
+        alpha = self.lora_alpha
+        if self.adapter:
+            family.attach_saved(self.adapter, rank=rank, alpha=alpha)
+        elif rank and not family.lora_targets:
+            raise UserError(
+                f"policy.lora_rank must be 0 for {self.name}, which takes no adapter, got {rank}"
+            )
+        elif rank:
+            lora.attach(network, rank=rank, alpha=alpha, targets=family.lora_targets)
+
+        # how it computes
+        refuse_weights(family.parts())
+        settle(family.device, self.precision, deterministic=self.deterministic)
+        policy = Policy(family, precision=self.precision)
+        if self.adapter:
+            policy.reference = policy.weights()
+        keep_frozen(network, self.precision)
+        if self.gradient_checkpointing:
+            family.checkpoint_gradients()
+        family.try_out(self.precision)
+        return policy
+
+    @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """In which the denoiser is read: its precision where only an adapter is trained, else
+        float32."""
+        rounded = self.precision == "bfloat16" and bool(self.lora_rank or self.adapter)
+        return torch.bfloat16 if rounded else torch.float32
+
+    def calls_per_look(self, plan: Plan) -> int:
+        """Denoiser calls of one sample at one step; a family whose settings change that says so."""
+        return self.family.calls_per_look(plan)
+
+    def announce(self) -> None:
+        """Says on stderr what a user should know of how the checkpoint is sampled; loads
+        nothing."""
