@@ -17,7 +17,17 @@ died. May import core, diffusion and ``policies.base``; never a policy or a rewa
 
 from __future__ import annotations
 
-from rlalign.engine.base import Cost, Engine, NoScore, Rewards, Scores, Work, expand, join_scores
+from rlalign.engine.base import (
+    Cost,
+    Engine,
+    NoScore,
+    Rewards,
+    Scores,
+    Work,
+    WorkResult,
+    expand,
+    join_scores,
+)
 from rlalign.engine.pieces import (
     Advance,
     Look,
@@ -46,6 +56,7 @@ __all__ = [
     "Swarm",
     "View",
     "Work",
+    "WorkResult",
     "advance_rows",
     "expand",
     "flat_rows",
