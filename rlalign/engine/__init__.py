@@ -1,4 +1,5 @@
-"""Pieces of sampling work: what a test-time method asks of whoever holds a policy and the rewards.
+"""Pieces of work, and who does them: what a run and a test-time method ask of whoever holds a
+policy and the rewards.
 
 base.py    a piece (``Work``), who does pieces (``Engine``), what they cost (``Cost``), where
            rewards are asked (``Rewards``)
