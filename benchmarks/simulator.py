@@ -33,6 +33,8 @@ from rich.table import Table
 
 from rlalign.config import Run, load_run
 from rlalign.core.records import Unit, UnitKey, Weights
+from rlalign.engine import Cost, WorkResult
+from rlalign.engine.pieces import Rollout
 from rlalign.runtime.gauges import shown
 from rlalign.runtime.roles import ROLLOUT, Role
 
@@ -56,21 +58,21 @@ class SleepingRollout(Idler):
         self._seconds, self._latents = seconds, np.ones(size // 2, np.float16)
 
     @ray.method(num_returns=3)
-    def produce(
-        self, work: tuple[Unit, Any], tensors: Any = None
-    ) -> tuple[Any, Any, dict[str, float]]:
-        with shown(f"{work[0].key} under v{work[1][1]}"):
+    def do(self, work: Rollout, tag: Any, tensors: Any = None) -> tuple[Any, Any, WorkResult]:
+        with shown(f"{work.unit.key} under v{tag[1]}"):
             time.sleep(self._seconds)
-        rows = len(work[0].prompts)
+        rows = len(work.unit.prompts)
         media = np.zeros((rows, 1, 3, 8, 8), np.uint8)
-        return self._latents, media, {"seconds": self._seconds, "process": 0}
+        return self._latents, media, WorkResult(None, Cost(seconds=self._seconds), "")
 
 
 class SleepingReward(Idler):
     """A reward that takes REWARD_SECONDS."""
 
-    def score(self, media: Any, prompts: Any, what: str = "") -> tuple[Any, float]:
-        with shown(f"nothing of {what}"):
+    def score(
+        self, media: Any, prompts: Any, unit: str = "", drop: bool = False
+    ) -> tuple[Any, float]:
+        with shown(f"nothing of {unit}"):
             time.sleep(REWARD_SECONDS)
         return np.zeros(len(prompts), np.float32), REWARD_SECONDS
 
@@ -92,7 +94,7 @@ class Bare:
 
         async def one(unit: Unit) -> tuple[Any, Any, Any]:
             actor = await free.get()
-            latents, media, facts = actor.produce.remote((unit, tag))
+            latents, media, facts = actor.do.remote(Rollout(unit=unit, version=tag[1]), tag)
             await facts
             free.put_nowait(actor)
             scorer = await scorers.get()
@@ -105,7 +107,8 @@ class Bare:
 
 def fleet_of(run: Run, seconds: float, size: int) -> Any:
     """The run's own fleet, with workers that sleep."""
-    from rlalign.runtime.training.fleet import RESTART, Fleet
+    from rlalign.runtime.actors import RESTART
+    from rlalign.runtime.training.fleet import Fleet
 
     class SleepingFleet(Fleet):
         def members(self) -> dict[str, dict[int, ActorHandle]]:
@@ -255,7 +258,8 @@ def hand_off() -> dict[str, list[tuple[float, float]]]:
 
     def once(number: int) -> tuple[float, float]:
         start = time.monotonic()
-        latents, _, facts = maker.produce.remote((unit(run, 0, number), ("current", 0)))
+        work = Rollout(unit=unit(run, 0, number), version=0)
+        latents, _, facts = maker.do.remote(work, ("current", 0))
         ray.get(facts)
         done = time.monotonic()
         ray.get(reader.read.remote(latents))

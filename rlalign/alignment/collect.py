@@ -13,8 +13,8 @@ from typing import Protocol
 from rlalign.config import Run
 from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Scored, Unit, Weights
-from rlalign.engine import Cost
-from rlalign.engine.local import LiveRewards, LocalEngine, WorkResult
+from rlalign.engine import Cost, WorkResult
+from rlalign.engine.local import LiveRewards, LocalEngine
 from rlalign.engine.pieces import Produce, Produced
 from rlalign.networks.devices import usable
 
@@ -41,20 +41,19 @@ class LocalCollect:
 
     def __init__(self, run: Run) -> None:
         """Raises UserError where this machine does not have the run's device."""
-        # on a GPU one lane is enough
+        # the scorers are shared, what is counted is not
         runtime = run.runtime
         device = usable(runtime.device, "runtime.device")
         scorers = {r.title: r.load(runtime.reward_device) for r in run.rewards_for("evaluate")}
-        lanes = runtime.rollout.workers if device == "cpu" else 1
-        rewards = [
-            LiveRewards(run.rewards, run.evaluate.rewards, scorers, strict=True)
-            for _ in range(lanes)
-        ]
 
         # the policy and its lanes
         self._policy = run.policy.load(device)
-        self._engine = LocalEngine(
-            self._policy, rewards, rows=run.samples_per_unit, threads=runtime.rollout.threads
+        self._engine = LocalEngine.with_lanes(
+            self._policy,
+            lambda: LiveRewards(run.rewards, run.evaluate.rewards, scorers, strict=True),
+            workers=runtime.rollout.workers,
+            rows=run.samples_per_unit,
+            threads=runtime.rollout.threads,
         )
         self._tag = ("", -1)
         self._tickets: dict[int, list[tuple[Produce, Future[WorkResult]]]] = {}

@@ -1,4 +1,5 @@
-"""Pieces of sampling work: what a test-time method asks of whoever holds a policy and the rewards.
+"""Pieces of work, and who does them: what a run and a test-time method ask of whoever holds a
+policy and the rewards.
 
 base.py    a piece (``Work``), who does pieces (``Engine``), what they cost (``Cost``), where
            rewards are asked (``Rewards``)
@@ -17,7 +18,17 @@ died. May import core, diffusion and ``policies.base``; never a policy or a rewa
 
 from __future__ import annotations
 
-from rlalign.engine.base import Cost, Engine, NoScore, Rewards, Scores, Work, expand, join_scores
+from rlalign.engine.base import (
+    Cost,
+    Engine,
+    NoScore,
+    Rewards,
+    Scores,
+    Work,
+    WorkResult,
+    expand,
+    join_scores,
+)
 from rlalign.engine.pieces import (
     Advance,
     Look,
@@ -46,6 +57,7 @@ __all__ = [
     "Swarm",
     "View",
     "Work",
+    "WorkResult",
     "advance_rows",
     "expand",
     "flat_rows",

@@ -108,6 +108,9 @@ class Work(ABC):
 
     explains_itself: ClassVar[bool] = False
     """Whether it names the part at fault by itself where a number is not finite."""
+    parts: ClassVar[int] = 1
+    """Objects that the result is on a cluster; where there are several it is a tuple of them. Each
+    goes only where it is needed."""
 
     unit: Unit
     """The rows: prompts, and the keys of their noise."""
@@ -117,24 +120,42 @@ class Work(ABC):
         """The result, with tensors on the CPU."""
 
 
+class WorkResult(NamedTuple):
+    """A piece of work, done."""
+
+    value: Any
+    cost: Cost
+    reason: str
+    """What the last scorer that failed said; empty if none did."""
+
+
 class Engine(ABC):
     """Does pieces of work: in this process, or on a pool."""
 
     path: NoisePath
-    dtype: torch.dtype = torch.float32
-    """Of latents: float64 for a policy that computes in it."""
+    dtype: torch.dtype
+    """Of latents: float32, or float64 for a policy that computes in it."""
     rows: int
     """Rows in a piece. Part of a result's identity: another number changes the last bits."""
     cost: Cost
     """Of everything done so far."""
+    reason: str
+    """What the last scorer that failed said; empty if none did."""
 
     @abstractmethod
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
         """Shape of one sample's latent under a plan."""
 
     @abstractmethod
+    def perform(self, works: Sequence[Work]) -> list[WorkResult]:
+        """Does pieces of work; what became of them in order."""
+
     def map(self, works: Sequence[Work]) -> list[Any]:
-        """Results in order; adds to ``cost``."""
+        """The values of pieces in order; adds to ``cost``."""
+        done = self.perform(works)
+        self.cost = sum((d.cost for d in done), self.cost)
+        self.reason = next((d.reason for d in reversed(done) if d.reason), self.reason)
+        return [d.value for d in done]
 
     def begin(self, unit: Unit) -> torch.Tensor:
         """(B, C, H, W) the unit's starting noise."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from rlalign.core.finite import WEAKER, NotFinite, all_finite, refuse, watching
 from rlalign.core.media import as_uint8
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
-from rlalign.engine import Cost, Engine, Rewards, Scores, Work
+from rlalign.engine.base import Cost, Engine, Rewards, Scores, Work, WorkResult
+from rlalign.engine.pieces import latent_dtype
 from rlalign.policies.base import Policy
 from rlalign.rewards.base import Reward, Scorer, score, total
 
@@ -114,16 +115,7 @@ def drop_errors(reward: Reward) -> Reward:
     return reward.model_copy(update={"on_error": "drop"}) if reward.on_error == "raise" else reward
 
 
-class WorkResult(NamedTuple):
-    """A piece of work, done."""
-
-    value: Any
-    cost: Cost
-    reason: str
-    """What the last scorer that failed said; empty if none did."""
-
-
-def perform(work: Work, policy: Policy, rewards: Rewards) -> WorkResult:
+def do_and_count(work: Work, policy: Policy, rewards: Rewards) -> WorkResult:
     """Does a piece of work and counts what it took."""
     before = _read_meters(policy, rewards)
     start = time.monotonic()
@@ -179,11 +171,11 @@ class LocalEngine(Engine):
     ) -> None:
         """One lane for each of ``rewards``, with ``threads`` threads inside an operation."""
         self.path = policy.path
+        self.dtype = latent_dtype(policy)
         self.rows = rows
         self.cost = Cost()
         self.reason = ""
         self._policy = policy
-        self.dtype = torch.promote_types(torch.float32, next(policy.network.parameters()).dtype)
         # a lane is a replica of the policy with rewards of its own
         self._idle = deque(
             (policy if i == 0 else policy.replica(), r) for i, r in enumerate(rewards)
@@ -192,6 +184,21 @@ class LocalEngine(Engine):
         if parallel:
             limit = {"initializer": torch.set_num_threads, "initargs": (threads,)}
             self._pool = ThreadPoolExecutor(len(rewards), "sample", **limit)
+
+    @classmethod
+    def with_lanes(
+        cls,
+        policy: Policy,
+        rewards: Callable[[], Rewards],
+        *,
+        workers: int,
+        rows: int,
+        threads: int = 1,
+    ) -> LocalEngine:
+        """One lane for each of ``workers``, with rewards of its own; on a GPU one lane is
+        enough."""
+        lanes = workers if policy.device == "cpu" else 1
+        return cls(policy, [rewards() for _ in range(lanes)], rows=rows, threads=threads)
 
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
         return self._policy.latent_shape(plan)
@@ -204,15 +211,12 @@ class LocalEngine(Engine):
         done.set_result(self._do(work))
         return done
 
-    def map(self, works: Sequence[Work]) -> list[Any]:
-        done = list((self._pool.map if self._pool else map)(self._do, works))
-        self.cost = sum((d.cost for d in done), self.cost)
-        self.reason = next((d.reason for d in reversed(done) if d.reason), self.reason)
-        return [d.value for d in done]
+    def perform(self, works: Sequence[Work]) -> list[WorkResult]:
+        return list((self._pool.map if self._pool else map)(self._do, works))
 
     def _do(self, work: Work) -> WorkResult:
         policy, rewards = self._idle.pop()
         try:
-            return perform(work, policy, rewards)
+            return do_and_count(work, policy, rewards)
         finally:
             self._idle.append((policy, rewards))

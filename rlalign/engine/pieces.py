@@ -6,13 +6,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from rlalign.core.records import Trajectory, Unit
 from rlalign.diffusion.noise import unit_noise
+from rlalign.diffusion.paths import NoisePath
 from rlalign.diffusion.rollout import Schedule, advance, denoised, rollout, schedule_of
 from rlalign.diffusion.steps import Gaussian, Move, ddim
 from rlalign.engine.base import Engine, Rewards, Scores, Work, join_scores
@@ -145,11 +146,13 @@ class Rollout(Work):
     """A unit of a round: its whole chain, with what learning from it needs."""
 
     explains_itself: ClassVar[bool] = True
+    parts: ClassVar[int] = 2
 
     version: int
     """Of the weights that it is made with."""
 
-    def do(self, policy: Policy, rewards: Rewards) -> tuple[Trajectory, np.ndarray]:
+    def do(self, policy: Policy, rewards: Rewards) -> Any:
+        """(Trajectory, media uint8 BFCHW)."""
         return rollout(policy, self.unit, self.version)
 
 
@@ -164,21 +167,53 @@ class Produced(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Produce(Work):
+class Produce(Rollout):
     """The same with its scores, by whoever has the rewards beside the policy."""
 
-    explains_itself: ClassVar[bool] = True
-
-    version: int
+    parts: ClassVar[int] = 1
 
     def do(self, policy: Policy, rewards: Rewards) -> Produced:
         start = time.monotonic()
-        trajectory, media_BFCHW = rollout(policy, self.unit, self.version)
+        trajectory, media_BFCHW = super().do(policy, rewards)
         middle = time.monotonic()
         held_out = self.unit.key.stream == "evaluate"
         scores = rewards.score_bytes(media_BFCHW, self.unit.prompts, held_out=held_out)
         seconds = {"rollout": middle - start, "reward": time.monotonic() - middle}
         return Produced(trajectory, media_BFCHW, scores, seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(Rollout):
+    """A unit's pictures alone."""
+
+    parts: ClassVar[int] = 1
+
+    def do(self, policy: Policy, rewards: Rewards) -> np.ndarray:
+        """Media uint8 BFCHW."""
+        return super().do(policy, rewards)[1]
+
+
+class Description(NamedTuple):
+    """What has to be known of a policy to begin a chain."""
+
+    path: NoisePath
+    dtype: torch.dtype
+    """Of latents."""
+    latent_shape: tuple[int, ...]
+    """Of one sample under the plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Describe(Work):
+    """What the policy is to the unit's plan."""
+
+    def do(self, policy: Policy, rewards: Rewards) -> Description:
+        return Description(policy.path, latent_dtype(policy), policy.latent_shape(self.unit.plan))
+
+
+def latent_dtype(policy: Policy) -> torch.dtype:
+    """Of latents: float32, or float64 for a policy that computes in it."""
+    return torch.promote_types(torch.float32, next(policy.network.parameters()).dtype)
 
 
 def endpoint(policy: Policy, unit: Unit, x: torch.Tensor, k: int, steps: int) -> torch.Tensor:

@@ -7,18 +7,19 @@ roles.py        what an actor is for, and the names of a role
 reservation.py  the bundles that a run and a sample reserve
 placement.py    which bundle goes where: which node gets what, and what is missing, before anything
                 starts
-workers.py      the two actors that work: one holds a policy, one a reward; rewards.py is how the
-                first asks the second
+workers.py      the two actors that work: one holds a policy, one a reward; actors.py makes them
 pool.py         a group of actors: who is idle, starts, died, came back
+engine.py       pieces of work and questions about media on such groups, for a run's units and for
+                sampling; rewards.py is how a policy worker asks
 training/       a run: its driver, the coordinator, and who keeps the actors
 jobs/           runs as Ray jobs, over the cluster's HTTP interface
-sampling.py     test-time methods on the same pools; pairs.py reads preference sets by Ray Data
+sampling.py     the driver of test-time methods; pairs.py reads preference sets by Ray Data
 gauges.py       what Ray's metrics and its dashboard are told
 rllib.py        RLlib's PPO on the environment of rlalign/alignment/environment.py
 serving.py      a reward behind HTTP on Ray Serve; rlalign.web is its half without Ray
 
-May import everything below it. To add a role: an actor in workers.py, a pool for it in
-training/train.py, a call in training/coordinator.py.
+May import everything below it. To add a role: an actor in workers.py and how it is made in
+actors.py, its name in roles.py, what is asked of it in engine.py.
 """
 
 from __future__ import annotations

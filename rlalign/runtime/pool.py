@@ -338,7 +338,8 @@ async def call_with_retries(
     """The call on one actor after another until it succeeds, ``max_attempts`` times at most; then
     UnitFailed.
 
-    A user's mistake is raised as it is, at once; ObjectGone where what the call was given is no
+    A user's mistake is raised as it is, at once, as is what the call itself had tried often enough
+    (UnitFailed, PoolLost); ObjectGone where what the call was given is no
     more. An actor that hangs is killed and comes back fresh. ``again`` is told of every try after
     the first.
     """
@@ -356,7 +357,8 @@ async def call_with_retries(
         # before TimeoutError: a task's error is also of its cause's class
         except ray.exceptions.RayTaskError as error:
             pool.release(actor_id)
-            if isinstance(error.cause, UserError):
+            # nor is a question that was asked often enough asked once more
+            if isinstance(error.cause, UserError | UnitFailed | PoolLost):
                 raise error.cause from None
             if isinstance(error.cause, ray.exceptions.ObjectLostError):
                 raise ObjectGone(str(error.cause)) from error

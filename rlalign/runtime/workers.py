@@ -8,7 +8,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,11 @@ import torch
 
 from rlalign.alignment.models import Model, ready_policy
 from rlalign.config import RuntimeSettings
-from rlalign.core.records import Plan, Trajectory, Unit
 from rlalign.core.registry import UserError
-from rlalign.diffusion.paths import NoisePath
 from rlalign.engine import Work
-from rlalign.engine.local import LiveRewards, WorkResult, perform
-from rlalign.engine.pieces import Rollout
+from rlalign.engine.local import LiveRewards, do_and_count
 from rlalign.networks.devices import usable
-from rlalign.rewards.base import Reward, score
+from rlalign.rewards.base import Reward
 from rlalign.runtime.began import BEGAN
 from rlalign.runtime.gauges import shown
 from rlalign.runtime.rewards import RemoteRewards, RewardActors
@@ -110,8 +107,8 @@ class PolicySource:
 
 
 class PolicyWorker(Worker):
-    """Holds a policy: makes a unit of a round a call, under the weights that come with it, or does
-    any other piece of work."""
+    """Holds a policy and does pieces of work, each under the weights that come with it or that are
+    there."""
 
     def __init__(self, source: PolicySource, label: str) -> None:
         torch.set_num_threads(source.runtime.rollout.threads)
@@ -120,39 +117,38 @@ class PolicyWorker(Worker):
             device = usable(source.runtime.device, "runtime.device")
             self._policy = ready_policy(source.model, device, source.interpolation)
         self._rewards = LiveRewards(()) if source.rewards is None else RemoteRewards(source.rewards)
-        self._tag: tuple[str, int] = ("", -1)
+        self._tag: tuple[str, int] | None = None
         self.ready_at = time.time()
 
-    @ray.method(num_returns=3)
-    def produce(
-        self, work: tuple[Unit, tuple[str, int]], tensors: Mapping[str, np.ndarray] | None = None
-    ) -> tuple[Trajectory | None, np.ndarray | None, dict[str, Any]]:
-        """(trajectory, media uint8 BFCHW, facts): three objects, so that each goes only where it is
-        needed.
+    def do(
+        self,
+        work: Work,
+        tag: tuple[str, int] | None = None,
+        tensors: Mapping[str, np.ndarray] | None = None,
+    ) -> tuple[Any, ...]:
+        """The parts of the value, and last the result without it: so many objects, each of which
+        goes only where it is needed.
 
-        ``work`` is a unit and the tag of its weights. Without ``tensors`` the weights that the
-        worker holds are meant; no facts say that it holds others.
+        ``tag`` is that of the weights that are meant; None for whatever the worker has. It need not
+        be sent those that it holds; None in place of the result says that it holds others.
         """
         start = time.monotonic()
-        unit, tag = work
-        if tag != self._tag and tensors is None:
-            return None, None, {}
-        with shown(f"{unit.key} under {tag[0]} v{tag[1]}"):
-            if tensors is not None and tag != self._tag:
+        taken = tag is None or tag == self._tag
+        if not taken and tensors is None:
+            return (*[None] * work.parts, None)
+        under = f" under {tag[0]} v{tag[1]}" if tag is not None else ""
+        with shown(f"{work.unit.key}{under}"):
+            if not taken and tensors is not None:
                 self._policy.set_weights(
                     {n: torch.from_numpy(np.array(a)) for n, a in tensors.items()}
                 )
                 self._tag = tag
-            trajectory, media = self.do(Rollout(unit=unit, version=tag[1])).value
-        return trajectory, media, {"seconds": time.monotonic() - start, "process": os.getpid()}
+            done = do_and_count(work, self._policy, self._rewards)
 
-    def do(self, work: Work) -> WorkResult:
-        """A piece of work, done."""
-        return perform(work, self._policy, self._rewards)
-
-    def shape(self, plan: Plan) -> tuple[NoisePath, tuple[int, ...]]:
-        """(noise path, latent shape under a plan)."""
-        return self._policy.path, self._policy.latent_shape(plan)
+        # taking over weights is work too
+        parts = done.value if work.parts > 1 else (done.value,)
+        cost = replace(done.cost, seconds=time.monotonic() - start)
+        return *parts, done._replace(value=None, cost=cost)
 
 
 class RewardWorker(Worker):
@@ -163,31 +159,31 @@ class RewardWorker(Worker):
         self.label = label
         self._reward = reward
         with naming_the_node():
-            self._scorer = reward.load(usable(device, "runtime.device"))
-        self._lenient = LiveRewards([reward], scorers={reward.title: self._scorer})
+            scorers = {reward.title: reward.load(usable(device, "runtime.device"))}
+        self._strict = LiveRewards([reward], scorers=scorers, strict=True)
+        self._lenient = LiveRewards([reward], scorers=scorers)
         self.ready_at = time.time()
 
     def score(
-        self, media_BFCHW: np.ndarray, prompts: Sequence[str], what: str = ""
-    ) -> tuple[np.ndarray, float]:
-        """(raw scores (B,) float32 under the reward's own error policy, seconds). ``what`` names
-        the media."""
-        start = time.monotonic()
-        with shown(f"{self._reward.title} of {what or 'media'}"):
-            return score(self._reward, self._scorer, media_BFCHW, prompts), time.monotonic() - start
+        self, media_BFCHW: np.ndarray, prompts: Sequence[str], unit: str = "", drop: bool = False
+    ) -> tuple[np.ndarray, float, str]:
+        """(raw scores (B,) float32 of uint8 media, seconds, what the scorer last said when it
+        failed).
 
-    def score_or_drop(
-        self, media_BFCHW: np.ndarray, prompts: Sequence[str]
-    ) -> tuple[np.ndarray, str]:
-        """(raw scores (B,) of uint8 media, NaN where the scorer failed; what it last said when it
-        did)."""
-        found = self._lenient.score_bytes(media_BFCHW, prompts)
-        return found.raw[self._reward.title], self._lenient.reason
+        A failing score is answered by the reward's own error policy, and with ``drop`` is NaN.
+        ``unit`` names the media.
+        """
+        start = time.monotonic()
+        rewards = self._lenient if drop else self._strict
+        with shown(f"{self._reward.title} of {unit or 'media'}"):
+            found = rewards.score_bytes(media_BFCHW, prompts)
+        return found.raw[self._reward.title], time.monotonic() - start, rewards.reason
 
     def gradient(
         self, media_BFCHW: np.ndarray, prompts: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """(raw scores (B,), d score / d media) of float media."""
         media = torch.from_numpy(np.array(media_BFCHW))
-        value_B, gradient = self._lenient.gradient_of(self._reward, media, prompts)
+        with shown(f"gradient of {self._reward.title}"):
+            value_B, gradient = self._lenient.gradient_of(self._reward, media, prompts)
         return value_B, gradient.numpy()

@@ -11,7 +11,7 @@ May import everything below it; no Ray.
 from __future__ import annotations
 
 from rlalign.alignment.models import ready_policy
-from rlalign.engine.local import LiveRewards, LocalEngine, perform
+from rlalign.engine.local import LiveRewards, LocalEngine
 from rlalign.sampling.compare import check, run_sample, sample_local
 from rlalign.sampling.output import SO_FAR
 from rlalign.sampling.settings import Sample, load_sample, parse_sample
@@ -24,7 +24,6 @@ __all__ = [
     "check",
     "load_sample",
     "parse_sample",
-    "perform",
     "ready_policy",
     "run_sample",
     "sample_local",

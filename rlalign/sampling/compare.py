@@ -67,8 +67,7 @@ def run_sample(sample: Sample, folder: Path, engine: Engine, on_record: OnRecord
             for title, sampler in _baselines(sample, chosen):
                 outcomes.append(_outcome(sample, engine, title, sampler, on_record))
         except NoScore as error:
-            reason = getattr(engine, "reason", "")
-            said = f"; the last one said: {reason}" if reason else ""
+            said = f"; the last one said: {engine.reason}" if engine.reason else ""
             saved = _save_so_far(sample, folder, engine, outcomes, error)
             raise UserError(f"{error}{said}; {saved}") from error
         return write_outputs(sample, unfinished, outcomes)
@@ -151,7 +150,11 @@ def sample_local(sample: Sample, folder: Path, on_record: OnRecord) -> dict[str,
     device = usable(runtime.device, "runtime.device")
     policy = ready_policy(sample.model, device, sample.interpolation)
     scorers = {r.title: r.load(runtime.reward_device) for r in sample.rewards_for("evaluate")}
-    lanes = runtime.rollout.workers if device == "cpu" else 1
-    rewards = [LiveRewards(sample.rewards, sample.held_out, scorers) for _ in range(lanes)]
-    engine = LocalEngine(policy, rewards, rows=sample.rows, threads=runtime.rollout.threads)
+    engine = LocalEngine.with_lanes(
+        policy,
+        lambda: LiveRewards(sample.rewards, sample.held_out, scorers),
+        workers=runtime.rollout.workers,
+        rows=sample.rows,
+        threads=runtime.rollout.threads,
+    )
     return run_sample(sample, folder, engine, on_record)

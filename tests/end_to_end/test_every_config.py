@@ -17,9 +17,10 @@ import torch
 from rlalign.alignment.loop import train_local
 from rlalign.config import Run, load_run
 from rlalign.runtime import train_on_ray
+from rlalign.runtime.actors import RESTART
 from rlalign.runtime.roles import ROLLOUT, reward_role
 from rlalign.runtime.training.coordinator import Coordinator
-from rlalign.runtime.training.fleet import RESTART, policy_source
+from rlalign.runtime.training.fleet import policy_source
 from rlalign.runtime.training.train import learn
 from rlalign.runtime.workers import PolicyWorker, RewardWorker
 from tests.runs import CONFIGS, assert_same_run, final_tensors, metrics, quiet

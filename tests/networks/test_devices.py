@@ -135,7 +135,7 @@ def test_what_fleet_and_sampling_give_their_reward_workers(monkeypatch: pytest.M
     made = object.__new__(fleet.Fleet)
     made.__dict__ |= {
         "_run": run,
-        "_mark": "",
+        "owner": "",
         "_places_are_cores": True,
         "_rewards": {reward_role("x"): run.rewards[0]},
     }

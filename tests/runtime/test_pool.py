@@ -397,3 +397,30 @@ def test_a_call_that_ends_its_process_on_every_attempt_fails_and_says_how(
     assert message.startswith("unit 5 failed on 2 attempts (runtime.max_attempts)")
     assert "its process died at work" in message
     assert retries == ["again"]
+
+
+def test_what_a_call_had_tried_often_enough_is_not_tried_once_more(ray_cluster: None) -> None:
+    """A piece of work whose question to a reward failed on every attempt fails with it, at once."""
+    from rlalign.config import RuntimeSettings
+    from rlalign.runtime.pool import Pool, PoolLost, UnitFailed, call_with_retries
+
+    runtime = RuntimeSettings(max_attempts=3)
+    retries: list[str] = []
+
+    async def scene(kind: type[Exception]) -> str:
+        pool = Pool(plain_role("test"), members(1), patience_seconds=3600)
+
+        def fail(worker: Any) -> None:
+            raise kind("reward x of a piece of work failed on 3 attempts")
+
+        def call(actor: Any) -> Any:
+            return pool.answer(actor, actor.apply.remote(fail), runtime.unit_timeout_seconds)
+
+        with pytest.raises(kind) as caught:
+            await call_with_retries("piece 1", pool, call, runtime, lambda: retries.append("again"))
+        return str(caught.value)
+
+    for kind in (UnitFailed, PoolLost):
+        message = asyncio.run(scene(kind))
+        assert message == "reward x of a piece of work failed on 3 attempts"
+    assert retries == []

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +31,10 @@ from rlalign.data.shapes import (
     split_of,
 )
 from rlalign.diffusion.noise import generator
-from rlalign.diffusion.rollout import rollout
-from rlalign.engine import Rewards, Work
+from rlalign.engine import Rewards
 from rlalign.engine.local import LiveRewards, LocalEngine
+from rlalign.engine.pieces import Pictures
 from rlalign.fitting.reward.settings import FitReward, Simulate
-from rlalign.policies.base import Policy
-from rlalign.rewards.base import Scorer, score, total
 
 _CHUNK = 256
 """Drawn pairs that are scored at once."""
@@ -47,47 +45,41 @@ def simulate_pairs(config: FitReward, file: Path, report: Report) -> None:
     (settings, seed) alone."""
     simulate = config.simulate
     assert simulate is not None
-    scorers = [reward.load(config.device) for reward in simulate.utility]
+    scorers = {reward.title: reward.load(config.device) for reward in simulate.utility}
+    utility = LiveRewards(simulate.utility, scorers=scorers, strict=True)
     drawn = round(simulate.drawn * simulate.pairs)
     rows = [
-        *_sampled(config, simulate, scorers, simulate.pairs - drawn, report),
-        *_drawn(config, scorers, drawn, report),
+        *_sampled(config, simulate, utility, simulate.pairs - drawn, report),
+        *_drawn(config, utility, drawn, report),
     ]
     order = generator("fit-reward", config.seed, "mix").permutation(len(rows))
     write_pairs(file, (rows[i] for i in order))
 
 
-def _utility(
-    simulate: Simulate, scorers: Sequence[Scorer], media_BFCHW: np.ndarray, captions: Sequence[str]
-) -> np.ndarray:
-    """(B,) the hidden utility."""
-    rewards = simulate.utility
-    raw = [score(r, s, media_BFCHW, captions) for r, s in zip(rewards, scorers, strict=True)]
-    return total(rewards, {r.title: values for r, values in zip(rewards, raw, strict=True)})
-
-
 def _sampled(
-    config: FitReward, simulate: Simulate, scorers: Sequence[Scorer], count: int, report: Report
+    config: FitReward, simulate: Simulate, utility: Rewards, count: int, report: Report
 ) -> Iterator[dict[str, Any]]:
     """Pairs of samples of one prompt, each with each, in unit order."""
     units = _units(config, simulate, count)
     if not units:
         return
 
-    # a policy for each lane
-    first = simulate.policy.load(config.device)
-    lanes = simulate.lanes if config.device == "cpu" else 1
-    threads = 1 if config.device == "cpu" else torch.get_num_threads()
-    nobody = [LiveRewards(()) for _ in range(lanes)]  # the utility is taken here, unit by unit
-    engine = LocalEngine(first, nobody, rows=len(units[0].prompts), threads=threads)
-    works = deque(engine.submit(Pictures(unit=unit)) for unit in units)
+    # the utility is taken here, unit by unit, and not in the lanes
+    engine = LocalEngine.with_lanes(
+        simulate.policy.load(config.device),
+        lambda: LiveRewards(()),
+        workers=simulate.lanes,
+        rows=len(units[0].prompts),
+        threads=1 if config.device == "cpu" else torch.get_num_threads(),
+    )
+    works = deque(engine.submit(Pictures(unit=unit, version=0)) for unit in units)
 
     # units in their order, whatever lane has made them
     made = 0
     source = {"model_0": simulate.policy.name, "model_1": simulate.policy.name}
     for done, unit in enumerate(units, start=1):
         media: np.ndarray = works.popleft().result().value
-        utility_B = _utility(simulate, scorers, media, unit.prompts)
+        utility_B = utility.score_bytes(media, unit.prompts).total_B
         for a, b in _within(unit.prompt_ids)[: count - made]:
             key = f"{unit.key}/{unit.prompt_ids[a]}"
             uids = (f"{key}/{unit.sample_ids[a]}", f"{key}/{unit.sample_ids[b]}")
@@ -96,16 +88,6 @@ def _sampled(
             yield {**_row(config, simulate, unit.prompts[a], pictures, utilities, uids), **source}
             made += 1
         report("sampling", done, len(units), float(np.mean(utility_B)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pictures(Work):
-    """A unit's pictures alone."""
-
-    explains_itself: ClassVar[bool] = True
-
-    def do(self, policy: Policy, rewards: Rewards) -> np.ndarray:
-        return rollout(policy, self.unit, 0)[1]
 
 
 def _units(config: FitReward, simulate: Simulate, count: int) -> list[Unit]:
@@ -135,7 +117,7 @@ def _within(prompt_ids: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _drawn(
-    config: FitReward, scorers: Sequence[Scorer], count: int, report: Report
+    config: FitReward, utility: Rewards, count: int, report: Report
 ) -> Iterator[dict[str, Any]]:
     """Pairs of drawings: the caption's scene, and one with a fact changed; which comes first is
     keyed."""
@@ -153,7 +135,7 @@ def _drawn(
             captions += [scene.caption] * 2
         # scored at once
         media = np.stack(pictures)
-        utility_B = _utility(simulate, scorers, media, captions)
+        utility_B = utility.score_bytes(media, captions).total_B
         for k in range(0, len(captions), 2):
             uids = (f"drawn/{start + k // 2}/0", f"drawn/{start + k // 2}/1")
             utilities = (float(utility_B[k]), float(utility_B[k + 1]))

@@ -32,7 +32,7 @@ from rlalign.core.records import Unit
 from rlalign.core.registry import UserError
 from rlalign.runtime.gauges import Gauges
 from rlalign.runtime.pool import ObjectGone, PoolLost, PoolState, UnitFailed
-from rlalign.runtime.roles import Role
+from rlalign.runtime.roles import ROLLOUT, Role
 from rlalign.runtime.training.production import Production, UnitResult
 from rlalign.runtime.training.scaling import WORKED
 
@@ -223,9 +223,10 @@ class Coordinator:
         await self._adopted.wait()
         production = self._production
         worked = {f"{WORKED}{role.metric}": s for role, s in production.worked().items()}
+        restarts = {role: pool.restarts for role, pool in production.pools.items()}
         return worked | {
-            "restarts/rollout": production.rollouts.restarts,
-            "restarts/reward": sum(p.restarts for p in production.rewards.values()),
+            "restarts/rollout": restarts.pop(ROLLOUT),
+            "restarts/reward": sum(restarts.values()),
             "driver_bytes_per_sample": round(
                 production.handled_bytes / max(production.samples, 1), 1
             ),
@@ -267,10 +268,10 @@ class Coordinator:
         """
         production = self._production
         goes_on = None if self._adopted.is_set() else before
-        for role, pool in production.pools().items():
-            pool.adopt(members[role])
-            pool.restarts += goes_on.pools[role].restarts if goes_on else 0
+        await production.pools.adopt(members)
         if goes_on:
+            for role, pool in production.pools.items():
+                pool.restarts += goes_on.pools[role].restarts
             production.samples += goes_on.samples
             production.handled_bytes += goes_on.handled_bytes
         self._adopted.set()
@@ -279,7 +280,7 @@ class Coordinator:
         """How the pools stand; also what Ray's metrics say of them."""
         # what the dashboard shows
         self._gauges.flush()
-        pools = {role: pool.state() for role, pool in self._production.pools().items()}
+        pools = {role: pool.state() for role, pool in self._production.pools.items()}
         self._gauges.set("rlalign_queue_depth", self._production.queue)
         for role, state in pools.items():
             for name in ("ready", "starting", "lost"):
@@ -292,8 +293,7 @@ class Coordinator:
             epoch=self._epoch,
             pools=pools,
             numbers={
-                role: tuple(sorted(pool.numbers()))
-                for role, pool in self._production.pools().items()
+                role: tuple(sorted(pool.numbers())) for role, pool in self._production.pools.items()
             },
             queue=self._production.queue,
             samples=self._production.samples,

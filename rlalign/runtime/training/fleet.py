@@ -9,7 +9,6 @@ is told everything again.
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import ray
@@ -21,13 +20,16 @@ from rlalign.alignment.control import Asked
 from rlalign.alignment.models import Model
 from rlalign.config import Run
 from rlalign.rewards.base import Reward
-from rlalign.runtime.placement import Bundle
-from rlalign.runtime.reservation import bundle_of
+from rlalign.runtime.actors import (
+    RESTART,
+    actor_name,
+    create_policy_worker,
+    create_reward_worker,
+    name_owner,
+)
 from rlalign.runtime.roles import COORDINATOR, ROLLOUT, Role, reward_role
 from rlalign.runtime.training.coordinator import Coordinator, Standing
-from rlalign.runtime.workers import PolicySource, PolicyWorker, RewardWorker
-
-RESTART: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
+from rlalign.runtime.workers import PolicySource
 
 
 class Fleet:
@@ -38,7 +40,7 @@ class Fleet:
         GPU's share at most."""
         # what was asked for
         self._run = run
-        self._mark = uuid.uuid4().hex[:6]
+        self.owner = name_owner(run.name)
         self._places_are_cores = places_are_cores
         self._rewards: dict[Role, Reward] = {
             reward_role(r.title): r for r in run.rewards_for("evaluate")
@@ -62,7 +64,7 @@ class Fleet:
         alone: Any = {"num_cpus": 0, "max_concurrency": 1000, **RESTART}
         kind: Any = ray.remote(**alone)(Coordinator)
         self.coordinator: ActorHandle = kind.options(
-            name=self._name(COORDINATOR, 0), scheduling_strategy=here
+            name=actor_name(self.owner, COORDINATOR, 0), scheduling_strategy=here
         ).remote(run)
         self._create()
 
@@ -127,42 +129,14 @@ class Fleet:
                 self._leaving[role][number] = members.pop(number)
 
     def _worker(self, role: Role, number: int) -> ActorHandle:
-        runtime = self._run.runtime
         counts = self._places_are_cores or number < self._first[role]
         if role == ROLLOUT:
-            kind = actor_class(PolicyWorker, bundle_of(role, runtime.rollout), counts=counts)
-            arguments: tuple[Any, ...] = (policy_source(self._run),)
-        else:
-            kind = actor_class(RewardWorker, bundle_of(role, runtime.reward), counts=counts)
-            arguments = (self._rewards[role], runtime.reward_device, runtime.rollout.threads)
-        return kind.options(name=self._name(role, number)).remote(*arguments, f"{role} {number}")
-
-    def _name(self, role: Role, number: int) -> str:
-        return actor_name(self._run.name, self._mark, role, number)
+            return create_policy_worker(self.owner, number, policy_source(self._run), counts=counts)
+        return create_reward_worker(
+            self.owner, number, self._rewards[role], self._run.runtime, counts=counts
+        )
 
 
 def policy_source(run: Run) -> PolicySource:
     """What a run's rollout workers load."""
     return PolicySource(model=Model(title=run.policy.name, recipe=run.policy), runtime=run.runtime)
-
-
-def actor_name(owner: str, mark: str, role: Role, number: int) -> str:
-    """An actor's name on the dashboard: whose it is, what it does, its number. ``mark`` tells two
-    runs of one name apart."""
-    return f"{owner}-{mark}/{role.actor}-{number}"
-
-
-def actor_class(cls: type, bundle: Bundle, *, counts: bool = True) -> Any:
-    """A class of workers that Ray restarts, each on what the bundle reserves. Without ``counts``
-    one reserves its GPU's share alone, where its labels are."""
-    needs = dict(bundle.needs)
-    found: dict[str, Any] = {
-        "num_cpus": needs.pop("CPU", 0.0) if counts else 0.0,
-        "num_gpus": needs.pop("GPU", 0.0),
-    }
-    needs.pop("CPU", None)
-    if needs and counts:
-        found["resources"] = needs
-    if bundle.labels:
-        found["label_selector"] = dict(bundle.labels)
-    return ray.remote(**found, **RESTART)(cls)

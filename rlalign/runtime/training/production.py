@@ -7,21 +7,21 @@ ones too, and this is where a coordinator spends its time.
 
 from __future__ import annotations
 
-import asyncio
 import pickle
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 
 from rlalign.config import Run
 from rlalign.core.records import Unit, UnitKey
+from rlalign.engine import WorkResult
+from rlalign.engine.pieces import Rollout
+from rlalign.runtime.engine import Pools, WeightsRef
 from rlalign.runtime.gauges import Gauges
-from rlalign.runtime.pool import ObjectGone, Pool, call_with_retries
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
 
 
@@ -40,17 +40,11 @@ class Production:
     """The pools of a run, and what passes through them."""
 
     def __init__(self, run: Run, gauges: Gauges) -> None:
-        self._runtime = run.runtime
         self._gauges = gauges
-        patience = run.runtime.recovery_seconds
-        start = run.runtime.start_seconds
 
         # one pool for rollouts, and one for each reward
-        self.rollouts = Pool(ROLLOUT, patience_seconds=patience, start_seconds=start, in_flight=2)
-        self.rewards = {
-            r.title: Pool(reward_role(r.title), patience_seconds=patience, start_seconds=start)
-            for r in run.rewards_for("evaluate")
-        }
+        rewards = [reward_role(r.title) for r in run.rewards_for("evaluate")]
+        self.pools = Pools(run.runtime, [ROLLOUT, *rewards], again=self._count_retry)
         self._titles = {s: [r.title for r in run.rewards_for(s)] for s in ("train", "evaluate")}
         self.queue = 0
         """Units ordered and not finished."""
@@ -62,13 +56,6 @@ class Production:
         again."""
         self._tags = 2 * (run.checkpoint.every + run.runtime.max_staleness + 2)
         self._worked: defaultdict[Role, float] = defaultdict(float)
-        self._holds: dict[ActorHandle, tuple[str, int]] = {}
-        """Rollout worker -> tag of the weights it was last sent: they travel once, not with every
-        unit."""
-
-    def pools(self) -> dict[Role, Pool]:
-        """Role -> pool."""
-        return {p.role: p for p in (self.rollouts, *self.rewards.values())}
 
     def count(self, message: Any) -> None:
         """Adds a message's size to what the coordinator has handled."""
@@ -76,26 +63,30 @@ class Production:
 
     async def unit(self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef) -> UnitResult:
         """Produced and scored. What lay on a lost node between the two is produced again."""
+
+        async def scored(parts: Sequence[ray.ObjectRef], done: WorkResult) -> UnitResult:
+            self.count(done)
+            self._note(ROLLOUT, unit, done.cost.seconds)
+            raw, seconds = await self._scored(unit, parts[1])
+            return UnitResult(
+                raw=raw,
+                seconds={"rollout": done.cost.seconds, "reward": seconds},
+                refs=(parts[0], parts[1]),
+            )
+
         self.queue += 1
         try:
-            # a trajectory that is lost before it is scored is made again
-            for attempt in range(self._runtime.max_attempts):
-                refs, rollout_seconds = await self._produced(unit, tag, weights)
-                try:
-                    raw, reward_seconds = await self._scored(unit, refs[1])
-                except ObjectGone:
-                    self._again(ROLLOUT)
-                    if attempt + 1 == self._runtime.max_attempts:
-                        raise
-                    continue
-                break
+            result = await self.pools.do(
+                f"unit {unit.key}",
+                Rollout(unit=unit, version=tag[1]),
+                scored,
+                WeightsRef(tag=tag, ref=weights),
+            )
             self._gauges.count("rlalign_units_total", stream=unit.key.stream)
             self._count_samples(unit, tag)
         finally:
             self.queue -= 1
-        return UnitResult(
-            raw=raw, seconds={"rollout": rollout_seconds, "reward": reward_seconds}, refs=refs
-        )
+        return result
 
     def _count_samples(self, unit: Unit, tag: tuple[str, int]) -> None:
         made = self._made.setdefault(tag, set())
@@ -106,82 +97,39 @@ class Production:
         while len(self._made) > self._tags:
             del self._made[next(iter(self._made))]
 
-    def _work(self, role: Role, unit: Unit, seconds: float) -> None:
-        if unit.key.stream == "train":
-            self._worked[role] += seconds
-
     def worked(self) -> dict[Role, float]:
         """Role -> seconds that each of its workers spent on rounds' units since this was last
         asked."""
         worked = self._worked
         self._worked = defaultdict(float)
         return {
-            role: worked[role] / max(pool.state().ready, 1) for role, pool in self.pools().items()
+            role: worked[role] / max(pool.state().ready, 1) for role, pool in self.pools.items()
         }
-
-    async def _produced(
-        self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef
-    ) -> tuple[tuple[ray.ObjectRef, ray.ObjectRef], float]:
-        async def ask(actor: ActorHandle, *given: ray.ObjectRef) -> Any:
-            self._holds[actor] = tag
-            refs: list[ray.ObjectRef] = list(actor.produce.remote((unit, tag), *given))
-            trajectory, media, facts = refs
-            return (trajectory, media), await self.rollouts.answer(
-                actor, facts, self._runtime.unit_timeout_seconds
-            )
-
-        async def call(actor: ActorHandle) -> Any:
-            # calls of one actor are carried out in order; one that was restarted meanwhile says
-            # that it has no weights
-            given = () if self._holds.get(actor) == tag else (weights,)
-            refs, facts = await ask(actor, *given)
-            return (refs, facts) if facts else await ask(actor, weights)
-
-        refs, facts = await call_with_retries(
-            f"unit {unit.key}", self.rollouts, call, self._runtime, lambda: self._again(ROLLOUT)
-        )
-        self.count(facts)
-        self._gauges.observe("rlalign_unit_seconds", facts["seconds"])
-        self._work(ROLLOUT, unit, facts["seconds"])
-        return refs, facts["seconds"]
 
     async def _scored(
         self, unit: Unit, media: ray.ObjectRef
     ) -> tuple[dict[str, np.ndarray], float]:
         """(reward title -> raw scores, seconds of all of them)."""
-        asked = [self._score(title, unit, media) for title in self._titles[unit.key.stream]]
-        scored = await asyncio.gather(*asked) if len(asked) > 1 else [await one for one in asked]
-        raw = {title: values for title, values, _ in scored}
+        titles = self._titles[unit.key.stream]
+        answers = await self.pools.score(titles, media, unit.prompts, unit=str(unit.key))
+        for title, answer in answers.items():
+            self._note(reward_role(title), unit, answer.seconds)
+            missing = float(np.isnan(answer.score_B).sum())
+            self._gauges.count("rlalign_reward_errors_total", missing, reward=title)
+        raw = {title: answer.score_B for title, answer in answers.items()}
         self.count(raw)
-        return raw, sum(seconds for _, _, seconds in scored)
+        return raw, sum(answer.seconds for answer in answers.values())
 
-    async def _score(
-        self, title: str, unit: Unit, media: ray.ObjectRef
-    ) -> tuple[str, np.ndarray, float]:
-        def again() -> None:
-            self._again(reward_role(title))
-            self._gauges.count("rlalign_reward_errors_total", reward=title)
+    def _note(self, role: Role, unit: Unit, seconds: float) -> None:
+        """What a unit cost a worker."""
+        if unit.key.stream == "train":
+            self._worked[role] += seconds
+        if role.reward:
+            self._gauges.observe("rlalign_reward_seconds", seconds, reward=role.reward)
+        else:
+            self._gauges.observe("rlalign_unit_seconds", seconds)
 
-        # each reward has a pool of its own
-        pool = self.rewards[title]
-        patience = self._runtime.unit_timeout_seconds
-
-        def call(actor: ActorHandle) -> Any:
-            return pool.answer(
-                actor, actor.score.remote(media, unit.prompts, str(unit.key)), patience
-            )
-
-        values, seconds = await call_with_retries(
-            f"reward {title} of unit {unit.key}", pool, call, self._runtime, again
-        )
-
-        # what the reward cost
-        self._work(pool.role, unit, seconds)
-        self._gauges.observe("rlalign_reward_seconds", seconds, reward=title)
-        self._gauges.count(
-            "rlalign_reward_errors_total", float(np.isnan(values).sum()), reward=title
-        )
-        return title, values, seconds
-
-    def _again(self, role: Role) -> None:
+    def _count_retry(self, role: Role) -> None:
         self._gauges.count("rlalign_units_retried_total", role=role.label)
+        if role.reward:
+            self._gauges.count("rlalign_reward_errors_total", reward=role.reward)

@@ -14,6 +14,7 @@ import pytest
 
 from rlalign.config import Run
 from rlalign.core.records import Unit
+from rlalign.engine import Cost, WorkResult
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
 from tests.runs import small_run
 
@@ -37,13 +38,12 @@ def members(ray_cluster: None) -> dict[Role, Any]:
         def take(self, seconds: float) -> None:
             self.seconds = seconds
 
-        @ray.method(num_returns=3)
-        def produce(self, work: Any, tensors: Any = None) -> tuple[Any, Any, dict[str, Any]]:
+        def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, WorkResult]:
             time.sleep(self.seconds)
-            media = np.zeros((len(work[0].prompts), 1, 3, 8, 8), np.uint8)
-            return None, media, {"seconds": self.seconds, "process": 0}
+            media = np.zeros((len(work.unit.prompts), 1, 3, 8, 8), np.uint8)
+            return None, media, WorkResult(None, Cost(seconds=self.seconds), "")
 
-        def score(self, media: Any, prompts: Sequence[str], what: str = "") -> tuple[Any, float]:
+        def score(self, media: Any, prompts: Sequence[str], *_: Any) -> tuple[Any, float]:
             time.sleep(self.seconds)
             return np.zeros(len(prompts), np.float32), self.seconds
 
@@ -127,7 +127,7 @@ def test_a_new_coordinator_counts_on(members: dict[Role, Any]) -> None:
     async def scene() -> None:
         first, second, some = Coordinator(run), Coordinator(run), slowed(members)
         await first.adopt(some, None)
-        first._production.rollouts.restarts = 5  # as if so many had been killed
+        first._production.pools[ROLLOUT].restarts = 5  # as if so many had been killed
         await round_of(first, "learner", units(run))
         said = await first.standing()
         with pytest.raises(TimeoutError):  # it does not say 0 before it was told

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlalign.engine import Cost, WorkResult
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
 from tests.runs import small_run
 
@@ -24,7 +25,8 @@ def fleet_of(run: Any, loaded: Path) -> Any:
     there."""
     import ray
 
-    from rlalign.runtime.training.fleet import RESTART, Fleet
+    from rlalign.runtime.actors import RESTART, actor_name
+    from rlalign.runtime.training.fleet import Fleet
 
     class Pretender:
         def __init__(self, role: Role) -> None:
@@ -38,21 +40,17 @@ def fleet_of(run: Any, loaded: Path) -> Any:
         def process_id(self) -> int:
             return os.getpid()
 
-        @ray.method(num_returns=3)
-        def produce(self, work: Any, tensors: Any = None) -> tuple[Any, Any, dict[str, Any]]:
-            return (
-                None,
-                np.zeros((len(work[0].prompts), 1, 3, 8, 8), np.uint8),
-                {"seconds": 0.0, "process": 0},
-            )
+        def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, WorkResult]:
+            media = np.zeros((len(work.unit.prompts), 1, 3, 8, 8), np.uint8)
+            return None, media, WorkResult(None, Cost(), "")
 
-        def score(self, media: Any, prompts: Sequence[str], what: str = "") -> tuple[Any, float]:
+        def score(self, media: Any, prompts: Sequence[str], *_: Any) -> tuple[Any, float]:
             return np.zeros(len(prompts), np.float32), 0.0
 
     class PretendedFleet(Fleet):
         def _worker(self, role: Role, number: int) -> Any:
             kind: Any = ray.remote(num_cpus=0, **RESTART)(Pretender)
-            return kind.options(name=self._name(role, number)).remote(role)
+            return kind.options(name=actor_name(self.owner, role, number)).remote(role)
 
     return PretendedFleet(run, places_are_cores=True)
 
