@@ -81,15 +81,20 @@ def list_plugins(
 def _table(plugins: Sequence[Description]) -> Table:
     from rich.table import Table
 
+    # where weights come from is a column of shelves that have some to fetch
+    columns = ["name", "what", "settings", "source"]
+    if any(found.weights for found in plugins):
+        columns.append("weights")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("name", "what", "settings", "source"):
+    for column in columns:
         table.add_column(column, no_wrap=column == "name", overflow="fold", header_style="dim")
     for found in plugins:
         settings = [
             name if value == "required" else f"{name}={value}"
             for name, value in found.settings.items()
         ]
-        table.add_row(found.name, found.summary, ", ".join(settings) or "-", found.source)
+        row = [found.name, found.summary, ", ".join(settings) or "-", found.source]
+        table.add_row(*row, *([found.weights or "-"] if "weights" in columns else []))
     return table
 
 
