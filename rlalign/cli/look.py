@@ -131,7 +131,7 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
 
     # load every part once
     run = locate_run(parse_run(data), begun=False, here=address is None)
-    read_prompts_and_pairs(run)
+    pairs = read_prompts_and_pairs(run)
     rewards = load_rewards(run)
     policy, loaded = memory.measure_load(partial(run.policy.load, "cpu"))
     check_plan(run, policy)
@@ -146,6 +146,7 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
     return {
         "run": f"{run.name}: {run.policy.name} with {run.algorithm.name} on {weighted_sum(run)}",
         **summarise_run(run),
+        **pairs,
         "parameters": parameters(policy),
         **memory.rows(needs),
         "workers": (
@@ -158,16 +159,18 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
     }
 
 
-def read_prompts_and_pairs(run: Run) -> None:
-    """Reads the prompts of a round and of an evaluation, and the set of preferences. Raises
-    UserError for what cannot be read."""
+def read_prompts_and_pairs(run: Run) -> dict[str, str]:
+    """Reads the prompts of a round and of an evaluation, and the set of preferences, of which it
+    says how many pairs there are. Raises UserError for what cannot be read."""
     from rlalign.data.pairs.reader import PairReader, first_pair
 
     run.prompts.units(run.seed, 1, run.plan)
     run.prompts.held_out(run.evaluate.prompts)
-    if run.preferences is not None:
-        first_pair(run.preferences)
-        PairReader(run.preferences, run.seed)
+    if run.preferences is None:
+        return {}
+    first_pair(run.preferences)
+    reader = PairReader(run.preferences, run.seed)
+    return {"preferences": "; ".join(filter(None, [f"{len(reader):,} pairs", reader.note]))}
 
 
 def load_rewards(run: Run | Sample) -> dict[str, int]:

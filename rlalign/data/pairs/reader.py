@@ -1,4 +1,4 @@
-"""Preference pairs from Parquet files: the pairs of round r depend on (settings, seed, r) alone.
+"""Preference pairs from files: the pairs of round r depend on (settings, seed, r) alone.
 
 An epoch visits the row groups of all files in a keyed order; their usable rows, in that order, are
 cut into windows of ``shuffle`` rows, and each window is shuffled by its own key. So the place of a
@@ -33,10 +33,10 @@ from rlalign.data.pairs.rows import (
     Group,
     Pair,
     groups_of,
-    is_ruled_out,
     read_rows,
     row_fault,
     to_pair,
+    why_left_out,
 )
 from rlalign.data.pairs.rows import decode as decode
 from rlalign.diffusion.noise import generator
@@ -53,7 +53,10 @@ class PreferenceSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: LocalPattern = Field(
-        description="Parquet file, folder of them, or glob; columns as in Pick-a-Pic v2"
+        description=(
+            "Parquet in Pick-a-Pic v2's columns, or JSON that names pictures (HPD v2's train.json,"
+            " or chosen and rejected): a file, a folder or a glob"
+        )
     )
     pairs_per_round: int = Field(
         default=64, ge=1, description="pairs of a round, or of one update of fit-reward"
@@ -120,6 +123,11 @@ class Pairing(ABC):
     settings: PreferenceSettings
     seed: int
 
+    @property
+    def note(self) -> str:
+        """Which rows of the set are left out, in a line; empty where none is."""
+        return ""
+
     @abstractmethod
     def round(self, number: int) -> list[Pair]:
         """The pairs of round ``number`` >= 0."""
@@ -133,11 +141,11 @@ class Pairing(ABC):
 
 
 class PairReader(Pairing):
-    """The pairs of each round, from any number of Parquet files.
+    """The pairs of each round, from any number of files.
 
     ``keep`` chooses among captions (a split by prompt, say). ``counts`` has the usable pairs of
-    each kept caption's number. Raises UserError when there is no file, no usable pair, or too many
-    bad rows.
+    each kept caption's number, ``left_out`` how many rows say nothing, by reason. Raises UserError
+    when there is no file, no usable pair, or too many bad rows.
     """
 
     def __init__(
@@ -146,6 +154,7 @@ class PairReader(Pairing):
         self.settings, self.seed = settings, seed
         files, self.bad = _open_set(settings)
         self.counts: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self._keep = keep
         self._groups = list(self._index(files))
         self._count = sum(len(group) for group in self._groups)
@@ -161,6 +170,15 @@ class PairReader(Pairing):
         """Usable pairs: the length of an epoch."""
         return self._count
 
+    @property
+    def note(self) -> str:
+        parts = [f"{count:,} {why}" for why, count in sorted(self.left_out.items())]
+        if self.bad.found:
+            parts.append(f"{len(self.bad.found):,} that cannot be used")
+        if not parts:
+            return ""
+        return f"{', '.join(parts)} are left out of {self.bad.rows:,} rows of pairs"
+
     def _index(self, files: Mapping[Path, Sequence[int]]) -> Iterator[_Usable]:
         """The usable rows of the files, from their captions and labels."""
         for group in _row_groups(files):
@@ -169,15 +187,15 @@ class PairReader(Pairing):
             yield _Usable(group=group, numbers=np.array(numbers, dtype=np.int64))
 
     def _is_usable(self, row: Mapping[str, Any]) -> bool:
-        if is_ruled_out(row):
+        out = why_left_out(row, self.settings.ties)
+        if out:
+            self.left_out[out] += 1
             return False
         why = row_fault(row["caption"], row["label_0"], row["label_1"])
         if why:
             self.bad.add(row["row"], why)
             return False
         if self._keep is not None and not self._keep(row["caption"]):
-            return False
-        if self.settings.ties == "drop" and row["label_0"] == 0.5:
             return False
         self.counts[row["caption"]] += 1
         return True
@@ -282,11 +300,9 @@ def first_pair(settings: PreferenceSettings) -> Pair | None:
     groups = (read_rows(group, columns, batch=_FEW) for group in _row_groups(files))
     for row in chain.from_iterable(groups):
         # rows that training passes over are passed over here
-        if is_ruled_out(row):
+        if why_left_out(row, settings.ties):
             continue
         fault = row_fault(row["caption"], row["label_0"], row["label_1"])
-        if not fault and settings.ties == "drop" and row["label_0"] == 0.5:
-            continue
 
         # a faulty row is counted, and the next one is tried
         try:

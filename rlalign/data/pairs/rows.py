@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,16 +65,32 @@ def row_fault(caption: object, label_0: object, label_1: object) -> str:
         return "caption is missing"
     if NO_TEXT in caption:
         return "caption is not UTF-8 text"
-    if label_0 is None or label_1 is None:
-        return "label is missing"
+    if _is_missing(label_0) or _is_missing(label_1):
+        return "one of its labels is missing"
     if label_0 not in (0.0, 0.5, 1.0) or label_0 + label_1 != 1.0:  # type: ignore[operator]
         return f"labels must be 1 and 0, 0 and 1, or 0.5 twice, got {label_0!r} and {label_1!r}"
     return ""
 
 
-def is_ruled_out(row: Mapping[str, Any]) -> bool:
-    """Whether the set itself says that there is nothing to learn from a row."""
-    return row.get("has_label") is False or row.get("are_different") is False
+def why_left_out(row: Mapping[str, Any], ties: str) -> str:
+    """Why the set itself says that there is nothing to learn from a row, as a plural; empty where
+    there is.
+
+    A tie says nothing where ``ties`` is "drop". The published trainer of Diffusion-DPO leaves the
+    same rows out: those whose label is neither 0 nor 1.
+    """
+    labels = (row["label_0"], row["label_1"])
+    if row.get("has_label") is False or all(_is_missing(label) for label in labels):
+        return "without a label"
+    if row.get("are_different") is False:
+        return "with the same picture twice"
+    if ties == "drop" and labels == (0.5, 0.5):
+        return "ties"
+    return ""
+
+
+def _is_missing(label: Any) -> bool:
+    return label is None or (isinstance(label, float) and math.isnan(label))
 
 
 def decode(source: bytes | Path | None, size: int = 0) -> np.ndarray:

@@ -137,7 +137,7 @@ def test_rows_that_the_set_itself_rules_out_are_not_bad(tmp_path: Path) -> None:
 BAD = {
     3: {"caption": None},
     5: {"caption": "  "},
-    8: {"label_0": None},
+    8: {"label_0": None, "label_1": 1.0},
     11: {"label_0": 0.7, "label_1": 0.3},
     12: {"label_0": 1.0, "label_1": 1.0},
 }
@@ -178,7 +178,7 @@ def test_too_many_bad_rows_are_refused_with_their_file_and_numbers(tmp_path: Pat
     for part in (
         f"{file}:3: caption is missing",
         f"{file}:5: caption is missing",
-        f"{file}:8: label is missing",
+        f"{file}:8: one of its labels is missing",
     ):
         assert part in message
     write_pairs(file, [row(n, **BAD_PICTURES.get(n, {})) for n in range(20)], rows_per_group=7)
