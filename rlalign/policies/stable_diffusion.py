@@ -197,6 +197,18 @@ class StableDiffusionPolicy(Policy):
         refuse(latents, "the policy's autoencoder (its encoder)")
         return latents
 
+    def posterior(self, media_BFCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        encoded = self.vae.encode(media_BFCHW[:, 0] * 2 - 1)
+        if not hasattr(encoded, "latent_dist"):
+            return self.encode_media(media_BFCHW), None
+        found = encoded.latent_dist
+        refuse(found.parameters, "the policy's autoencoder (its encoder)")
+
+        # the scale of latents, and their shift in families that have one
+        shift = self.vae.config.get("shift_factor") or 0.0
+        scale = self.vae.config.scaling_factor
+        return (found.mode() - shift) * scale, found.std * scale
+
     def _pixels(self, plan: Plan) -> tuple[int, int]:
         """(height, width) of what is drawn: the plan's, or else the checkpoint's own."""
         if plan.height and plan.width:

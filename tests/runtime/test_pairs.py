@@ -83,7 +83,13 @@ def test_it_gives_those_of_a_list_in_json(ray_cluster: None, tmp_path: Path) -> 
     ]
     (tmp_path / "train.json").write_text(json.dumps(entries), encoding="utf-8")
     settings = PreferenceSettings(
-        path=str(tmp_path), pairs_per_round=50, pairs_per_pass=4, shuffle=90, ties="half"
+        path=str(tmp_path),
+        pairs_per_round=50,
+        pairs_per_pass=4,
+        shuffle=90,
+        ties="half",
+        size=6,
+        resize="crop",
     )
     small, walked = PairReader(settings, seed=1), RayPairReader(settings, seed=1)
     assert len(walked) == len(small) == 400

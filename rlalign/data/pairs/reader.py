@@ -19,19 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlalign.core.locations import LocalPattern
-from rlalign.core.registry import UserError
+from rlalign.core.registry import Before, UserError
 from rlalign.data.pairs.columns import group_rows, pair_files
 from rlalign.data.pairs.rows import (
     WORDS,
     BadRows,
     Group,
     Pair,
+    Resize,
     groups_of,
     read_rows,
     row_fault,
@@ -78,6 +79,13 @@ class PreferenceSettings(BaseModel):
     size: int = Field(
         default=0, ge=0, description="pixels to which pictures are resized (squared); 0 as they are"
     )
+    resize: Annotated[Resize, Before("squash")] = Field(
+        default="squash",
+        description=(
+            "how: squash, or crop the centre once the shorter side has that size, as published"
+            " trainers do"
+        ),
+    )
     reader: Literal["arrow", "ray"] = Field(
         default="arrow",
         description=(
@@ -97,6 +105,10 @@ class PreferenceSettings(BaseModel):
             raise ValueError(
                 f"pairs_per_pass must be <= pairs_per_round ({self.pairs_per_round}), got"
                 f" {self.pairs_per_pass}"
+            )
+        if self.resize == "crop" and not self.size:
+            raise ValueError(
+                "size must be > 0 with resize crop: the side of the square that is cut out, got 0"
             )
         return self
 
@@ -271,7 +283,7 @@ class PairReader(Pairing):
 
     def _decoded(self, row: Any) -> Pair | None:
         try:
-            return to_pair(row, self.settings.size)
+            return to_pair(row, self.settings.size, self.settings.resize)
         except ValueError as error:
             self.bad.add(row["row"], str(error))
             return None
@@ -307,7 +319,7 @@ def first_pair(settings: PreferenceSettings) -> Pair | None:
         # a faulty row is counted, and the next one is tried
         try:
             if not fault:
-                return to_pair(row, settings.size)
+                return to_pair(row, settings.size, settings.resize)
         except ValueError as error:
             fault = str(error)
         bad.add(row["row"], fault)
