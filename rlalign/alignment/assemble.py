@@ -18,7 +18,6 @@ from rlalign.data.pairs.reader import Pairing, first_pair
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.diffusion.steps import is_stochastic
 from rlalign.learning.learner import Learner
-from rlalign.learning.optimisers import refuse_optimiser
 from rlalign.networks.devices import usable
 from rlalign.policies.base import Policy
 
@@ -119,7 +118,6 @@ def check_plan(run: Run, policy: Policy, *, learns: bool = True) -> None:
     # the rest is of training alone
     if not learns:
         return
-    refuse_optimiser(run.learner, policy.device)
 
     # what the algorithm itself refuses
     given = run.preferences

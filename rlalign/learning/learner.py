@@ -28,7 +28,8 @@ from rlalign.learning.optimisers import (
     OptimiserSettings,
     build_optimiser,
     pack_state,
-    refuse_optimiser,
+    refuse_device,
+    refuse_missing,
     unpack_state,
 )
 from rlalign.networks.precision import explained, here, start_thread
@@ -108,7 +109,8 @@ class Learner:
         self._own = policy.trainable()
         self._parameters = _all_parameters(policy)
         others = [p for n, p in self._parameters.items() if n not in self._own]
-        refuse_optimiser(settings, policy.device)
+        refuse_device(settings, policy.device)
+        refuse_missing(settings)
         groups = [{"params": list(self._own.values())}, {"params": others, "lr": critic_lr}]
         self.optimiser = build_optimiser(settings, groups)
         self._rates = (settings.lr, critic_lr)

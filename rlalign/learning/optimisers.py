@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlalign.core.registry import Before, UserError
+from rlalign.core.registry import Before, UserError, read_reason
 
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
@@ -66,21 +66,25 @@ class OptimiserSettings(BaseModel):
         return min(1.0, update / self.warmup) if self.warmup else 1.0
 
 
-def refuse_optimiser(settings: OptimiserSettings, device: str, place: str = "learner") -> None:
-    """Raises UserError where the optimiser cannot run on this device, or is not installed."""
-    if settings.optimizer != "adamw_8bit":
-        return
-    if not device.startswith("cuda"):
+def refuse_device(settings: OptimiserSettings, device: str) -> None:
+    """Raises UserError where the optimiser does not compute on this device."""
+    if settings.optimizer == "adamw_8bit" and not device.startswith("cuda"):
         raise UserError(
-            f"{place}.optimizer adamw_8bit needs a CUDA device, got {device!r}; set runtime.device"
+            f"learner.optimizer adamw_8bit needs a CUDA device, got {device!r}; set runtime.device"
             " to cuda, or take adamw or adafactor"
         )
+
+
+def refuse_missing(settings: OptimiserSettings) -> None:
+    """Raises UserError where the optimiser's package is not installed, or does not load here."""
+    if settings.optimizer != "adamw_8bit":
+        return
     try:
         import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"{place}.optimizer adamw_8bit needs bitsandbytes ({error}); install rlalign[8bit], or"
-            " take adamw or adafactor"
+            f"learner.optimizer adamw_8bit needs bitsandbytes ({read_reason(error)}); install"
+            " rlalign[8bit], or take adamw or adafactor"
         ) from error
 
 

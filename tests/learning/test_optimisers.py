@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from rlalign.learning.optimisers import (
     build_optimiser,
     bytes_of_state,
     pack_state,
-    refuse_optimiser,
+    refuse_missing,
     unpack_state,
 )
 from tests.learning.test_learner import learner_of, train_round, trained
+from tests.runs import points_run
 from tests.toy import ToyPolicy
 
 SHAPES = {"vector": (5,), "matrix": (4, 3), "kernel": (3, 2, 3, 3)}
@@ -155,13 +157,20 @@ def test_its_state_goes_on_to_the_last_bit_and_has_the_bytes_that_are_said(optim
 
 
 def test_8_bits_are_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run file says so before anything starts, the learner where it is; what is not installed is
+    said by the machine that needs it."""
     settings = LearnerSettings(optimizer="adamw_8bit")
-    with pytest.raises(UserError, match=r"^learner\.optimizer adamw_8bit needs a CUDA device, got"):
+    message = r"learner\.optimizer adamw_8bit needs a CUDA device, got 'cpu'; set runtime\.device"
+    with pytest.raises(UserError, match=message):
+        points_run("learner.optimizer=adamw_8bit")
+    with pytest.raises(UserError, match=message):
         learner_of(ToyPolicy(), optimizer="adamw_8bit")
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    run = points_run("learner.optimizer=adamw_8bit", "runtime.device=cuda")
+    assert run.learner.optimizer == "adamw_8bit"
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"needs bitsandbytes \(.*\); install rlalign\[8bit\]"):
-        refuse_optimiser(settings, "cuda:0")
-    refuse_optimiser(LearnerSettings(optimizer="adafactor"), "cpu")
+        refuse_missing(settings)
+    refuse_missing(LearnerSettings(optimizer="adafactor"))
 
 
 @pytest.mark.parametrize("more", [{"betas": (0.8, 0.9)}, {"eps": 1e-6}])
