@@ -4,7 +4,7 @@ own scored samples."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from rlalign.algorithms.base import (
     final_latents,
     noised,
 )
-from rlalign.core.batches import PairBatch, PairPass, Pairs
+from rlalign.core.batches import Key, PairBatch, PairPass, Pairs
 from rlalign.core.copies import Copy, Every
 from rlalign.core.records import Scored
-from rlalign.core.registry import UserError
+from rlalign.core.registry import Before, UserError
+from rlalign.diffusion.noise import generator, normal
 from rlalign.diffusion.paths import elbo_weight
 from rlalign.policies.base import Policy
 
@@ -40,7 +41,8 @@ class DiffusionDPO(Algorithm):
 
     Pairs come from the run's ``preferences`` (offline), or from the round's samples: best against
     worst of each prompt. ``ties`` is about the latter; what a set's ties count is said by
-    ``preferences.ties``.
+    ``preferences.ties``. ``flip`` and ``posterior`` are about a set's pictures: the published
+    trainer has flip true and posterior sample.
 
     Source: Wallace 2023, arXiv:2311.12908, eq. 14; Rafailov 2023, arXiv:2305.18290.
     """
@@ -54,6 +56,14 @@ class DiffusionDPO(Algorithm):
     draws: int = Field(default=4, ge=1, description="times that each pair is noised")
     caption_dropout: float = Field(
         default=0.2, ge=0, le=1, description="share of empty captions, for guidance"
+    )
+    flip: Annotated[bool, Before(False)] = Field(
+        default=False,
+        description="each picture of a set is mirrored or not, left to right, by a draw of its own",
+    )
+    posterior: Annotated[Literal["mean", "sample"], Before("mean")] = Field(
+        default="mean",
+        description="latents of a set's pictures: the mean of the encoder's posterior, or a draw",
     )
     ties: Literal["drop", "half"] = Field(
         default="drop",
@@ -75,6 +85,14 @@ class DiffusionDPO(Algorithm):
             raise UserError(
                 "algorithm.ties must be drop where the pairs are a set's, got 'half': it is about"
                 " samples of one's own; set preferences.ties to half"
+            )
+        own = self.flip or self.posterior == "sample"
+        if own and not given.ties:
+            name = "flip" if self.flip else "posterior"
+            raise UserError(
+                f"algorithm.{name} is about the pictures of a set, and this run learns from samples"
+                f" of its own, got {getattr(self, name)}; leave it out, or name a set under"
+                " preferences"
             )
 
     @property
@@ -115,7 +133,9 @@ class DiffusionDPO(Algorithm):
 
     def loss(self, batch: PairPass, policy: Policy) -> Loss:
         # both pictures of a pair get the same noise, level and caption
-        first, second = batch.pairs.latents(lambda side: policy.as_latents(side.to(policy.device)))
+        first, second = batch.pairs.latents(
+            lambda pictures, side: self._encoded(policy, pictures, (*batch.pairs.key, side))
+        )
         level_B, noise, empty_B = noised(
             policy, batch.key, first, batch.pairs.plan, self.caption_dropout
         )
@@ -143,6 +163,27 @@ class DiffusionDPO(Algorithm):
                 "preference/logit": logit_B.detach().abs().mean(),
             },
         )
+
+    def _encoded(self, policy: Policy, pictures: torch.Tensor, key: Key) -> torch.Tensor:
+        """(B, *latent) clean latents of one side of pairs; ``key`` decides what is drawn for
+        it."""
+        # samples of one's own are latents already
+        if pictures.dtype != torch.uint8:
+            return policy.as_latents(pictures.to(policy.device))
+
+        # mirrored before they are encoded, as an encoder is not symmetric
+        if self.flip:
+            flipped_B = torch.from_numpy(generator(*key, "flip").random(len(pictures)) < 0.5)
+            pictures = torch.where(flipped_B.view(-1, 1, 1, 1, 1), pictures.flip(-1), pictures)
+        if self.posterior == "mean":
+            return policy.as_latents(pictures.to(policy.device))
+        mean, deviation = policy.posterior(pictures.to(policy.device).float() / 255.0)
+        if deviation is None:
+            raise UserError(
+                "algorithm.posterior must be mean for a policy whose encoder has no posterior, got"
+                " 'sample'"
+            )
+        return mean + deviation * normal((*key, "posterior"), mean.shape).to(mean)
 
     def _strength(self, policy: Policy, level_B: torch.Tensor) -> torch.Tensor:
         """(B,) what the difference of gains is multiplied with."""

@@ -63,6 +63,8 @@ def align(
         if pairs is None and run.preferences is not None:
             pairs = PairReader(run.preferences, run.seed)
         alignment.pairs = pairs
+        if pairs is not None and pairs.note and learner.is_main:
+            on_record({"note": f"preferences: {pairs.note}"})
         alignment.resume()
         while alignment.goes_on:
             alignment.one_round()

@@ -81,15 +81,20 @@ def list_plugins(
 def _table(plugins: Sequence[Description]) -> Table:
     from rich.table import Table
 
+    # where weights come from is a column of shelves that have some to fetch
+    columns = ["name", "what", "settings", "source"]
+    if any(found.weights for found in plugins):
+        columns.append("weights")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("name", "what", "settings", "source"):
+    for column in columns:
         table.add_column(column, no_wrap=column == "name", overflow="fold", header_style="dim")
     for found in plugins:
         settings = [
             name if value == "required" else f"{name}={value}"
             for name, value in found.settings.items()
         ]
-        table.add_row(found.name, found.summary, ", ".join(settings) or "-", found.source)
+        row = [found.name, found.summary, ", ".join(settings) or "-", found.source]
+        table.add_row(*row, *([found.weights or "-"] if "weights" in columns else []))
     return table
 
 
@@ -126,7 +131,7 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
 
     # load every part once
     run = locate_run(parse_run(data), begun=False, here=address is None)
-    read_prompts_and_pairs(run)
+    pairs = read_prompts_and_pairs(run)
     rewards = load_rewards(run)
     policy, loaded = memory.measure_load(partial(run.policy.load, "cpu"))
     check_plan(run, policy)
@@ -141,6 +146,7 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
     return {
         "run": f"{run.name}: {run.policy.name} with {run.algorithm.name} on {weighted_sum(run)}",
         **summarise_run(run),
+        **pairs,
         "parameters": parameters(policy),
         **memory.rows(needs),
         "workers": (
@@ -153,16 +159,18 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
     }
 
 
-def read_prompts_and_pairs(run: Run) -> None:
-    """Reads the prompts of a round and of an evaluation, and the set of preferences. Raises
-    UserError for what cannot be read."""
+def read_prompts_and_pairs(run: Run) -> dict[str, str]:
+    """Reads the prompts of a round and of an evaluation, and the set of preferences, of which it
+    says how many pairs there are. Raises UserError for what cannot be read."""
     from rlalign.data.pairs.reader import PairReader, first_pair
 
     run.prompts.units(run.seed, 1, run.plan)
     run.prompts.held_out(run.evaluate.prompts)
-    if run.preferences is not None:
-        first_pair(run.preferences)
-        PairReader(run.preferences, run.seed)
+    if run.preferences is None:
+        return {}
+    first_pair(run.preferences)
+    reader = PairReader(run.preferences, run.seed)
+    return {"preferences": "; ".join(filter(None, [f"{len(reader):,} pairs", reader.note]))}
 
 
 def load_rewards(run: Run | Sample) -> dict[str, int]:

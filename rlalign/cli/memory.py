@@ -108,14 +108,18 @@ def trained(policy: Policy) -> int:
 
 
 def learning(run: Run, policy: Policy) -> int:
-    """What a learner holds beside its policy at the worst moment of an update: copies, moments,
-    gradients."""
+    """What a learner holds beside its policy at the worst moment of an update: copies, the
+    optimiser's state, gradients."""
+    from rlalign.learning.optimisers import bytes_of_state
+
     algorithm = run.algorithm
     settings = run.learner
     workers = run.runtime.learner.workers
     weights = trained(policy)
     critic = algorithm.critic(policy, run.plan)
-    values = sum(p.numel() * p.element_size() for p in critic[0].parameters()) if critic else 0
+    of_critic = list(critic[0].parameters()) if critic else []
+    values = sum(p.numel() * p.element_size() for p in of_critic)
+    state = bytes_of_state(settings, [*policy.trainable().values(), *of_critic])
     # the weights before the first update, and what is asked for
     copies = 1 + len(algorithm.copies) + (settings.ema_decay > 0)
     # a flat gradient of every own shard stays until the update; beside them either those being
@@ -125,7 +129,7 @@ def learning(run: Run, policy: Policy) -> int:
     lanes = own if run.runtime.device == "cpu" else 1
     beside = 2 * settings.shards if workers > 1 else max(lanes, min(2, own))
     gradients = own + beside
-    return copies * weights + values + (2 + gradients) * (weights + values)
+    return copies * weights + values + state + gradients * (weights + values)
 
 
 def of_a_round(run: Run, policy: Policy) -> int:

@@ -24,6 +24,7 @@ from rlalign.learning.checkpoint import CheckpointSettings
 from rlalign.learning.evaluate import EvaluateSettings
 from rlalign.learning.guard import GuardSettings
 from rlalign.learning.learner import LearnerSettings
+from rlalign.learning.optimisers import refuse_device
 from rlalign.policies.base import PolicyRecipe
 from rlalign.rewards.base import Reward
 
@@ -87,6 +88,7 @@ class Run(BaseModel):
                 "learner.shards must be a multiple of runtime.learner.workers"
                 f" ({runtime.learner.workers}), got {learner.shards}"
             )
+        refuse_device(learner, runtime.device)
         # names and kinds of data fit each other
         held_out = [r.title for r in self.evaluate.rewards]
         if self.guard.held_out and self.guard.held_out not in held_out:

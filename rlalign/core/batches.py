@@ -268,13 +268,14 @@ class Pairs:
     _lock: Any = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def latents(
-        self, encode: Callable[[torch.Tensor], torch.Tensor]
+        self, encode: Callable[[torch.Tensor, int], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean latents of both sides, by the policy's encoder: once, however many passes ask."""
+        """Clean latents of both sides, by the policy's encoder, which is told the side (0 or 1):
+        once, however many passes ask."""
         with self._lock:
             if not self._encoded:
                 with torch.no_grad():
-                    self._encoded.append((encode(self.first), encode(self.second)))
+                    self._encoded.append((encode(self.first, 0), encode(self.second, 1)))
             return self._encoded[0]
 
     def __len__(self) -> int:

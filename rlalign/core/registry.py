@@ -286,12 +286,14 @@ class Description:
     name: str
     summary: str
     source: str
+    weights: str
+    """Where the published weights come from; empty where there are none to fetch."""
     settings: dict[str, str]
 
 
 def describe(shelf: str) -> list[Description]:
-    """Every plug-in of a shelf with its first docstring line, its ``Source:`` and its settings
-    (read with ``ast``)."""
+    """Every plug-in of a shelf with its first docstring line, its ``Source:``, its ``Weights:`` and
+    its settings (read with ``ast``)."""
     return [_describe(name, _folder(shelf) / f"{name}.py", SHELVES[shelf]) for name in names(shelf)]
 
 
@@ -303,11 +305,15 @@ def _describe(name: str, file: Path, base: str) -> Description:
     chosen = [*derived, *with_verbs, *classes][0]
     doc = ast.get_docstring(chosen) or ast.get_docstring(tree) or ""
     paragraphs = [" ".join(lines.split()) for lines in doc.split("\n\n")]
-    sources = (one.split("Source:", 1)[1].strip() for one in paragraphs if "Source:" in one)
+    said = {
+        word: next((one.split(word, 1)[1].strip() for one in paragraphs if word in one), "")
+        for word in ("Source:", "Weights:")
+    }
     return Description(
         name=name,
         summary=paragraphs[0],
-        source=next(sources, ""),
+        source=said["Source:"],
+        weights=said["Weights:"],
         settings=_settings(chosen),
     )
 

@@ -1,6 +1,7 @@
 """The parts of a run that know no Run: each takes what it needs as arguments.
 
-learner.py     one optimiser and one update: shards, accumulation, clipping, averages
+learner.py     one update: shards, accumulation, clipping, averages
+optimisers.py  AdamW, Adafactor, 8-bit AdamW: their rate, their state, its bytes
 evaluate.py    fixed prompts and noise: summaries, comparisons, diversity, KL
 guard.py       over-optimisation: what it watches and what it does
 checkpoint.py  saving and resuming, written whole or not at all

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rlalign.core.batches import Batch, Pass
 from rlalign.core.copies import AtRoundStart, Copy, Decay, Every
@@ -24,19 +24,21 @@ from rlalign.core.records import Weights
 from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import generator
 from rlalign.learning.lanes import Lane, PassLoss
+from rlalign.learning.optimisers import (
+    OptimiserSettings,
+    build_optimiser,
+    pack_state,
+    refuse_device,
+    refuse_missing,
+    unpack_state,
+)
 from rlalign.networks.precision import explained, here, start_thread
 from rlalign.policies.base import Policy
 
 
-class LearnerSettings(BaseModel):
+class LearnerSettings(OptimiserSettings):
     """How weights are updated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="AdamW's learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's moment decays")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="gradients are scaled down to this global norm"
     )
@@ -102,13 +104,11 @@ class Learner:
         self._own = policy.trainable()
         self._parameters = first.parameters()
         others = [p for n, p in self._parameters.items() if n not in self._own]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": list(self._own.values())}, {"params": others, "lr": critic_lr}],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
+        refuse_device(settings, policy.device)
+        refuse_missing(settings)
+        groups = [{"params": list(self._own.values())}, {"params": others, "lr": critic_lr}]
+        self.optimiser = build_optimiser(settings, groups)
+        self._rates = (settings.lr, critic_lr)
         world = self.accelerator.num_processes
         rank = self.accelerator.process_index
         _refuse_uneven(settings.shards, world)
@@ -180,6 +180,7 @@ class Learner:
         # the step of the optimiser
         self._place(gradient)
         norm = torch.nn.utils.clip_grad_norm_(self._own.values(), self.settings.max_grad_norm)
+        self._set_rates()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.version += 1
@@ -274,8 +275,15 @@ class Learner:
                 self._snapshots[kind] = self.policy.weights()
 
     def scale_rate(self, factor: float) -> None:
-        """The policy's learning rate becomes ``factor`` times its setting."""
-        self.optimiser.param_groups[0]["lr"] = self.settings.lr * factor
+        """The policy's learning rate becomes ``factor`` times its setting, whatever warm-up makes
+        of it."""
+        self._rates = (self.settings.lr * factor, self._rates[1])
+
+    def _set_rates(self) -> None:
+        """The rates of the coming update: the policy's and the critic's, warmed up."""
+        share = self.settings.share_of_rate(self.version)
+        for group, rate in zip(self.optimiser.param_groups, self._rates, strict=False):
+            group["lr"] = rate * share
 
     def weights(self) -> Weights:
         """What rollouts use: the current weights, or the slow copy of them where the algorithm
@@ -305,15 +313,14 @@ class Learner:
         return Weights(version=0, kind="base", tensors=self._base)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything that an update depends on, as named tensors: weights, both moments, step
-        counts, the copies."""
+        """Everything that an update depends on, as named tensors: weights, the optimiser's state,
+        the copies."""
         tensors = {
             n if n not in self._own else f"policy/{n}": p.detach()
             for n, p in self._parameters.items()
         }
-        for name, parameter in self._parameters.items():
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                tensors[f"optimiser/{key}/{name}"] = value
+        state = pack_state(self.optimiser, self._parameters)
+        tensors.update({f"optimiser/{name}": tensor for name, tensor in state.items()})
         tensors.update({f"average/{n}": t for n, t in (self._average or {}).items()})
         for kind in self._snapshots:
             if isinstance(self.copies[kind], AtRoundStart):
@@ -338,23 +345,9 @@ class Learner:
             }
 
         # the state of the optimiser
-        self.optimiser.state.clear()
-        for name, parameter in self._parameters.items():
-            keys = {
-                k.split("/")[1]
-                for k in tensors
-                if k.startswith("optimiser/") and k.endswith("/" + name)
-            }
-            if keys:
-                self.optimiser.state[parameter] = {
-                    # AdamW keeps its step count on the CPU, its moments beside the weights
-                    k: (
-                        tensors[f"optimiser/{k}/{name}"].to(
-                            "cpu" if k == "step" else parameter.device, copy=True
-                        )
-                    )
-                    for k in sorted(keys)
-                }
+        prefix = "optimiser/"
+        state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        unpack_state(self.optimiser, self._parameters, state)
 
         # the average and the version
         if self._average is not None:

@@ -2,6 +2,7 @@
 
 pipelines/           folders in diffusers' format: found, loaded, checked
 towers.py            open_clip models with a text and a picture tower: what CLIP-like rewards are
+pickles.py           published pickles as safetensors, by the reader of tensors alone
 critic.py            a value network on latents
 noisy_classifier.py  a classifier of noisy latents, for guidance
 lora.py              adapters: attached, merged, switched off

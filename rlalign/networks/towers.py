@@ -368,7 +368,7 @@ def _read_weights(towers: Towers, file: Path, place: str) -> None:
     if file.suffix != ".safetensors" or not file.is_file():
         raise UserError(
             f"{place} must name an existing .safetensors file, got {str(file)!r}; nothing is"
-            " unpickled"
+            " unpickled (rlalign convert turns the published pickles into safetensors)"
         )
     try:
         load_checkpoint(towers.clip, str(file))

@@ -76,6 +76,11 @@ class Family(ABC):
     def encode_media(self, media_BFCHW: torch.Tensor) -> torch.Tensor:
         """Media in [0, 1] -> clean latents: the mean of the encoder's posterior."""
 
+    def posterior(self, media_BFCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean and standard deviation, each (B, *latent), of the encoder's posterior over clean
+        latents for media in [0, 1]; None in place of the latter where the encoder has none."""
+        return self.encode_media(media_BFCHW), None
+
     @abstractmethod
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
         """Shape of one sample's latent under a plan. Raises UserError for a plan that the family

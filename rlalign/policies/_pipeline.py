@@ -195,12 +195,27 @@ class PipelineFamily(Family):
 
     def encode_media(self, media_BFCHW: torch.Tensor) -> torch.Tensor:
         """The posterior's mode, or the latents of an encoder that has no posterior."""
+        return self.from_autoencoder(self._encoded(media_BFCHW)[0])
+
+    def posterior(self, media_BFCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        latents, deviation = self._encoded(media_BFCHW)
+        if deviation is not None:
+            _, std, scaling, _ = self._scales(latents)
+            deviation = deviation * scaling if std is None else deviation * scaling / std
+        return self.from_autoencoder(latents), deviation
+
+    def _encoded(self, media_BFCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mode and deviation of the encoder's posterior, in its own scale; of an encoder that has
+        none its latents, and None."""
         media = media_BFCHW.transpose(1, 2) if self._reads_clips else media_BFCHW[:, 0]
         encoded = self.vae.encode(media * 2 - 1)
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
-        refuse(latents, "the policy's autoencoder (its encoder)")
+        drawn = getattr(encoded, "latent_dist", None)
+        found = [encoded[0]] if drawn is None else [drawn.mode(), drawn.std]
+        for tensor in found:
+            refuse(tensor, "the policy's autoencoder (its encoder)")
         still = self._reads_clips and not self.draws_clips
-        return self.from_autoencoder(latents[:, :, 0] if still else latents)
+        latents, *rest = (tensor[:, :, 0] if still else tensor for tensor in found)
+        return latents, rest[0] if rest else None
 
     @property
     def _reads_clips(self) -> bool:

@@ -96,6 +96,11 @@ class Policy:
         """Media in [0, 1] -> clean latents."""
         return self.family.encode_media(media_BFCHW)
 
+    def posterior(self, media_BFCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean and standard deviation of the encoder's posterior over clean latents; None in place
+        of the latter where the encoder has none."""
+        return self.family.posterior(media_BFCHW)
+
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
         """Shape of one sample's latent. Raises UserError for a plan that the family cannot
         follow."""

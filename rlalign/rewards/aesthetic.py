@@ -23,8 +23,11 @@ class Aesthetic(Reward):
     about 1 to 10.
 
     Typical pictures of Stable Diffusion 1.5 score 5 to 6. The published head is a pickle, which
-    rlalign does not read: save its tensors with safetensors once, under their own names
-    (``layers.0.weight`` and so on). Gradients reach the picture.
+    ``rlalign convert`` turns into safetensors. Gradients reach the picture.
+
+    Weights: the head sac+logos+ava1-l14-linearMSE.pth of
+    github.com/christophschuhmann/improved-aesthetic-predictor, through rlalign convert; the CLIP of
+    hub id timm/vit_large_patch14_clip_224.openai as it is.
 
     Source: Schuhmann 2022, github.com/christophschuhmann/improved-aesthetic-predictor; as a reward:
     Black 2023, arXiv:2305.13301, section 5.

@@ -24,6 +24,8 @@ class BradleyTerry(Reward):
     were modelled (fit.theta > 1) decided pairs have longer odds, up to twice that logarithm; the
     order is the same. Gradients reach the picture.
 
+    Weights: made by rlalign fit-reward; a small one for 32x32 shapes ships.
+
     Source: Bradley & Terry 1952, Biometrika 39 (the model); Kirstain 2023, arXiv:2305.01569 (the
     form of the score).
     """

@@ -20,6 +20,9 @@ class Clip(Reward):
     Typical values of ViT-L/14: 0.15 to 0.35. Pictures are resized by torch's antialiased bicubic
     filter, so that gradients pass.
 
+    Weights: hub id timm/vit_large_patch14_clip_224.openai (safetensors), the default; any model in
+    open_clip's format.
+
     Source: Radford 2021, arXiv:2103.00020; as a score: Hessel 2021, arXiv:2104.08718 (CLIPScore,
     without its clipping at 0).
     """

@@ -22,8 +22,10 @@ class HpsV2(Reward):
     longest side is resized, the rest padded with black. The published scores were taken of tensors
     that were resized without antialiasing, as torchvision did then, and so are these; ``antialias``
     is the clean filter, whose scores are not comparable with them. The published checkpoint is a
-    pickle, which rlalign does not read: save the tensors under its ``state_dict`` key with
-    safetensors once. Gradients reach the picture.
+    pickle, which ``rlalign convert`` turns into safetensors. Gradients reach the picture.
+
+    Weights: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of hub id xswu/HPSv2, through rlalign
+    convert.
 
     Source: Wu 2023, arXiv:2306.09341.
     """

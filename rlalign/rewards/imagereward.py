@@ -42,10 +42,11 @@ class ImageReward(Reward):
     picture, an affine head follows.
 
     About -2 to 2; whitened as the published score is. The shorter side is resized to 224 pixels,
-    the centre cut out. The published checkpoint is a pickle, which rlalign does not read: save its
-    tensors with safetensors once, under their own names (``blip.visual_encoder...``,
-    ``blip.text_encoder...``, ``mlp.layers...``); all sizes are read from them. Gradients reach the
-    picture, as ReFL needs.
+    the centre cut out. The published checkpoint is a pickle, which ``rlalign convert`` turns into
+    safetensors; all sizes are read from its tensors. Gradients reach the picture, as ReFL needs.
+
+    Weights: ImageReward.pt of hub id THUDM/ImageReward, through rlalign convert; the tokenizer of
+    hub id google-bert/bert-base-uncased.
 
     Source: Xu 2023, arXiv:2304.05977, section 3; the encoder: Li 2022, arXiv:2201.12086 (BLIP).
     """
@@ -106,7 +107,7 @@ class ImageReward(Reward):
         if file.suffix != ".safetensors" or not file.is_file():
             raise UserError(
                 f"{place}.weights must name an existing .safetensors file, got {str(file)!r};"
-                " nothing is unpickled"
+                " nothing is unpickled (rlalign convert turns ImageReward.pt into one)"
             )
         # both halves of the network and the head, whose sizes the tensors say
         try:
@@ -116,8 +117,8 @@ class ImageReward(Reward):
             weight_D, bias = affine_head(tensors, "mlp.")
         except KeyError as error:
             raise UserError(
-                f"{place}.weights: {file} is of another model: it has no {error}; save the tensors"
-                " of ImageReward's checkpoint under their own names"
+                f"{place}.weights: {file} is of another model: it has no {error}; make it of"
+                " ImageReward.pt with rlalign convert"
             ) from error
         except (OSError, RuntimeError, ValueError, IndexError, SafetensorError) as error:
             reason = read_reason(error)

@@ -23,6 +23,9 @@ class PickScore(Reward):
     The difference of two scores is the log odds that people pick the first. Gradients reach the
     picture.
 
+    Weights: hub id yuvalkirstain/PickScore_v1 (safetensors), the default; the tokenizer of hub id
+    laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+
     Source: Kirstain 2023, arXiv:2305.01569.
     """
 

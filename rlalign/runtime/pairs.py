@@ -24,7 +24,7 @@ import ray.data
 
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.reader import PairReader
-from rlalign.data.pairs.rows import Group, Pair, read_rows, to_pair
+from rlalign.data.pairs.rows import Group, Pair, Resize, read_rows, to_pair
 
 _BATCH = 64
 """Rows that a task decodes at once."""
@@ -103,8 +103,9 @@ class RayPairReader(PairReader):
         context.execution_options.preserve_order = True
         # Ray Data's annotations know neither keyword arguments nor that its iterators close
         transform: Any = _decode
+        how = {"size": self.settings.size, "resize": self.settings.resize}
         table = ray.data.from_items(items, override_num_blocks=min(len(items), _TASKS))
-        table = table.map_batches(transform, batch_size=1, fn_kwargs={"size": self.settings.size})
+        table = table.map_batches(transform, batch_size=1, fn_kwargs=how)
         stream: Any = iter(table.iter_batches(batch_size=_BATCH, batch_format="numpy"))
         try:
             for batch in stream:
@@ -146,7 +147,7 @@ def _picture(blob: bytes, shape: np.ndarray) -> np.ndarray:
     return np.frombuffer(blob, dtype=np.uint8).reshape(tuple(shape))
 
 
-def _decode(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, list[Any]]]:
+def _decode(batch: Mapping[str, Any], size: int, resize: Resize) -> Iterator[dict[str, list[Any]]]:
     """Slices of row groups -> their rows, one each: its pair, or why it has none."""
     for slice_of in zip(*batch.values(), strict=True):
         # a row of the batch names one row group and the wanted rows in it
@@ -162,7 +163,7 @@ def _decode(batch: Mapping[str, Any], size: int) -> Iterator[dict[str, list[Any]
             for row in read_rows(group, numbers=numbers, batch=_BATCH):
                 number = row["row"].rpartition(":")[2]
                 name = f"{item['name']}:{number}"
-                rows.append({**_NOTHING, **_packed(row, size), "row": name})
+                rows.append({**_NOTHING, **_packed(row, size, resize), "row": name})
                 if len(rows) == _BATCH:
                     yield _columns(rows)
                     rows = []
@@ -191,10 +192,10 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in _NOTHING}
 
 
-def _packed(row: dict[str, Any], size: int) -> dict[str, Any]:
+def _packed(row: dict[str, Any], size: int, resize: Resize) -> dict[str, Any]:
     """A row's pair as columns, or what is wrong with its pictures."""
     try:
-        pair = to_pair(row, size)
+        pair = to_pair(row, size, resize)
     except ValueError as error:
         return {"fault": str(error)}
     return {

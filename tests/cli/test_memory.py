@@ -56,6 +56,7 @@ def test_what_a_reward_holds() -> None:
     [
         (),
         ("learner.shards=4", "learner.ema_decay=0.9"),
+        ("learner.optimizer=adafactor",),
         ("learner.shards=1", "algorithm={name: ddpo, proximal: true}"),
         ("algorithm={name: dpok, value_lr: 1.0e-3, clip_range: 1.0e-3}",),
     ],

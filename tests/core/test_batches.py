@@ -106,8 +106,8 @@ def test_pictures_of_a_set_are_encoded_once_however_many_passes_ask():
     """Two sides of two parts: four calls of the encoder for 3 draws and 2 epochs."""
     seen = []
 
-    def encode(pictures: torch.Tensor) -> torch.Tensor:
-        seen.append(pictures)
+    def encode(pictures: torch.Tensor, side: int) -> torch.Tensor:
+        seen.append((pictures, side))
         return pictures.flatten(1).float().mean(1)
 
     def part(number: int) -> Pairs:
@@ -128,4 +128,4 @@ def test_pictures_of_a_set_are_encoded_once_however_many_passes_ask():
             first, second = one.pairs.latents(encode)
             assert first.item() == one.pairs.first.float().mean()
             assert second.item() == one.pairs.second.float().mean()
-    assert len(seen) == 4
+    assert [side for _, side in seen] == [0, 1, 0, 1]

@@ -240,6 +240,9 @@ def test_describe_reads_the_source():
     assert found.summary.startswith("Compressibility or incompressibility")
     assert "2305.13301" in found.source
     assert found.settings == {"direction": "'compressible'", "quality": "95"}
+    assert found.weights == ""
+    weights = {d.name: d.weights for d in describe("rewards")}
+    assert weights["imagereward"].startswith("ImageReward.pt of hub id THUDM/ImageReward")
     assert {d.name: d for d in describe("prompts")}["file"].settings["path"] == "required"
 
 

@@ -135,9 +135,10 @@ def test_shards_agree_with_one_another_in_float32() -> None:
             assert torch.allclose(other.policy.weights()[name], tensor, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("shards", [2, 4])
-def test_how_many_lanes_run_changes_no_bit(shards: int) -> None:
-    many, single = trained(shards=shards), trained(shards=shards, lanes=1)
+def test_how_many_lanes_run_changes_no_bit(shards: int, optimizer: str) -> None:
+    many, single = (trained(shards=shards, lanes=n, optimizer=optimizer) for n in (None, 1))
     assert len(many._lanes) == shards
     assert len(single._lanes) == 1
     assert same(many, single)
@@ -180,7 +181,9 @@ torch.set_num_threads(1)
 from safetensors.torch import save_file
 from tests.learning.test_learner import train_round, learner_of
 from tests.toy import ToyPolicy
-learner = learner_of(ToyPolicy(), shards=int(sys.argv[1]), ema_decay=0.9)
+learner = learner_of(
+    ToyPolicy(), shards=int(sys.argv[1]), ema_decay=0.9, optimizer=sys.argv[3], warmup=4
+)
 assert learner.accelerator.num_processes == 2, learner.accelerator.num_processes
 metrics = [train_round(learner, round) for round in (1, 2, 3)]
 tensors = dict(learner.state_dict())
@@ -198,7 +201,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_pair(shards: int, out: Path) -> list[subprocess.CompletedProcess[str]]:
+def run_pair(
+    shards: int, out: Path, optimizer: str = "adamw"
+) -> list[subprocess.CompletedProcess[str]]:
     """Two learner processes over gloo on loopback."""
     common = {
         **os.environ,
@@ -209,7 +214,7 @@ def run_pair(shards: int, out: Path) -> list[subprocess.CompletedProcess[str]]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    command = [sys.executable, "-c", CHILD, str(shards), str(out)]
+    command = [sys.executable, "-c", CHILD, str(shards), str(out), optimizer]
     processes = [
         subprocess.Popen(
             command,
@@ -228,12 +233,15 @@ def run_pair(shards: int, out: Path) -> list[subprocess.CompletedProcess[str]]:
 
 
 @pytest.mark.promise
-@pytest.mark.parametrize("shards", [2, 8])
-def test_two_learner_processes_equal_one_to_the_last_bit(tmp_path: Path, shards: int) -> None:
-    """Three rounds of two updates: weights, moments, averages and every metric, on both ranks."""
-    for done in run_pair(shards, tmp_path):
+@pytest.mark.parametrize(("shards", "optimizer"), [(2, "adamw"), (8, "adamw"), (2, "adafactor")])
+def test_two_learner_processes_equal_one_to_the_last_bit(
+    tmp_path: Path, shards: int, optimizer: str
+) -> None:
+    """Three rounds of two updates, four of them warm-up: weights, the optimiser's state, averages
+    and every metric, on both ranks."""
+    for done in run_pair(shards, tmp_path, optimizer):
         assert done.returncode == 0, done.stderr
-    learner = learner_of(ToyPolicy(), shards=shards, ema_decay=0.9)
+    learner = learner_of(ToyPolicy(), shards=shards, ema_decay=0.9, optimizer=optimizer, warmup=4)
     metrics = [train_round(learner, round) for round in (1, 2, 3)]
     wanted = dict(learner.state_dict())
     for i, line in enumerate(metrics):
@@ -273,15 +281,17 @@ def test_the_average_is_the_closed_form() -> None:
     assert plain.weights_to_show().tag == ("current", 2)
 
 
-def test_it_goes_on_from_its_state_to_the_last_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"optimizer": "adafactor", "warmup": 6}])
+def test_it_goes_on_from_its_state_to_the_last_bit(tmp_path: Path, more: dict[str, Any]) -> None:
     """Two rounds, through a file, two more, against four in a row; with the average and shuffled
-    units."""
-    straight = trained(4, ema_decay=0.9, shards=2)
-    stopped = trained(2, ema_decay=0.9, shards=2)
+    units, and in the midst of a warm-up."""
+    settings = {"ema_decay": 0.9, "shards": 2, **more}
+    straight = trained(4, **settings)
+    stopped = trained(2, **settings)
     save_file(
         {n: t.clone() for n, t in stopped.state_dict().items()}, tmp_path / "state.safetensors"
     )
-    resumed = learner_of(ToyPolicy(seed=5), ema_decay=0.9, shards=2)
+    resumed = learner_of(ToyPolicy(seed=5), **settings)
     resumed.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert same(resumed, stopped)
     for round in (3, 4):

@@ -4,8 +4,6 @@ passes."""
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from rlalign.cli import main
 from rlalign.core.registry import UserError, build
 from rlalign.networks.towers import build_towers
 from rlalign.rewards.aesthetic import read_head
@@ -153,8 +152,6 @@ def test_the_aesthetic_head_is_affine_on_a_unit_vector(
     widths = (width, 16, 8, 6, 4, 1)
     head = _head(tmp_path, widths)
     weight_D, bias = read_head(str(head), "rewards.aesthetic.head")
-    from safetensors.torch import load_file
-
     tensors = load_file(head)
     module = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
     for layer, place in zip(module, (0, 2, 4, 6, 7), strict=True):
@@ -359,25 +356,58 @@ def test_imagereward_is_the_network_of_the_checkpoint(
     _gradient_reaches(scorer, media)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_the_documented_lines_turn_a_pickle_into_the_file(
-    image_reward: Any, tmp_path: Path, wrapped: bool
+def _converted(pickled: dict[str, Any], folder: Path, printed: pytest.CaptureFixture[str]) -> str:
+    """The reward's line that ``rlalign convert`` prints for what torch saved."""
+    torch.save(pickled, folder / "published.pt")
+    assert main(["convert", str(folder / "published.pt")]) == 0
+    return printed.readouterr().out.splitlines()[1].partition("rewards: ")[2]
+
+
+def test_a_converted_imagereward_scores_as_before(
+    image_reward: Any,
+    media: torch.Tensor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """docs/rewards.md; HPS wraps its tensors, the others do not."""
+    """The authors save a plain state_dict."""
     model, _, settings = image_reward
-    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
-    (tmp_path / "to_safetensors.py").write_text(
-        page.split("```python\n")[1].split("```")[0], encoding="utf-8"
-    )
-    tensors = _checkpoint(model)
-    torch.save(
-        {"epoch": 3, "state_dict": tensors} if wrapped else tensors, tmp_path / "ImageReward.pt"
-    )
-    command = [sys.executable, "to_safetensors.py", "ImageReward.pt", "ImageReward.safetensors"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    media = torch.rand(1, 1, 3, 32, 32)
-    made = {**settings, "weights": str(tmp_path / "ImageReward.safetensors")}
-    scores = [build("rewards", s).load("cpu")(media, PROMPTS[:1]) for s in (settings, made)]  # type: ignore[attr-defined]
+    line = _converted(model.state_dict(), tmp_path, capsys)
+    assert line == f"[{{name: imagereward, weights: {tmp_path / 'published.safetensors'}}}]"
+    made = {**settings, "weights": str(tmp_path / "published.safetensors")}
+    scores = [build("rewards", s).load("cpu")(media, PROMPTS) for s in (settings, made)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(scores[0], scores[1], atol=0, rtol=0)
+
+
+def test_a_converted_hpsv2_scores_as_before(
+    media: torch.Tensor, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The authors wrap the state_dict of an open_clip model."""
+    wrapped = {"epoch": 3, "name": "hps", "state_dict": load_file(weights)}
+    line = _converted(wrapped, tmp_path, capsys)
+    # of other sizes than ViT-H-14's
+    assert line.startswith("[{name: hpsv2, weights:")
+    assert line.endswith(", architecture: NAME}]")
+    settings = {"name": "hpsv2", "architecture": "tiny"}
+    scores = [
+        build("rewards", {**settings, "weights": str(w)}).load("cpu")(media, PROMPTS)  # type: ignore[attr-defined]
+        for w in (weights, tmp_path / "published.safetensors")
+    ]
+    torch.testing.assert_close(scores[0], scores[1], atol=0, rtol=0)
+
+
+def test_a_converted_aesthetic_head_scores_as_before(
+    media: torch.Tensor, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The authors save a plain state_dict of a Sequential under ``layers``."""
+    width = build_towers("tiny").images(media).shape[-1]
+    head = _head(tmp_path, (width, 16, 8, 6, 4, 1))
+    line = _converted(load_file(head), tmp_path, capsys)
+    assert line == f"[{{name: aesthetic, head: {tmp_path / 'published.safetensors'}}}]"
+    settings = {"name": "aesthetic", "architecture": "tiny", "weights": str(weights)}
+    scores = [
+        build("rewards", {**settings, "head": str(h)}).load("cpu")(media, PROMPTS)  # type: ignore[attr-defined]
+        for h in (head, tmp_path / "published.safetensors")
+    ]
     torch.testing.assert_close(scores[0], scores[1], atol=0, rtol=0)
 
 
@@ -427,7 +457,7 @@ def test_imagereward_without_a_tensor_is_refused(
         ({"name": "pickscore"}, "rewards.pickscore: cannot load 'yuvalkirstain/PickScore_v1'"),
         (
             {"name": "imagereward", "weights": "ImageReward.pt"},
-            "rewards.imagereward.weights must name an existing",
+            "(rlalign convert turns ImageReward.pt into one)",
         ),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,34 @@ def test_it_gives_the_small_readers_pairs_in_its_order(ray_cluster: None, tmp_pa
     assert [len(part) for part in resumed.passes(2)] == [4, 2]
     walked.close()
     resumed.close()
+
+
+def test_it_gives_those_of_a_list_in_json(ray_cluster: None, tmp_path: Path) -> None:
+    """As HPD v2 has it: pictures beside the list, more rows than one group has."""
+    from rlalign.runtime.pairs import RayPairReader
+
+    for grey in (10, 20):
+        (tmp_path / f"{grey}.png").write_bytes(encode(np.full((3, 8, 8), grey, dtype=np.uint8)))
+    entries = [
+        {"prompt": f"{n}", "file_path": ["10.png", "20.png"], "human_preference": [n % 2, 1]}
+        for n in range(400)
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(entries), encoding="utf-8")
+    settings = PreferenceSettings(
+        path=str(tmp_path),
+        pairs_per_round=50,
+        pairs_per_pass=4,
+        shuffle=90,
+        ties="half",
+        size=6,
+        resize="crop",
+    )
+    small, walked = PairReader(settings, seed=1), RayPairReader(settings, seed=1)
+    assert len(walked) == len(small) == 400
+    for number in (0, 1, 7, 9):
+        for one, other in zip(walked.round(number), small.round(number), strict=True):
+            assert_same(one, other)
+    walked.close()
 
 
 def test_too_many_rows_that_cannot_be_decoded_are_refused(

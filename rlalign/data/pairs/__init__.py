@@ -1,6 +1,7 @@
 """Sets of preference pairs: a caption, two pictures, and how a judge liked them.
 
 columns.py  the Parquet columns of Pick-a-Pic: written whole or not at all, read in row batches
+listed.py   lists in JSON: HPD v2's, and pairs of chosen and rejected
 types.py    which Arrow types a column may have
 rows.py     a row, decoded
 reader.py   which pairs a round learns from, in an order that depends on seed and round alone

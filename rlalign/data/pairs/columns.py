@@ -1,5 +1,5 @@
-"""Parquet files of preference pairs, in the columns of Pick-a-Pic v2: written whole or not at all,
-read in row batches.
+"""Files of preference pairs: Parquet in the columns of Pick-a-Pic v2, written whole or not at all,
+read in row batches; and the lists in JSON of ``listed``, read in the same way.
 
 One row is a caption, two encoded pictures and how a judge liked them: ``label_0`` and ``label_1``
 are 1 and 0, 0 and 1, or 0.5 each for a tie (Kirstain 2023, arXiv:2305.01569). Other columns are
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlalign.core.files import replacing
 from rlalign.core.registry import UserError, nearest, read_reason
+from rlalign.data.pairs import listed
 from rlalign.data.pairs.types import RULES, is_read, plain_batch
 
 if TYPE_CHECKING:
@@ -110,14 +111,17 @@ def _columns_of(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def pair_files(path: str, place: str = "preferences.path") -> list[Path]:
-    """The Parquet files that a user means: a file, all ``*.parquet`` below a folder, or a glob;
-    sorted by name."""
+    """The files of pairs that a user means: a file, a glob, or those of a folder; sorted by name.
+
+    Of a folder all ``*.parquet`` below it; where there is none its ``train.json``, as HPD v2 has
+    it; else all ``*.jsonl`` below it.
+    """
     # a file, a folder or a pattern
     folder = Path(path)
     if not path:
         found = []
     elif folder.is_dir():
-        found = sorted(folder.rglob("*.parquet"))
+        found = _files_below(folder)
     elif folder.is_file():
         found = [folder]
     else:
@@ -130,15 +134,25 @@ def pair_files(path: str, place: str = "preferences.path") -> list[Path]:
     found = [file for file in found if file.is_file() and not file.name.startswith(".")]
     if not found:
         raise UserError(
-            f"{place} must name a Parquet file, a folder of them or a glob, got {path!r}, where"
-            " there is none"
+            f"{place} must name a file of pairs (Parquet, JSON or JSONL), a folder of them or a"
+            f" glob, got {path!r}, where there is none"
         )
     return found
 
 
+def _files_below(folder: Path) -> list[Path]:
+    for pattern in ("**/*.parquet", "train.json", "**/*.jsonl"):
+        found = [file for file in folder.glob(pattern) if not file.name.startswith(".")]
+        if found:
+            return sorted(found)
+    return []
+
+
 def group_rows(file: Path) -> list[int]:
-    """Rows of each row group, from the file's footer alone. Raises UserError when it is not a file
-    of pairs."""
+    """Rows of each row group, from the file's footer alone; a list in JSON is parsed for it. Raises
+    UserError when it is not a file of pairs."""
+    if listed.is_list(file):
+        return listed.sizes_of(file)
     with _opened(file) as parquet:
         return [
             parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)
@@ -163,6 +177,9 @@ def open_pairs(
     """
     import pyarrow as pa
 
+    if listed.is_list(file):
+        yield from listed.open_list(file, columns, groups=groups, batch=batch)
+        return
     with _opened(file) as parquet:
         there = [name for name in columns if name in parquet.schema_arrow.names]
         chosen = None if groups is None else list(groups)

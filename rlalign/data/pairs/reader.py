@@ -1,4 +1,4 @@
-"""Preference pairs from Parquet files: the pairs of round r depend on (settings, seed, r) alone.
+"""Preference pairs from files: the pairs of round r depend on (settings, seed, r) alone.
 
 An epoch visits the row groups of all files in a keyed order; their usable rows, in that order, are
 cut into windows of ``shuffle`` rows, and each window is shuffled by its own key. So the place of a
@@ -19,24 +19,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlalign.core.locations import LocalPattern
-from rlalign.core.registry import UserError
+from rlalign.core.registry import Before, UserError
 from rlalign.data.pairs.columns import group_rows, pair_files
 from rlalign.data.pairs.rows import (
     WORDS,
     BadRows,
     Group,
     Pair,
+    Resize,
     groups_of,
-    is_ruled_out,
     read_rows,
     row_fault,
     to_pair,
+    why_left_out,
 )
 from rlalign.data.pairs.rows import decode as decode
 from rlalign.diffusion.noise import generator
@@ -53,7 +54,10 @@ class PreferenceSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: LocalPattern = Field(
-        description="Parquet file, folder of them, or glob; columns as in Pick-a-Pic v2"
+        description=(
+            "Parquet in Pick-a-Pic v2's columns, or JSON that names pictures (HPD v2's train.json,"
+            " or chosen and rejected): a file, a folder or a glob"
+        )
     )
     pairs_per_round: int = Field(
         default=64, ge=1, description="pairs of a round, or of one update of fit-reward"
@@ -75,6 +79,13 @@ class PreferenceSettings(BaseModel):
     size: int = Field(
         default=0, ge=0, description="pixels to which pictures are resized (squared); 0 as they are"
     )
+    resize: Annotated[Resize, Before("squash")] = Field(
+        default="squash",
+        description=(
+            "how: squash, or crop the centre once the shorter side has that size, as published"
+            " trainers do"
+        ),
+    )
     reader: Literal["arrow", "ray"] = Field(
         default="arrow",
         description=(
@@ -94,6 +105,10 @@ class PreferenceSettings(BaseModel):
             raise ValueError(
                 f"pairs_per_pass must be <= pairs_per_round ({self.pairs_per_round}), got"
                 f" {self.pairs_per_pass}"
+            )
+        if self.resize == "crop" and not self.size:
+            raise ValueError(
+                "size must be > 0 with resize crop: the side of the square that is cut out, got 0"
             )
         return self
 
@@ -120,6 +135,11 @@ class Pairing(ABC):
     settings: PreferenceSettings
     seed: int
 
+    @property
+    def note(self) -> str:
+        """Which rows of the set are left out, in a line; empty where none is."""
+        return ""
+
     @abstractmethod
     def round(self, number: int) -> list[Pair]:
         """The pairs of round ``number`` >= 0."""
@@ -133,11 +153,11 @@ class Pairing(ABC):
 
 
 class PairReader(Pairing):
-    """The pairs of each round, from any number of Parquet files.
+    """The pairs of each round, from any number of files.
 
     ``keep`` chooses among captions (a split by prompt, say). ``counts`` has the usable pairs of
-    each kept caption's number. Raises UserError when there is no file, no usable pair, or too many
-    bad rows.
+    each kept caption's number, ``left_out`` how many rows say nothing, by reason. Raises UserError
+    when there is no file, no usable pair, or too many bad rows.
     """
 
     def __init__(
@@ -146,6 +166,7 @@ class PairReader(Pairing):
         self.settings, self.seed = settings, seed
         files, self.bad = _open_set(settings)
         self.counts: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self._keep = keep
         self._groups = list(self._index(files))
         self._count = sum(len(group) for group in self._groups)
@@ -161,6 +182,15 @@ class PairReader(Pairing):
         """Usable pairs: the length of an epoch."""
         return self._count
 
+    @property
+    def note(self) -> str:
+        parts = [f"{count:,} {why}" for why, count in sorted(self.left_out.items())]
+        if self.bad.found:
+            parts.append(f"{len(self.bad.found):,} that cannot be used")
+        if not parts:
+            return ""
+        return f"{', '.join(parts)} are left out of {self.bad.rows:,} rows of pairs"
+
     def _index(self, files: Mapping[Path, Sequence[int]]) -> Iterator[_Usable]:
         """The usable rows of the files, from their captions and labels."""
         for group in _row_groups(files):
@@ -169,15 +199,15 @@ class PairReader(Pairing):
             yield _Usable(group=group, numbers=np.array(numbers, dtype=np.int64))
 
     def _is_usable(self, row: Mapping[str, Any]) -> bool:
-        if is_ruled_out(row):
+        out = why_left_out(row, self.settings.ties)
+        if out:
+            self.left_out[out] += 1
             return False
         why = row_fault(row["caption"], row["label_0"], row["label_1"])
         if why:
             self.bad.add(row["row"], why)
             return False
         if self._keep is not None and not self._keep(row["caption"]):
-            return False
-        if self.settings.ties == "drop" and row["label_0"] == 0.5:
             return False
         self.counts[row["caption"]] += 1
         return True
@@ -253,7 +283,7 @@ class PairReader(Pairing):
 
     def _decoded(self, row: Any) -> Pair | None:
         try:
-            return to_pair(row, self.settings.size)
+            return to_pair(row, self.settings.size, self.settings.resize)
         except ValueError as error:
             self.bad.add(row["row"], str(error))
             return None
@@ -282,16 +312,14 @@ def first_pair(settings: PreferenceSettings) -> Pair | None:
     groups = (read_rows(group, columns, batch=_FEW) for group in _row_groups(files))
     for row in chain.from_iterable(groups):
         # rows that training passes over are passed over here
-        if is_ruled_out(row):
+        if why_left_out(row, settings.ties):
             continue
         fault = row_fault(row["caption"], row["label_0"], row["label_1"])
-        if not fault and settings.ties == "drop" and row["label_0"] == 0.5:
-            continue
 
         # a faulty row is counted, and the next one is tried
         try:
             if not fault:
-                return to_pair(row, settings.size)
+                return to_pair(row, settings.size, settings.resize)
         except ValueError as error:
             fault = str(error)
         bad.add(row["row"], fault)

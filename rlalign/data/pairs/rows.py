@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from rlalign.core.media import UnreadablePicture, read_picture
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import REQUIRED, open_pairs
 from rlalign.data.pairs.types import NO_TEXT, picture_source
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 WORDS = ("caption", "label_0", "label_1", "has_label", "are_different")
 """Columns that say whether a row is usable, its pictures aside."""
@@ -64,22 +68,43 @@ def row_fault(caption: object, label_0: object, label_1: object) -> str:
         return "caption is missing"
     if NO_TEXT in caption:
         return "caption is not UTF-8 text"
-    if label_0 is None or label_1 is None:
-        return "label is missing"
+    if _is_missing(label_0) or _is_missing(label_1):
+        return "one of its labels is missing"
     if label_0 not in (0.0, 0.5, 1.0) or label_0 + label_1 != 1.0:  # type: ignore[operator]
         return f"labels must be 1 and 0, 0 and 1, or 0.5 twice, got {label_0!r} and {label_1!r}"
     return ""
 
 
-def is_ruled_out(row: Mapping[str, Any]) -> bool:
-    """Whether the set itself says that there is nothing to learn from a row."""
-    return row.get("has_label") is False or row.get("are_different") is False
+def why_left_out(row: Mapping[str, Any], ties: str) -> str:
+    """Why the set itself says that there is nothing to learn from a row, as a plural; empty where
+    there is.
+
+    A tie says nothing where ``ties`` is "drop". The published trainer of Diffusion-DPO leaves the
+    same rows out: those whose label is neither 0 nor 1.
+    """
+    labels = (row["label_0"], row["label_1"])
+    if row.get("has_label") is False or all(_is_missing(label) for label in labels):
+        return "without a label"
+    if row.get("are_different") is False:
+        return "with the same picture twice"
+    if ties == "drop" and labels == (0.5, 0.5):
+        return "ties"
+    return ""
 
 
-def decode(source: bytes | Path | None, size: int = 0) -> np.ndarray:
+def _is_missing(label: Any) -> bool:
+    return label is None or (isinstance(label, float) and math.isnan(label))
+
+
+Resize = Literal["squash", "crop"]
+
+
+def decode(source: bytes | Path | None, size: int = 0, resize: Resize = "squash") -> np.ndarray:
     """(3, H, W) uint8 of a picture file or its bytes, resized to ``size`` squared unless 0.
 
-    Raises ValueError with the reason where it cannot be read.
+    Squashed, whatever its sides (bicubic); or its shorter side is resized (bilinear) and the centre
+    cut out, as torchvision's Resize and CenterCrop do for the published trainers. Raises ValueError
+    with the reason where it cannot be read.
     """
     from PIL import Image
 
@@ -91,16 +116,34 @@ def decode(source: bytes | Path | None, size: int = 0) -> np.ndarray:
         which = f" {str(source)!r}" if isinstance(source, Path) else ""
         raise ValueError(f"picture{which} cannot be decoded ({error})") from error
     if size and picture.size != (size, size):
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+        whole = resize == "squash"
+        square = (size, size)
+        picture = (
+            picture.resize(square, Image.Resampling.BICUBIC) if whole else _centre(picture, size)
+        )
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def to_pair(row: Mapping[str, Any], size: int) -> Pair:
+def _centre(picture: Image, size: int) -> Image:
+    """The middle square of ``size`` pixels of a picture whose shorter side is resized to that."""
+    from PIL import Image
+
+    # torchvision cuts the longer side's fraction off
+    shorter = min(picture.size)
+    width, height = (int(size * side / shorter) for side in picture.size)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    left = round((width - size) / 2)
+    top = round((height - size) / 2)
+    return picture.crop((left, top, left + size, top + size))
+
+
+def to_pair(row: Mapping[str, Any], size: int, resize: Resize = "squash") -> Pair:
     """A row with its pictures decoded. Raises ValueError, naming the column, when one cannot be."""
     pictures = {}
     for name in ("jpg_0", "jpg_1"):
         try:
-            pictures[name] = decode(row[name], size)
+            pictures[name] = decode(row[name], size, resize)
         except ValueError as error:
             raise ValueError(f"{error} in {name}") from error
     return Pair(

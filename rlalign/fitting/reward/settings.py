@@ -87,7 +87,7 @@ class FitPreferences(PreferenceSettings):
     """Preference pairs of a fit: from files, or the simulated ones of the run folder."""
 
     path: LocalPattern = Field(
-        default="", description="Parquet file, folder or glob; empty where the pairs are simulated"
+        default="", description="file of pairs, folder or glob; empty where the pairs are simulated"
     )
 
 

@@ -104,7 +104,7 @@ def test_a_file_a_folder_and_a_glob_name_files_in_order(tmp_path: Path) -> None:
     for nothing in (str(tmp_path / "nothing*"), str(tmp_path / "**x"), ""):
         with pytest.raises(
             UserError,
-            match=r"preferences\.path must name a Parquet file, .* got '.*', where there is none",
+            match=r"preferences\.path must name a file of pairs .* got '.*', where there is none",
         ):
             pair_files(nothing)
 

@@ -137,7 +137,7 @@ def test_rows_that_the_set_itself_rules_out_are_not_bad(tmp_path: Path) -> None:
 BAD = {
     3: {"caption": None},
     5: {"caption": "  "},
-    8: {"label_0": None},
+    8: {"label_0": None, "label_1": 1.0},
     11: {"label_0": 0.7, "label_1": 0.3},
     12: {"label_0": 1.0, "label_1": 1.0},
 }
@@ -178,7 +178,7 @@ def test_too_many_bad_rows_are_refused_with_their_file_and_numbers(tmp_path: Pat
     for part in (
         f"{file}:3: caption is missing",
         f"{file}:5: caption is missing",
-        f"{file}:8: label is missing",
+        f"{file}:8: one of its labels is missing",
     ):
         assert part in message
     write_pairs(file, [row(n, **BAD_PICTURES.get(n, {})) for n in range(20)], rows_per_group=7)
@@ -243,3 +243,19 @@ def test_samples_without_a_score_take_no_part() -> None:
     scored[0].total_B[:] = 1.0
     rows = list(pairs_of(scored))
     assert len(rows) == 4 and {one["label_0"] for one in rows} == {0.5}
+
+
+def test_a_crop_needs_a_size(tmp_path: Path) -> None:
+    """And is what the pictures of a round then are."""
+    with pytest.raises(ValidationError, match="size must be > 0 with resize crop"):
+        settings(tmp_path, resize="crop")
+    halves = np.concatenate([np.zeros((3, 8, 8)), np.full((3, 8, 8), 200)], axis=2)
+    blob = encode(halves.astype(np.uint8))
+    write_pairs(tmp_path / "p.parquet", [row(0, jpg_0=blob, jpg_1=blob)])
+    (whole,) = PairReader(settings(tmp_path, size=8, pairs_per_round=2), 0).round(0)[:1]
+    (middle,) = PairReader(settings(tmp_path, size=8, pairs_per_round=2, resize="crop"), 0).round(
+        0
+    )[:1]
+    # the middle of a picture of two halves keeps their sharp edge
+    assert np.array_equal(middle.picture_0, halves[:, :, 4:12])
+    assert not np.array_equal(whole.picture_0, middle.picture_0)
