@@ -236,7 +236,7 @@ def test_pictures_come_back_from_latents(policy: Policy) -> None:
         assert torch.equal(media[:, 0], (wanted / 2 + 0.5).clamp(0, 1))
         mean = policy.family.vae.encode(media[:, 0] * 2 - 1).latent_dist.mean * scale
         assert torch.equal(policy.encode_media(media), mean)
-        found = policy.vae.encode(media[:, 0] * 2 - 1).latent_dist
+        found = policy.family.vae.encode(media[:, 0] * 2 - 1).latent_dist
         assert torch.equal(policy.posterior(media)[0], mean)
         assert torch.equal(policy.posterior(media)[1], found.std * scale)
 
