@@ -33,7 +33,6 @@ from rich.table import Table
 
 from rlalign.config import Run, load_run
 from rlalign.core.records import Unit, UnitKey, Weights
-from rlalign.engine import Cost, WorkResult
 from rlalign.engine.pieces import Rollout
 from rlalign.runtime.gauges import shown
 from rlalign.runtime.roles import ROLLOUT, Role
@@ -58,12 +57,12 @@ class SleepingRollout(Idler):
         self._seconds, self._latents = seconds, np.ones(size // 2, np.float16)
 
     @ray.method(num_returns=3)
-    def do(self, work: Rollout, tag: Any, tensors: Any = None) -> tuple[Any, Any, WorkResult]:
+    def do(self, work: Rollout, tag: Any, tensors: Any = None) -> tuple[Any, Any, Any]:
         with shown(f"{work.unit.key} under v{tag[1]}"):
             time.sleep(self._seconds)
         rows = len(work.unit.prompts)
         media = np.zeros((rows, 1, 3, 8, 8), np.uint8)
-        return self._latents, media, WorkResult(None, Cost(seconds=self._seconds), "")
+        return self._latents, media, ({"seconds": self._seconds}, "")
 
 
 class SleepingReward(Idler):

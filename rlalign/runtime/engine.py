@@ -130,10 +130,10 @@ class Pools(Mapping[Role, Pool]):
 
         async def ask(actor: ActorHandle, *given: Any) -> tuple[Sequence[ray.ObjectRef], Any]:
             method: Any = actor.do.options(num_returns=work.parts + 1)
-            *parts, done = method.remote(work, tag, *given)
-            return parts, await pool.answer(actor, done, self._runtime.unit_timeout_seconds)
+            *parts, facts = method.remote(work, tag, *given)
+            return parts, await pool.answer(actor, facts, self._runtime.unit_timeout_seconds)
 
-        async def call(actor: ActorHandle) -> tuple[Sequence[ray.ObjectRef], WorkResult]:
+        async def call(actor: ActorHandle) -> tuple[Sequence[ray.ObjectRef], Any]:
             if weights is None:
                 return await ask(actor)
 
@@ -141,10 +141,11 @@ class Pools(Mapping[Role, Pool]):
             # that it has no weights
             given = () if self._holds.get(actor) == tag else (weights.ref,)
             self._holds[actor] = weights.tag
-            parts, done = await ask(actor, *given)
-            return (parts, done) if done is not None else await ask(actor, weights.ref)
+            parts, facts = await ask(actor, *given)
+            return (parts, facts) if facts is not None else await ask(actor, weights.ref)
 
-        return await self._call(ROLLOUT, what, call)
+        parts, (spent, reason) = await self._call(ROLLOUT, what, call)
+        return parts, WorkResult(None, Cost(**spent), reason)
 
     # --- questions about media -------------------------------------------------------------------
 

@@ -126,11 +126,12 @@ class PolicyWorker(Worker):
         tag: tuple[str, int] | None = None,
         tensors: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[Any, ...]:
-        """The parts of the value, and last the result without it: so many objects, each of which
-        goes only where it is needed.
+        """The parts of the value, and last the facts of the piece (what of ``Cost`` is not 0; what
+        the last scorer that failed said): so many objects, each of which goes only where it is
+        needed.
 
         ``tag`` is that of the weights that are meant; None for whatever the worker has. It need not
-        be sent those that it holds; None in place of the result says that it holds others.
+        be sent those that it holds; None in place of the facts says that it holds others.
         """
         start = time.monotonic()
         taken = tag is None or tag == self._tag
@@ -148,7 +149,8 @@ class PolicyWorker(Worker):
         # taking over weights is work too
         parts = done.value if work.parts > 1 else (done.value,)
         cost = replace(done.cost, seconds=time.monotonic() - start)
-        return *parts, done._replace(value=None, cost=cost)
+        spent = {name: amount for name, amount in vars(cost).items() if amount}
+        return *parts, (spent, done.reason)
 
 
 class RewardWorker(Worker):

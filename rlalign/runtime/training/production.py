@@ -65,7 +65,7 @@ class Production:
         """Produced and scored. What lay on a lost node between the two is produced again."""
 
         async def scored(parts: Sequence[ray.ObjectRef], done: WorkResult) -> UnitResult:
-            self.count(done)
+            self.count((vars(done.cost), done.reason))
             self._note(ROLLOUT, unit, done.cost.seconds)
             raw, seconds = await self._scored(unit, parts[1])
             return UnitResult(

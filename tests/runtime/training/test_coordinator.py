@@ -14,7 +14,6 @@ import pytest
 
 from rlalign.config import Run
 from rlalign.core.records import Unit
-from rlalign.engine import Cost, WorkResult
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
 from tests.runs import small_run
 
@@ -38,10 +37,10 @@ def members(ray_cluster: None) -> dict[Role, Any]:
         def take(self, seconds: float) -> None:
             self.seconds = seconds
 
-        def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, WorkResult]:
+        def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, Any]:
             time.sleep(self.seconds)
             media = np.zeros((len(work.unit.prompts), 1, 3, 8, 8), np.uint8)
-            return None, media, WorkResult(None, Cost(seconds=self.seconds), "")
+            return None, media, ({"seconds": self.seconds}, "")
 
         def score(self, media: Any, prompts: Sequence[str], *_: Any) -> tuple[Any, float]:
             time.sleep(self.seconds)

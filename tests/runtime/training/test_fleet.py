@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlalign.engine import Cost, WorkResult
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
 from tests.runs import small_run
 
@@ -40,9 +39,9 @@ def fleet_of(run: Any, loaded: Path) -> Any:
         def process_id(self) -> int:
             return os.getpid()
 
-        def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, WorkResult]:
+        def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, Any]:
             media = np.zeros((len(work.unit.prompts), 1, 3, 8, 8), np.uint8)
-            return None, media, WorkResult(None, Cost(), "")
+            return None, media, ({}, "")
 
         def score(self, media: Any, prompts: Sequence[str], *_: Any) -> tuple[Any, float]:
             return np.zeros(len(prompts), np.float32), 0.0
