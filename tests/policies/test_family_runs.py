@@ -63,7 +63,9 @@ def policy_of(name: str, folders: dict[str, Path]) -> dict[str, Any]:
 
 def plan_of(name: str, algorithm: str) -> dict[str, Any]:
     prediction = SETTINGS[name][1]
-    return (ODE if algorithm in WITHOUT_LIKELIHOODS else PATHS)[prediction]
+    if algorithm in WITHOUT_LIKELIHOODS:
+        return {**ODE[prediction], "guidance": 1.0}
+    return PATHS[prediction]
 
 
 @pytest.mark.parametrize(("name", "algorithm"), TRAINED)
