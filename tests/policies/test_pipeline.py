@@ -182,4 +182,4 @@ def test_a_size_is_whole_tokens(kind: Any) -> None:
 @pytest.mark.parametrize("name", ON_THE_SHELF)
 def test_a_family_of_pipelines_is_one_short_file(name: str) -> None:
     module = sys.modules[ON_THE_SHELF[name].__module__]
-    assert len(inspect.getsource(module).splitlines()) <= 120
+    assert len(inspect.getsource(module).splitlines()) <= 130
