@@ -7,6 +7,7 @@ streams.py  the terminal: encodings, closed streams, readers who have gone
 train.py  train and pretrain
 models.py evaluate and export: any model by folder or name
 convert.py a published pickle of a reward as safetensors
+random_model.py  random-model: a pipeline folder of random weights
 columns.py two columns of names and values
 look.py   list, check and schema: what starts nothing
 rllib.py  rllib: a run file under RLlib's PPO

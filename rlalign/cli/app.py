@@ -22,6 +22,7 @@ from rlalign.cli import (
     look,
     models,
     operate,
+    random_model,
     rllib,
     sample,
     serve,
@@ -41,6 +42,7 @@ _WORK = (
     "evaluate",
     "export",
     "convert",
+    "random-model",
 )
 """Commands that are about what they do, and not about what they say."""
 
@@ -76,6 +78,7 @@ app.command()(rllib.rllib)
 app.command()(models.evaluate)
 app.command()(models.export)
 app.command()(convert.convert)
+app.command()(random_model.random_model)
 app.command("list")(look.list_plugins)
 app.command()(look.check)
 app.command()(look.schema)
