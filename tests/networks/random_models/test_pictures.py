@@ -26,7 +26,7 @@ def draw(pipeline: Any, name: str, prompt: str) -> torch.Tensor:
     """(F, 3, H, W) in [0, 1], or (3, H, W): what two steps make of seed 0."""
     pixels = FAMILIES[name].pixels
     found = pipeline(
-        prompt,
+        prompt=prompt,
         height=pixels,
         width=pixels,
         num_inference_steps=2,
@@ -105,7 +105,7 @@ def test_rlalign_draws_diffusers_picture(policy: str, name: str, tmp_path: Path)
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = pipeline(
-        PROMPTS[0],
+        prompt=PROMPTS[0],
         height=16,
         width=16,
         num_inference_steps=4,
