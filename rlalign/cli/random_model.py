@@ -17,22 +17,27 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 
+FamilyName = Annotated[
+    str,
+    typer.Argument(
+        metavar="FAMILY", help="Such as sdxl; a wrong name lists them.", show_default=False
+    ),
+]
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)
+]
+SizeName = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE", help="tiny (float32), or published (bfloat16): that of the checkpoint."
+    ),
+]
+
+
 def random_model(
-    family: Annotated[
-        str,
-        typer.Argument(
-            metavar="FAMILY", help="Such as sdxl; a wrong name lists them.", show_default=False
-        ),
-    ],
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)
-    ],
-    size: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE", help="tiny (float32), or published (bfloat16): that of the checkpoint."
-        ),
-    ] = "tiny",
+    family: FamilyName,
+    folder: NewFolder,
+    size: SizeName = "tiny",
     seed: Annotated[int, typer.Option(metavar="N", help="Other weights.", min=0)] = 0,
     without_weights: Annotated[
         bool, typer.Option("--without-weights", help="Write configs and tokenizers alone.")
@@ -64,6 +69,7 @@ def random_model(
     on_disk = f"{_read_size(total).strip()} on disk" if total else "without weights"
     print(f"{on_disk}; tokenizers read letter by letter", flush=True)
 
+    # all files, or none
     with (
         disk_errors(folder),
         all_or_nothing(folder) as unfinished,
