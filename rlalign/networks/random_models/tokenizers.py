@@ -69,16 +69,17 @@ def _qwen(more: dict[str, Any]) -> Any:
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    return Qwen2Tokenizer(
-        vocab=_numbered([*sorted(ByteLevel.alphabet()), *_CHAT, *_VISION]),
-        merges=[],
-        unk_token=None,
-        pad_token=_CHAT[0],
-        eos_token=_CHAT[1],
-        additional_special_tokens=[_CHAT[2], *_VISION],
-        chat_template=_MESSAGE,
-        **more,
-    )
+    # bytes are never unknown
+    settings: dict[str, Any] = {
+        "vocab": _numbered([*sorted(ByteLevel.alphabet()), *_CHAT, *_VISION]),
+        "merges": [],
+        "unk_token": None,
+        "pad_token": _CHAT[0],
+        "eos_token": _CHAT[1],
+        "additional_special_tokens": [_CHAT[2], *_VISION],
+        "chat_template": _MESSAGE,
+    }
+    return Qwen2Tokenizer(**settings, **more)
 
 
 def _gemma(more: dict[str, Any]) -> Any:

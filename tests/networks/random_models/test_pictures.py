@@ -99,7 +99,7 @@ def test_rlalign_draws_diffusers_picture(policy: str, name: str, tmp_path: Path)
     folder = tmp_path / name
     write_pipeline(folder, FAMILIES[name], seed=2)
     with quiet_libraries():
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     if policy == "stable_diffusion":
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
