@@ -102,7 +102,8 @@ def test_rlalign_draws_diffusers_picture(policy: str, name: str, tmp_path: Path)
         pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     if policy == "stable_diffusion":
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+        ddim = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        pipeline.scheduler = ddim
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = pipeline(
         prompt=PROMPTS[0],
