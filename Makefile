@@ -35,12 +35,12 @@ $(BIN)/python:
 	  echo "'$(PYTHON)' has no venv; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# $(call install,WHAT): installs WHAT with the pinned versions.
+# $(call install,WHAT,UV_OPTIONS): installs WHAT with the pinned versions.
 define install
 	@set -e; python=$(BIN)/python; pip="$$python -m pip install --disable-pip-version-check -c constraints.txt"; \
 	index=$${PIP_INDEX_URL:-$$($$python -m pip config get global.index-url 2>/dev/null || true)}; \
 	if [ -n "$$index" ] && [ -z "$$UV_DEFAULT_INDEX" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
-	if [ -z "$(PIP)" ] && $$pip --quiet uv && (set -x; $(BIN)/uv pip install --python $$python -c constraints.txt $(1)); \
+	if [ -z "$(PIP)" ] && $$pip --quiet uv && (set -x; $(BIN)/uv pip install --python $$python -c constraints.txt $(2) $(1)); \
 	then exit 0; fi; \
 	set -x; $$pip $(1)
 endef
@@ -50,8 +50,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,-e .)
 	@touch $@
 
+# The tests start some hundred processes: what these import is compiled once, here.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(call install,-e '.[dev]')
+	$(call install,-e '.[dev]',--compile-bytecode)
 	@touch $(VENV)/.installed $@
 
 install: $(VENV)/.installed

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 
 # Ray and OpenMP read these when they are first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,13 +19,14 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - as Ray spells it
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is wrong
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests import orphans
+
+pytest_plugins = ["tests.whole_files"]
 
 torch.set_num_threads(1)
 
@@ -55,18 +55,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Only where tests are run: not in the process that hands them to others (pytest-xdist)."""
     if not session.config.getoption("numprocesses", None):
         orphans.watch()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_handlecrashitem(crashitem: str, sched: Any) -> None:
-    """A test whose process ended (it hung, or crashed) is said at once and not run again: by itself
-    pytest-xdist gives its whole file to the next process, where it would hang as long again."""
-    print(f"\n{crashitem}: the process that ran it has ended", file=sys.stderr, flush=True)
-    for file, tests in list(sched.workqueue.items()):
-        if crashitem in tests:
-            tests[crashitem] = True
-            if all(tests.values()):
-                del sched.workqueue[file]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

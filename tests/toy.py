@@ -8,6 +8,9 @@ units, trajectories and batches with keyed noise.
 
 from __future__ import annotations
 
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +204,23 @@ def gradient(value: torch.Tensor, policy: Policy) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in parts])
 
 
+def written_once(write: Callable[..., Path]) -> Callable[..., Path]:
+    """A writer of a folder that makes what its settings say once in a process, and a copy of it
+    each time."""
+    made = tempfile.TemporaryDirectory(prefix="rlalign-tests-")
+    folders: dict[str, Path] = {}
+
+    @functools.wraps(write)
+    def copy(folder: Path, **settings: Any) -> Path:
+        kind = repr(sorted(settings.items()))
+        if kind not in folders:
+            folders[kind] = write(Path(made.name) / str(len(folders)), **settings)
+        shutil.copytree(folders[kind], folder, dirs_exist_ok=True)
+        return folder
+
+    return copy
+
+
 def _vae(**more: Any) -> Any:
     """An autoencoder of random weights: 16 x 16 pixels, 8 x 8 latents of four channels."""
     from diffusers import AutoencoderKL
@@ -243,6 +263,7 @@ def tokenizer() -> Any:
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
 
 
+@written_once
 def save_pipeline(
     folder: Path, *, prediction: str = "epsilon", scheduler: str = "DDIMScheduler", seed: int = 0
 ) -> Path:
@@ -287,6 +308,7 @@ def save_pipeline(
     return folder
 
 
+@written_once
 def save_flow_pipeline(
     folder: Path, *, shift: float = 3.0, t5: bool = False, seed: int = 0, **scheduler: Any
 ) -> Path:

@@ -6,6 +6,7 @@ app.py    the commands by name, and what every one of them does with an error: e
 streams.py  the terminal: encodings, closed streams, readers who have gone
 train.py  train and pretrain
 models.py evaluate and export: any model by folder or name
+random_model.py  random-model: a pipeline folder of random weights
 columns.py two columns of names and values
 look.py   list, check and schema: what starts nothing
 rllib.py  rllib: a run file under RLlib's PPO

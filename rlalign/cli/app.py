@@ -15,11 +15,33 @@ from collections.abc import Sequence
 import typer
 
 from rlalign import __version__
-from rlalign.cli import common, fit, look, models, operate, rllib, sample, serve, streams, train
+from rlalign.cli import (
+    common,
+    fit,
+    look,
+    models,
+    operate,
+    random_model,
+    rllib,
+    sample,
+    serve,
+    streams,
+    train,
+)
 from rlalign.core.registry import UserError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
-_WORK = ("train", "pretrain", "fit-reward", "sample", "serve-reward", "rllib", "evaluate", "export")
+_WORK = (
+    "train",
+    "pretrain",
+    "fit-reward",
+    "sample",
+    "serve-reward",
+    "rllib",
+    "evaluate",
+    "export",
+    "random-model",
+)
 """Commands that are about what they do, and not about what they say."""
 
 app = typer.Typer(
@@ -53,6 +75,7 @@ app.command()(serve.serve_reward)
 app.command()(rllib.rllib)
 app.command()(models.evaluate)
 app.command()(models.export)
+app.command()(random_model.random_model)
 app.command("list")(look.list_plugins)
 app.command()(look.check)
 app.command()(look.schema)

@@ -1,6 +1,7 @@
 """Live torch modules that are no policy, and how they are loaded, placed and made cheaper.
 
 pipelines/           folders in diffusers' format: found, loaded, checked
+random_models/       such folders of random weights, by family, at a small or the published size
 towers.py            open_clip models with a text and a picture tower: what CLIP-like rewards are
 critic.py            a value network on latents
 noisy_classifier.py  a classifier of noisy latents, for guidance

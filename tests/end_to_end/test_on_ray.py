@@ -22,6 +22,7 @@ from rlalign.learning import checkpoint
 from rlalign.learning.folders import refuse_for_new_run
 from rlalign.runtime import train_on_ray
 from rlalign.runtime.training.collect import RunFailed
+from tests.processes import first_of, process_of
 from tests.proxies import name_proxy, proxy
 from tests.runs import assert_same_run, metrics, points_run, quiet, small_run
 
@@ -29,12 +30,11 @@ pytestmark = pytest.mark.ray
 Make = Callable[..., Run]
 
 
-def process_of(role: str) -> int:
-    """The process of the first actor of a role in the running cluster."""
-    import ray
-
-    names = [n for n in ray.util.list_named_actors() if f"/{role}" in n]
-    return ray.get(ray.get_actor(sorted(names)[0]).process_id.remote())
+def kill(role: str, folder: Path) -> None:
+    """SIGKILL for the first process of a role in the running cluster."""
+    process = checkpoint.writer(folder) if role == "learner" else process_of(first_of(role))
+    assert process is not None
+    os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,7 @@ def test_kills_of_each_kind_and_scaling_change_nothing(
         ):
             if target not in killed:
                 killed.append(target)
-                process = checkpoint.writer(folder) if target == "learner" else process_of(target)
-                assert process is not None
-                os.kill(process, signal.SIGKILL)
+                kill(target, folder)
         if (folder / "status.json").is_file():
             pools.append(control.status_of(folder).get("pools", {}))
         (tmp_path / f"go-{round}").touch()
@@ -235,7 +233,9 @@ def test_two_learners_equal_one_killed_or_not(
 
     def disturb(line: dict[str, Any]) -> None:
         if victim := left.pop(line.get("round", 0), None):
-            process = checkpoint.writer(folder) if victim == "learner" else process_of(victim)
+            process = (
+                checkpoint.writer(folder) if victim == "learner" else process_of(first_of(victim))
+            )
             assert process is not None
             os.kill(process, signal.SIGKILL)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rlalign.runtime import sample_on_ray
 from rlalign.samplers.twisted_smc import TwistedSmc
 from rlalign.sampling import sample_local
 from rlalign.sampling.settings import parse_sample
+from tests.processes import kill_first
 
 pytestmark = pytest.mark.ray
 
@@ -52,8 +52,7 @@ class KillsWorkers(TwistedSmc):
         place = Path(f"{self.marker}-{role}")
         if role and ray.is_initialized() and not place.exists():
             place.touch()
-            name = min(n for n in ray.util.list_named_actors() if f"/{role}" in n)
-            os.kill(ray.get(ray.get_actor(name).process_id.remote()), signal.SIGKILL)
+            kill_first(role)
         return super()._tempered(k)
 
 

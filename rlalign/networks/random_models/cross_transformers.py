@@ -1,0 +1,100 @@
+"""Transformers that look at the words by cross-attention, and ship with a solver of several steps:
+Sana, PixArt-Sigma, Wan 2.1."""
+
+from __future__ import annotations
+
+from rlalign.networks.random_models import autoencoders, encoders
+from rlalign.networks.random_models.records import Family, Network, Scheduler, Tokenizer
+
+SANA = Family(
+    title="Sana 1.6B, 1024 px",
+    pipeline="SanaPipeline",
+    networks={
+        "transformer": Network(
+            kind="SanaTransformer2DModel",
+            tiny={
+                "in_channels": 4,
+                "out_channels": 4,
+                "num_layers": 1,
+                "num_attention_heads": 2,
+                "attention_head_dim": 8,
+                "num_cross_attention_heads": 2,
+                "cross_attention_head_dim": 8,
+                "cross_attention_dim": 16,
+                "caption_channels": 16,
+                "sample_size": 8,
+            },
+        ),
+        "vae": autoencoders.DC_SANA,
+        "text_encoder": encoders.GEMMA_2_2B,
+    },
+    tokenizers={"tokenizer": Tokenizer(kind="gemma", tiny=512, published=8192)},
+    scheduler=Scheduler(
+        kind="DPMSolverMultistepScheduler",
+        settings={
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": 3.0,
+        },
+    ),
+    pixels=32,
+)
+PIXART = Family(
+    title="PixArt-Sigma XL 2, 1024 px",
+    pipeline="PixArtSigmaPipeline",
+    networks={
+        "transformer": Network(
+            kind="PixArtTransformer2DModel",
+            same={"use_additional_conditions": False},
+            tiny={
+                "sample_size": 8,
+                "num_layers": 2,
+                "attention_head_dim": 8,
+                "num_attention_heads": 2,
+                "caption_channels": 32,
+                "cross_attention_dim": 16,
+            },
+            published={"caption_channels": 4096},
+        ),
+        "vae": autoencoders.KL_XL,
+        "text_encoder": encoders.T5_XXL,
+    },
+    tokenizers={"tokenizer": Tokenizer(kind="t5", tiny=32, published=512)},
+    scheduler=Scheduler(
+        kind="DPMSolverMultistepScheduler",
+        settings={"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    ),
+)
+WAN = Family(
+    title="Wan 2.1 text to video 1.3B",
+    pipeline="WanPipeline",
+    networks={
+        "transformer": Network(
+            kind="WanTransformer3DModel",
+            tiny={
+                "in_channels": 4,
+                "out_channels": 4,
+                "num_layers": 2,
+                "num_attention_heads": 2,
+                "attention_head_dim": 12,
+                "text_dim": 32,
+                "freq_dim": 32,
+                "ffn_dim": 32,
+                "rope_max_seq_len": 32,
+            },
+            published={"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+        ),
+        "vae": autoencoders.KL_WAN,
+        "text_encoder": encoders.UMT5_XXL,
+    },
+    tokenizers={"tokenizer": Tokenizer(kind="t5", tiny=512, published=512)},
+    scheduler=Scheduler(
+        kind="UniPCMultistepScheduler",
+        settings={
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": 3.0,
+        },
+    ),
+    frames=5,
+)

@@ -1,0 +1,94 @@
+"""Networks without memory for their weights: on torch's meta device, where a tensor is its shape
+and dtype. FLUX takes a second and no gigabyte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlalign.core.registry import UserError
+from rlalign.networks.pipelines.loading import INDEX, LIBRARIES, quiet_libraries
+from rlalign.networks.random_models.records import Family, Network, Size
+
+
+def empty_networks(family: Family, size: Size) -> dict[str, torch.nn.Module]:
+    """Part -> its network on the meta device, in float32."""
+    with quiet_libraries():
+        return {part: build_empty(spec, size) for part, spec in family.networks.items()}
+
+
+def build_empty(spec: Network, size: Size, *, buffers: bool = False) -> torch.nn.Module:
+    """A network on the meta device; with ``buffers`` its tables (of positions, of rotations) are
+    real."""
+    from accelerate import init_empty_weights
+
+    kind = _class_of(spec.library, spec.kind)
+    settings = spec.settings(size)
+    if not buffers:
+        with torch.device("meta"):
+            return _make(kind, settings)
+    with init_empty_weights(include_buffers=False):
+        network = _make(kind, settings)
+    # weights that are one in memory have become two
+    if spec.library == "transformers":
+        network.tie_weights()
+    return network
+
+
+def count_family(family: Family, size: Size) -> dict[str, int]:
+    """Part -> how many parameters its network has."""
+    networks = empty_networks(family, size)
+    return {part: count_parameters(network) for part, network in networks.items()}
+
+
+def count_folder(folder: Path) -> dict[str, int]:
+    """Part -> how many parameters its network has, by the configs of a pipeline folder; its weights
+    are not read and need not be there.
+
+    Raises UserError for a folder without an index.
+    """
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{folder} must be a pipeline folder, and has no {INDEX}; name another one")
+    found: dict[str, int] = {}
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    parts = {part: kind for part, kind in index.items() if isinstance(kind, list)}
+    with quiet_libraries(), torch.device("meta"):
+        for part, (library, name) in parts.items():
+            kind = _class_of(library, name) if library in LIBRARIES else None
+            if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+                found[part] = count_parameters(_read(kind, folder / part))
+    return found
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    """Numbers in a network's parameters; one that stands in two places counts once."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _class_of(library: str, name: str) -> Any:
+    import diffusers
+    import transformers
+
+    return getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
+
+
+def _make(kind: Any, settings: Mapping[str, Any]) -> Any:
+    """An instance by arguments: transformers takes them in a config."""
+    import transformers
+
+    if issubclass(kind, transformers.PreTrainedModel):
+        return kind(kind.config_class(**settings))
+    return kind(**settings)
+
+
+def _read(kind: Any, folder: Path) -> Any:
+    """An instance by a folder's config.json."""
+    import transformers
+
+    if issubclass(kind, transformers.PreTrainedModel):
+        return kind(kind.config_class.from_pretrained(folder))
+    return kind.from_config(kind.load_config(folder))

@@ -1,0 +1,47 @@
+"""What is left of the tests when a process that runs some of them ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENDS = "import os, time\ndef test_before(): pass\ndef test_ends(): os._exit(1)\n"
+AFTER = "def test_after(): pass\n"
+ONE = "def test_one(): pass\n"
+
+
+def run_tests(folder: Path, files: dict[str, str], processes: int = 2) -> str:
+    """What pytest says of test files, in as many processes."""
+    for name, text in files.items():
+        (folder / f"test_{name}.py").write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    shared = ["-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"]
+    plugins = ["-p", "xdist", "-p", "tests.whole_files"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *plugins, *shared, str(folder)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+def test_a_single_test_that_waits_behind_a_process_that_ended_is_run(tmp_path: Path) -> None:
+    said = run_tests(tmp_path, {"a": ENDS, "b": ONE, "c": ONE, "d": ONE}, processes=1)
+    assert "1 failed, 4 passed" in said, said
+    assert "test_a.py::test_ends: the process that ran it has ended" in said
+
+
+def test_the_rest_of_its_file_is_run(tmp_path: Path) -> None:
+    said = run_tests(tmp_path, {"a": ENDS + AFTER, "b": ONE}, processes=2)
+    assert "1 failed, 3 passed" in said, said
+
+
+def test_more_than_one_may_end(tmp_path: Path) -> None:
+    said = run_tests(tmp_path, {"a": ENDS, "b": ENDS, "c": ONE, "d": AFTER + ONE}, processes=2)
+    assert "2 failed, 5 passed" in said, said
