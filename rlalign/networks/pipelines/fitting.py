@@ -27,22 +27,43 @@ UNTOLD: Mapping[str, tuple[tuple[Any, ...], str]] = {
 """Setting of a UNet -> values with which it is told latents, timestep and tokens alone; what else
 other values make it be told."""
 
+OTHER_SIZES = "other things than a pooled vector and sizes"
+LONGEST_T5 = 512
+"""Tokens that FLUX's pipeline asks of T5 at most."""
+
 
 def check_unet(pipeline: Any, path: str) -> None:
     """Refuses a Stable Diffusion pipeline without a part, or whose UNet is told more than a
     prompt."""
     _check_present(pipeline, path, ("unet", "vae", "text_encoder", "tokenizer", "scheduler"))
-    _check_class(pipeline, path, "unet", ("UNet2DConditionModel",))
-    for name, (values, what) in UNTOLD.items():
-        value = pipeline.unet.config.get(name)
-        if value not in values:
-            raise _misfit(
-                path,
-                "unet",
-                f"{name} must be {_words(values)}, got {value!r}: this network is also told {what}",
-            )
+    _check_told(pipeline, path, UNTOLD)
     _check_channels(pipeline, path, "unet")
     _check_tokens(pipeline, path, ("",), pipeline.tokenizer.model_max_length)
+
+
+def check_unet_xl(pipeline: Any, path: str) -> None:
+    """Refuses a Stable Diffusion XL pipeline without a part, or whose UNet is told other things
+    than two encoders' words, a pooled vector and sizes."""
+    text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    _check_present(pipeline, path, ("unet", "vae", *text, "scheduler"))
+    _check_class(pipeline, path, "text_encoder_2", ("CLIPTextModelWithProjection",))
+    _check_told(pipeline, path, {**UNTOLD, "addition_embed_type": (("text_time",), OTHER_SIZES)})
+    _check_channels(pipeline, path, "unet")
+    for number in ("", "_2"):
+        length = getattr(pipeline, f"tokenizer{number}").model_max_length
+        _check_tokens(pipeline, path, (number,), length)
+
+
+def check_packed(pipeline: Any, path: str) -> None:
+    """Refuses a FLUX pipeline without a part, or whose transformer takes other tokens than latents
+    of 2 x 2."""
+    text = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    _check_present(pipeline, path, ("transformer", "vae", *text, "scheduler"))
+    _check_class(pipeline, path, "transformer", ("FluxTransformer2DModel",))
+    _check_channels(pipeline, path, "transformer", latents=4)
+    _check_tokens(pipeline, path, ("",), pipeline.tokenizer.model_max_length)
+    # T5 has positions of its own making, and the length is a setting
+    _check_tokens(pipeline, path, ("_2",), LONGEST_T5)
 
 
 def check_transformer(pipeline: Any, path: str) -> None:
@@ -144,19 +165,39 @@ def _check_class(pipeline: Any, path: str, part: str, classes: Sequence[str]) ->
         raise _misfit(path, part, f"must be {_words(classes)}, got {found}")
 
 
-def _check_channels(pipeline: Any, path: str, part: str) -> None:
-    """The denoiser gives what it takes, and takes what the autoencoder gives."""
+def _check_told(
+    pipeline: Any, path: str, allowed: Mapping[str, tuple[tuple[Any, ...], str]]
+) -> None:
+    """A UNet that is told no more than ``allowed`` says: setting -> its values, and what else other
+    values make it be told."""
+    _check_class(pipeline, path, "unet", ("UNet2DConditionModel",))
+    for name, (values, what) in allowed.items():
+        value = pipeline.unet.config.get(name)
+        if value not in values:
+            raise _misfit(
+                path,
+                "unet",
+                f"{name} must be {_words(values)}, got {value!r}: this network is also told {what}",
+            )
+
+
+def _check_channels(pipeline: Any, path: str, part: str, *, latents: int = 1) -> None:
+    """The denoiser gives what it takes, and takes what the autoencoder gives, of so many
+    ``latents`` in a token."""
     _check_class(pipeline, path, "vae", AUTOENCODERS)
     config = getattr(pipeline, part).config
-    latent = pipeline.vae.config.latent_channels
+    latent = pipeline.vae.config.latent_channels * latents
+    source = "the latent channels of its vae" + (f" in {latents} latents" if latents > 1 else "")
     inpainting = ": an inpainting model is also told a mask and a picture"
     for name in ("in_channels", "out_channels"):
-        if config[name] != latent:
+        # a transformer of tokens gives what it takes, where its config is silent
+        found = config["in_channels"] if latents > 1 and config[name] is None else config[name]
+        if found != latent:
             raise _misfit(
                 path,
                 part,
-                f"{name} must be {latent}, the latent channels of its vae, got {config[name]}"
-                f"{inpainting if config[name] == 2 * latent + 1 else ''}",
+                f"{name} must be {latent}, {source}, got {found}"
+                f"{inpainting if found == 2 * latent + 1 else ''}",
             )
 
 

@@ -135,14 +135,19 @@ def check_variance_preserving(scheduler: Any, path: str) -> None:
     _check_table(scheduler, path)
 
 
-def read_variance_preserving(scheduler: Any) -> VariancePreserving:
-    """The path of a scheduler that ``check_variance_preserving`` has let through."""
+def read_variance_preserving(
+    scheduler: Any, *, ends_clean: bool | None = None
+) -> VariancePreserving:
+    """The path of a scheduler that ``check_variance_preserving`` has let through. ``ends_clean``
+    None is what its ``set_alpha_to_one`` says."""
     config = scheduler.config
+    if ends_clean is None:
+        ends_clean = bool(config.get("set_alpha_to_one", True))
     return VariancePreserving(
         scheduler.alphas_cumprod,
         spacing=config.get("timestep_spacing", "leading"),
         offset=config.get("steps_offset", 1),
-        ends_clean=bool(config.get("set_alpha_to_one", True)),
+        ends_clean=ends_clean,
         variance_type=config.get("variance_type") or "fixed_small",
     )
 

@@ -1,0 +1,304 @@
+"""What every family of diffusers' pipelines must hold to, as tests that a ``Case`` is put into.
+
+A test module of a family says its cases (a small random pipeline, and how diffusers' own is called
+for the same picture), and takes the tests over::
+
+    @pytest.fixture(scope="module", params=CASES)
+    def case(request, tmp_path_factory):
+        return CASES[request.param](tmp_path_factory.mktemp("pipeline"))
+
+    class TestAcceptance(Acceptance): ...
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlalign.algorithms._advantages import PromptStatistics
+from rlalign.algorithms.ddpo import DDPO
+from rlalign.core.records import Plan
+from rlalign.networks import lora
+from rlalign.networks.pipelines.packing import pack, unpack
+from rlalign.policies.base import PipelineRecipe, Policy
+from tests.toy import collect, make_units
+
+PROMPTS = ("a red circle", "two")
+STEPS = 4
+RANK = 2
+ALPHA = 5.0
+"""Another one than the rank: a file that lacks it would be read with another scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A family on a small random pipeline, and the call of diffusers' own that asks the same."""
+
+    recipe: PipelineRecipe
+    """With the folder as its path."""
+    adapted: int
+    """Layers that a LoRA of the family's targets adapts."""
+    call: Callable[[float], Mapping[str, Any]]
+    """plan.guidance -> settings of the pipeline's call; 1 is without classifier-free guidance."""
+    packed: bool = False
+    """Whether the pipeline's latents are tokens of 2 x 2."""
+    sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (24, 16))
+    """Two resolutions (height, width) in pixels."""
+    guidance: float = 3.0
+    prepare: Callable[[Any], None] = lambda pipeline: None
+    """What is changed in diffusers' pipeline before it is asked: a one-step scheduler in place of
+    its solver of several."""
+    from_pipeline: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None
+    """The latents of ``output_type="latent"``, and the shape of ours -> ours, where they differ
+    otherwise than by packing."""
+    loads_adapters: bool = True
+    """False where plain diffusers has no LoRA loader for the pipeline: only a merged one is
+    written."""
+    latents: float = 2e-6
+    """Largest difference of final latents, in units of the largest latent (at least 1)."""
+    pictures: float = 2e-6
+    """Largest difference of pictures in [0, 1]."""
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        return self.recipe.load("cpu")
+
+    @functools.cached_property
+    def pipeline(self) -> Any:
+        """Plain diffusers' own, with nothing of ours."""
+        pipeline = open_plain(self.recipe.path)
+        self.prepare(pipeline)
+        return pipeline
+
+    def trained(self) -> Policy:
+        """A LoRA whose matrices are neither zero nor small."""
+        policy = self.varied(lora_rank=RANK, lora_alpha=ALPHA)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.trainable().values():
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return policy
+
+    def varied(self, **change: Any) -> Policy:
+        """The policy of a recipe with other settings."""
+        return self.recipe.model_copy(update=change).load("cpu")
+
+    def draw(self, noise: torch.Tensor, plan: Plan, output: str) -> torch.Tensor:
+        """What diffusers' pipeline draws from ``noise`` (B, C, H, W)."""
+        told = {**self.call(plan.guidance), "num_inference_steps": plan.steps}
+        told |= {"height": plan.height, "width": plan.width, "output_type": output}
+        start = pack(noise) if self.packed else noise.clone()
+        return self.pipeline(list(PROMPTS), latents=start, **told).images
+
+    def unpacked(self, latents: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """The pipeline's final latents as ours."""
+        if self.from_pipeline is not None:
+            return self.from_pipeline(latents, shape)
+        return unpack(latents, shape) if self.packed else latents
+
+
+def open_plain(folder: str | Path) -> Any:
+    """A pipeline folder as diffusers alone reads it, in evaluation mode."""
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipeline
+
+
+def asked(policy: Policy, case: Case) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(latents, timesteps, words) to compare two networks by."""
+    height, width = case.sizes[1]
+    shape = policy.latent_shape(Plan(height=height, width=width))
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
+    return x, torch.tensor([700, 200]), policy.encode(PROMPTS).caption
+
+
+def predicted(policy: Policy, network: torch.nn.Module, case: Case) -> torch.Tensor:
+    """What the family makes of another denoiser's answer."""
+    x, timestep_B, words = asked(policy, case)
+    with torch.no_grad():
+        return policy.family.with_network(network).predict(x, timestep_B, words)
+
+
+def adapters(network: torch.nn.Module) -> list[Any]:
+    """The layers that peft has put in the place of others."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def deterministic(policy: Policy, case: Case, size: tuple[int, int], guidance: float) -> Plan:
+    """The plan of the pipeline's own sampling."""
+    rule = "flow_ode" if policy.prediction == "flow" else "ddim"
+    height, width = size
+    return Plan(steps=STEPS, rule=rule, eta=0.0, guidance=guidance, height=height, width=width)
+
+
+def stochastic(policy: Policy, case: Case) -> Plan:
+    """A plan to learn from."""
+    rule, eta = ("flow_sde", 0.7) if policy.prediction == "flow" else ("ddim", 1.0)
+    height, width = case.sizes[0]
+    return Plan(steps=3, rule=rule, eta=eta, guidance=case.guidance, height=height, width=width)
+
+
+class Acceptance:
+    """The tests. ``case`` is a fixture of the module that takes them over."""
+
+    @pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+    @pytest.mark.parametrize("size", [0, 1], ids=["first size", "second size"])
+    def test_it_draws_what_the_pipeline_draws(self, case: Case, size: int, guided: bool) -> None:
+        """Deterministic sampling from the same noise, of two prompts of unequal length: the final
+        latents, and the picture."""
+        policy = case.policy
+        plan = deterministic(policy, case, case.sizes[size], case.guidance if guided else 1.0)
+        shape = (len(PROMPTS), *policy.latent_shape(plan))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        told = {"height": plan.height, "width": plan.width}
+        found = policy.sample(
+            PROMPTS,
+            steps=STEPS,
+            guidance=plan.guidance,
+            latents=noise,
+            output="latents",
+            **told,
+        )
+        with torch.no_grad():
+            wanted = case.unpacked(case.draw(noise, plan, "latent"), shape)
+            pictures = case.draw(noise, plan, "pt")
+            media = policy.decode(found)
+        bound = case.latents * max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
+        assert media.shape == (len(PROMPTS), 1, 3, plan.height, plan.width)
+        assert policy.drawn_size(plan) == (plan.height, plan.width)
+        torch.testing.assert_close(media[:, 0], pictures, rtol=0, atol=case.pictures)
+
+    def test_the_words_are_heard(self, case: Case) -> None:
+        """Or equal pictures would prove nothing: each tensor of words moves the answer."""
+        policy = case.policy
+        x, timestep_B, words = asked(policy, case)
+        with torch.no_grad():
+            said = policy.family.predict(x, timestep_B, words)
+            for name, tensor in words.tensors.items():
+                other = tensor.logical_not() if tensor.dtype == torch.bool else tensor + 1.0
+                changed = type(words)({**words.tensors, name: other})
+                moved = policy.family.predict(x, timestep_B, changed)
+                assert (moved - said).abs().max() > 1e-4, name
+
+    def test_a_prompts_rows_do_not_depend_on_its_neighbours(self, case: Case) -> None:
+        """Bit for bit, and the empty caption is a prompt as any other."""
+        policy = case.varied()
+        together = policy.encode(PROMPTS)
+        other = case.varied()
+        for row, prompt in reversed(list(enumerate(PROMPTS))):
+            alone = other.encode([prompt])
+            for name, tensor in together.caption.tensors.items():
+                assert torch.equal(alone.caption[name][0], tensor[row])
+        empty = other.encode([""]).caption
+        for name, tensor in together.empty.tensors.items():
+            assert torch.equal(empty[name][0], tensor[1])
+
+    @pytest.mark.parametrize("lora_rank", [0, 2])
+    def test_the_ratio_is_exactly_one_before_the_first_update(
+        self, case: Case, lora_rank: int
+    ) -> None:
+        """float32, one step a pass: max |ratio - 1| is 0, not small."""
+        policy = case.varied(lora_rank=lora_rank)
+        units = make_units(2, per_unit=2, plan=stochastic(policy, case))
+        scored = collect(policy, units)
+        assert np.isfinite(scored[0].trajectory.log_prob_BK).all()
+        algorithm = DDPO(advantage="global")
+        batch = algorithm.make_batch(scored, PromptStatistics())
+        passes = list(batch.passes(1))
+        assert passes
+        for one in passes:
+            assert algorithm.loss(one, policy).maxima["ratio/max_deviation"].item() == 0.0
+
+    def test_gradient_checkpointing_repeats_the_gradient(self, case: Case) -> None:
+        """Bit for bit, of an adapter whose matrices are not zero."""
+        found = []
+        for checkpointing in (False, True):
+            policy = case.trained()
+            if checkpointing:
+                policy.family.checkpoint_gradients()
+            policy.answer(*asked(policy, case)).square().mean().backward()
+            grads = [p.grad for p in policy.trainable().values()]
+            assert all(g is not None and bool(g.any()) for g in grads)
+            found.append(torch.cat([g.flatten() for g in grads if g is not None]))
+        assert torch.equal(*found)
+
+    def test_its_adapter_is_one_of_plain_diffusers(self, case: Case, tmp_path: Path) -> None:
+        """Every layer that should be is adapted, the file in a plain pipeline (alpha is not the
+        rank) says what the policy says with a difference of 0, and so does a run that starts from
+        it."""
+        policy = case.trained()
+        said = predicted(policy, policy.network, case)
+        assert len(adapters(policy.network)) == case.adapted
+        with policy.as_reference():
+            assert not torch.allclose(predicted(policy, policy.network, case), said, atol=1e-4)
+        if not case.loads_adapters:
+            return
+        policy.save(tmp_path)
+        tensors = load_file(tmp_path / lora.FILE)
+        assert len(tensors) == 2 * case.adapted
+
+        # nothing of the file is left out, nothing is added
+        plain = open_plain(case.recipe.path)
+        plain.load_lora_weights(tmp_path)
+        network = getattr(plain, policy.family.part)
+        assert len(adapters(network)) == case.adapted
+        assert sum("lora_" in name for name, _ in network.named_parameters()) == len(tensors)
+        scales = {s for layer in adapters(network) for s in layer.scaling.values()}
+        assert scales == {ALPHA / RANK}
+        assert torch.equal(predicted(policy, network, case), said)
+
+        # and back
+        again = case.varied(adapter=str(tmp_path))
+        assert torch.equal(predicted(again, again.network, case), said)
+
+    def test_its_merged_pipeline_is_one_of_plain_diffusers(
+        self, case: Case, tmp_path: Path
+    ) -> None:
+        """To rounding: the adapters are added into the weights."""
+        policy = case.trained()
+        merged = policy.merged()
+        assert lora.is_attached(policy.network) and not lora.is_attached(merged.network)
+        merged.save(tmp_path)
+        plain = getattr(open_plain(tmp_path), policy.family.part)
+        found = predicted(policy, plain, case)
+        assert torch.equal(found, predicted(policy, merged.network, case))
+        said = predicted(policy, policy.network, case)
+        bound = 5e-6 * max(1.0, said.abs().max().item())
+        torch.testing.assert_close(found, said, rtol=0, atol=bound)
+
+    def test_pictures_go_through_the_autoencoder_and_back(self, case: Case) -> None:
+        """Latents have the shape of the drawn ones, and a picture comes back as its autoencoder
+        alone gives it back: the scales out and in are inverse to each other."""
+        policy = case.policy
+        height, width = case.sizes[1]
+        plan = Plan(height=height, width=width)
+        shape = (2, *policy.latent_shape(plan))
+        vae = policy.family.vae
+        still = bool(policy.family.own_per_thread)
+        with torch.no_grad():
+            drawn = policy.decode(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
+            pixels = drawn[:, 0] * 2 - 1
+            encoded = vae.encode(pixels[:, :, None] if still else pixels, return_dict=False)[0]
+            inner = encoded.mode() if hasattr(encoded, "mode") else encoded
+            alone = vae.decode(inner, return_dict=False)[0]
+            latents = policy.encode_media(drawn)
+            back = policy.decode(latents)
+        assert latents.shape == shape
+        wanted = ((alone[:, :, 0] if still else alone) / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(back[:, 0], wanted, rtol=0, atol=2e-6)
