@@ -100,7 +100,7 @@ class Case:
         told = {**self.call(plan.guidance), "num_inference_steps": plan.steps}
         told |= {"height": plan.height, "width": plan.width, "output_type": output}
         start = pack(noise) if self.packed else noise.clone()
-        return self.pipeline(list(PROMPTS), latents=start, **told).images
+        return self.pipeline(prompt=list(PROMPTS), latents=start, **told).images
 
     def unpacked(self, latents: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """The pipeline's final latents as ours."""
@@ -300,7 +300,7 @@ class Acceptance:
             drawn = policy.decode(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
             pixels = drawn[:, 0] * 2 - 1
             encoded = vae.encode(pixels[:, :, None] if still else pixels, return_dict=False)[0]
-            inner = encoded.mode() if hasattr(encoded, "mode") else encoded
+            inner = encoded if isinstance(encoded, torch.Tensor) else encoded.mode()
             alone = vae.decode(inner, return_dict=False)[0]
             latents = policy.encode_media(drawn)
             back = policy.decode(latents)
