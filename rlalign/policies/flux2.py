@@ -99,6 +99,7 @@ class Flux2Family(PipelineFamily):
 
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         embeds_BLD = words["embeds_BLD"]
+        height, width = x.shape[-2:]
         guidance_B = None
         if not self._is_klein:
             guidance_B = torch.full((len(x),), self.recipe.embedded_guidance, device=x.device)
@@ -108,7 +109,7 @@ class Flux2Family(PipelineFamily):
             guidance=guidance_B,
             encoder_hidden_states=embeds_BLD,
             txt_ids=_places(1, 1, embeds_BLD.shape[1], device=x.device),
-            img_ids=_places(*x.shape[-2:], 1, device=x.device),
+            img_ids=_places(height, width, 1, device=x.device),
             return_dict=False,
         )[0]
         return tokens_BND.transpose(1, 2).reshape(x.shape)

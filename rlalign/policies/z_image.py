@@ -35,10 +35,13 @@ class ZImageFamily(PipelineFamily):
         "text_encoder": (),
     }
     even_levels: ClassVar[bool] = True
-    patch = 2
     lora_targets = LORA_TARGETS
 
     recipe: ZImage
+
+    @property
+    def patch(self) -> int:
+        return 2
 
     def own_size(self) -> tuple[int, int]:
         return OWN_SIZE

@@ -64,9 +64,7 @@ def test_the_empty_caption_is_read_without_the_instruction(case: Case) -> None:
             mine = found.caption[name].to(wanted[index])
             torch.testing.assert_close(mine, wanted[index], atol=1e-6, rtol=1e-5)
             other = wanted[index + 2].to(wanted[index])
-            torch.testing.assert_close(
-                found.empty[name].to(other), other, atol=1e-6, rtol=1e-5
-            )
+            torch.testing.assert_close(found.empty[name].to(other), other, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(condition.caption["embeds_BLD"], alone.caption["embeds_BLD"])
 
 
