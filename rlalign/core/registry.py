@@ -292,15 +292,24 @@ class Description:
 def describe(shelf: str) -> list[Description]:
     """Every plug-in of a shelf with its first docstring line, its ``Source:`` and its settings
     (read with ``ast``)."""
-    return [_describe(name, _folder(shelf) / f"{name}.py", SHELVES[shelf]) for name in names(shelf)]
+    folder = _folder(shelf)
+    trees = {
+        file.stem: ast.parse(file.read_text(encoding="utf-8"))
+        for file in sorted(folder.glob("*.py"))
+    }
+    classes = {c.name: c for t in trees.values() for c in t.body if isinstance(c, ast.ClassDef)}
+    return [_describe(name, trees[name], classes, SHELVES[shelf]) for name in names(shelf)]
 
 
-def _describe(name: str, file: Path, base: str) -> Description:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
-    derived = [c for c in classes if base in ", ".join(map(ast.unparse, c.bases))]
-    with_verbs = [c for c in classes if {type(n) for n in c.body} & {ast.FunctionDef}]
-    chosen = [*derived, *with_verbs, *classes][0]
+def _describe(
+    name: str, tree: ast.Module, classes: Mapping[str, ast.ClassDef], base: str
+) -> Description:
+    """What is read of a file; ``classes`` are all of its shelf, ``base`` names the one that
+    plug-ins derive from."""
+    public = [n for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    lines = {c.name: _line(c.name, classes) for c in public}
+    derived = [c for c in public if base in lines[c.name]]
+    chosen = [*derived, *public][0]
     doc = ast.get_docstring(chosen) or ast.get_docstring(tree) or ""
     paragraphs = [" ".join(lines.split()) for lines in doc.split("\n\n")]
     sources = (one.split("Source:", 1)[1].strip() for one in paragraphs if "Source:" in one)
@@ -308,16 +317,34 @@ def _describe(name: str, file: Path, base: str) -> Description:
         name=name,
         summary=paragraphs[0],
         source=next(sources, ""),
-        settings=_settings(chosen),
+        settings={
+            setting: default
+            for one in reversed(lines[chosen.name])
+            if one != base and one in classes
+            for setting, default in _settings(classes[one]).items()
+        },
     )
 
 
+def _line(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:
+    """The names of a class and of those that it derives from, nearest first, as far as the shelf
+    has them."""
+    line = [name]
+    for base in classes[name].bases if name in classes else ():
+        parent = ast.unparse(base).rpartition(".")[2]
+        if parent != name:
+            line += _line(parent, classes)
+    return line
+
+
 def shared_settings(shelf: str) -> dict[str, str]:
-    """Setting -> default of what every plug-in of a shelf takes beside its own, read from
-    ``base.py`` with ``ast``."""
-    tree = ast.parse((_folder(shelf) / "base.py").read_text(encoding="utf-8"))
-    bases = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == SHELVES[shelf]]
-    return _settings(bases[0]) if bases else {}
+    """Setting -> default of what every plug-in of a shelf takes beside its own, read from its base
+    class with ``ast``."""
+    for file in sorted(_folder(shelf).glob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == SHELVES[shelf]:
+                return _settings(node)
+    return {}
 
 
 def _settings(cls: ast.ClassDef) -> dict[str, str]:

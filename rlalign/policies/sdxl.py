@@ -65,7 +65,9 @@ class StableDiffusionXLFamily(PipelineFamily):
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         # the size of the original picture, where it was cut, and the size that is drawn
         height, width = (side * self.factor for side in x.shape[-2:])
-        time_ids = torch.tensor([height, width, 0, 0, height, width], device=x.device, dtype=x.dtype)
+        time_ids = torch.tensor(
+            [height, width, 0, 0, height, width], device=x.device, dtype=x.dtype
+        )
         told = {"text_embeds": words["pooled_BD"], "time_ids": time_ids.expand(len(x), -1)}
         return self.network(
             x,

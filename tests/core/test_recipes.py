@@ -16,7 +16,9 @@ from rlalign.core import registry
 PLUGINS = [(shelf, name) for shelf in sorted(registry.SHELVES) for name in registry.names(shelf)]
 
 REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
+    ("policies", "flux"): {"path": "models/some-pipeline"},
     ("policies", "sd3"): {"path": "models/some-pipeline"},
+    ("policies", "sdxl"): {"path": "models/some-pipeline"},
     ("policies", "stable_diffusion"): {"path": "models/some-pipeline"},
     ("prompts", "file"): {"path": "prompts.txt"},
     ("prompts", "list"): {"prompts": ["a red circle", "a blue square"]},

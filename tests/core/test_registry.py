@@ -256,7 +256,9 @@ def test_describe_imports_neither_torch_nor_a_plugin():
 def describe_source(tmp_path, text):
     path = tmp_path / "plugin.py"
     path.write_text(text)
-    return registry._describe("plugin", path, "Reward")
+    tree = ast.parse(path.read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return registry._describe("plugin", tree, classes, "Reward")
 
 
 def test_describe_finds_the_recipe_among_other_classes(tmp_path):
@@ -285,6 +287,22 @@ def test_describe_finds_the_recipe_among_other_classes(tmp_path):
         "elided": "required",
         "bare": "required",
     }
+
+
+def test_describe_takes_settings_of_the_classes_between(tmp_path):
+    """A base of some plug-ins on the shelf has settings too; what is no plug-in is passed over."""
+    found = describe_source(
+        tmp_path,
+        "class _Between(Reward):\n    path: str\n    more: int = 1\n"
+        "class Live(Other):\n    def verb(self):\n        pass\n"
+        'class Real(_Between):\n    """This."""\n    path: str = "x"\n    own: int = 2\n',
+    )
+    assert found.summary == "This."
+    assert found.settings == {"path": "'x'", "more": "1", "own": "2"}
+    shelf = {d.name: d for d in describe("policies")}
+    assert shelf["stable_diffusion"].settings == {"path": "required", "negative_prompt": "''"}
+    assert list(shelf["tiny_flow"].settings) == ["path", "negative_prompt", "t5_tokens"]
+    assert shelf["tiny_flow"].settings["path"] == "''"
 
 
 def test_describe_falls_back_on_the_files_docstring(tmp_path):
@@ -342,4 +360,4 @@ def test_a_failure_without_words_is_named_by_its_class(tmp_path, monkeypatch):
     policy = build("policies", {"name": "points"}, "policy").load("cpu")
     monkeypatch.setattr(safetensors.torch, "load_file", fail)
     with pytest.raises(UserError, match=r"\(OSError\)"):
-        policy.read(tmp_path)
+        policy.family.read(tmp_path)

@@ -1,5 +1,5 @@
-"""Three families of a test's own on small random pipelines of diffusers: what each kind of pipeline
-has to say beside what all share, and no more."""
+"""A family of a test's own on a small random pipeline of diffusers: what a kind of pipeline has to
+say beside what all share, and no more."""
 
 from __future__ import annotations
 
@@ -8,114 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from rlalign.core.records import Plan
 from rlalign.diffusion.condition import Words
-from rlalign.diffusion.paths import NoisePath
-from rlalign.diffusion.predictions import PredictionType
-from rlalign.networks.pipelines.packing import pack, positions, unpack
-from rlalign.networks.pipelines.schedulers import read_variance_preserving
+from rlalign.networks.pipelines.packing import pack, unpack
 from rlalign.policies.base import PipelineFamily, PipelineRecipe
-from tests.toy import text_config, tokenizer
-
-# --- a UNet that is told two encoders' words, a pooled vector and sizes; guided away from zeros --
-
-
-class TwoEncoders(PipelineFamily):
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
-    pipeline_settings: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "unet": ("UNet2DConditionModel",),
-        "vae": ("AutoencoderKL",),
-        "text_encoder": ("CLIPTextModel",),
-        "text_encoder_2": ("CLIPTextModelWithProjection",),
-    }
-    part: ClassVar[str] = "unet"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-
-    def read_path(self) -> tuple[NoisePath, PredictionType]:
-        return read_variance_preserving(self.pipeline.scheduler), "epsilon"
-
-    @property
-    def trial_side(self) -> int:
-        return 8
-
-    def read(self, text: str) -> Mapping[str, torch.Tensor]:
-        embeds_BLD, _, pooled_BD, _ = self.pipeline.encode_prompt(
-            text, device=self.device, do_classifier_free_guidance=False
-        )
-        return {"embeds_BLD": embeds_BLD, "pooled_BD": pooled_BD}
-
-    def against(self, caption: Words) -> Words | None:
-        if self.recipe.negative_prompt or not self.pipeline.config.force_zeros_for_empty_prompt:
-            return super().against(caption)
-        return Words({name: torch.zeros_like(t) for name, t in caption.tensors.items()})
-
-    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
-        height, width = (side * self.factor for side in x.shape[-2:])
-        ids = torch.tensor([[height, width, 0, 0, height, width]] * len(x), device=x.device)
-        pooled_BD = words["pooled_BD"]
-        return self.network(
-            x,
-            timestep_B,
-            encoder_hidden_states=words["embeds_BLD"],
-            added_cond_kwargs={"text_embeds": pooled_BD, "time_ids": ids.to(pooled_BD.dtype)},
-            return_dict=False,
-        )[0]
-
-
-class TwoEncodersRecipe(PipelineRecipe):
-    family = TwoEncoders
-
-
-# --- a transformer of packed latents that is told places and a guidance; a shift by size ---------
-
-
-class Packed(PipelineFamily):
-    pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {"transformer": ("FluxTransformer2DModel",)}
-    own_side: ClassVar[int] = 8
-    even_levels: ClassVar[bool] = True
-    patch = 2
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
-
-    recipe: PackedRecipe
-
-    @property
-    def channels(self) -> int:
-        return self.vae.config.latent_channels
-
-    def read(self, text: str) -> Mapping[str, torch.Tensor]:
-        length = self.recipe.text_tokens
-        embeds_BLD, pooled_BD, _ = self.pipeline.encode_prompt(
-            text, None, device=self.device, max_sequence_length=length
-        )
-        return {"embeds_BLD": embeds_BLD, "pooled_BD": pooled_BD}
-
-    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
-        embeds_BLD = words["embeds_BLD"]
-        told = self.recipe.embedded_guidance
-        guidance = torch.full((len(x),), told, device=x.device)
-        tokens = self.network(
-            hidden_states=pack(x),
-            timestep=timestep_B.float() / 1000,
-            guidance=guidance if self.network.config.guidance_embeds else None,
-            pooled_projections=words["pooled_BD"],
-            encoder_hidden_states=embeds_BLD,
-            txt_ids=torch.zeros(embeds_BLD.shape[1], 3, device=x.device),
-            img_ids=positions(x),
-            return_dict=False,
-        )[0]
-        return unpack(tokens, x.shape)
-
-
-class PackedRecipe(PipelineRecipe):
-    family = Packed
-
-    embedded_guidance: float = Field(default=3.5, description="what the network is told")
-    text_tokens: int = 12
-
 
 # --- masked words of one width, guidance at the caption's own length, an autoencoder of clips ----
 
@@ -169,101 +66,6 @@ class MaskedRecipe(PipelineRecipe):
 
 
 # --- small random pipelines ----------------------------------------------------------------------
-
-
-def autoencoder(**more: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        mid_block_add_attention=False,
-        **more,
-    )
-
-
-def t5() -> dict[str, Any]:
-    import transformers as t
-
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
-    config = t.T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    words = t.T5Tokenizer(vocab=[(p, -1.0) for p in pieces], extra_ids=0)
-    return {"text_encoder_2": t.T5EncoderModel(config), "tokenizer_2": words}
-
-
-def two_encoders() -> Any:
-    import diffusers as d
-    import transformers as t
-
-    unet = d.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-        cross_attention_dim=32,
-        norm_num_groups=4,
-    )
-    return d.StableDiffusionXLPipeline(
-        vae=autoencoder(scaling_factor=0.13025),
-        text_encoder=t.CLIPTextModel(text_config(projection_dim=16)),
-        text_encoder_2=t.CLIPTextModelWithProjection(text_config(projection_dim=16)),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-        unet=unet,
-        add_watermarker=False,
-        scheduler=d.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            clip_sample=False,
-        ),
-    )
-
-
-def packed() -> Any:
-    import diffusers as d
-    import transformers as t
-
-    transformer = d.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
-    vae = autoencoder(
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    )
-    return d.FluxPipeline(
-        scheduler=d.FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, shift=3.0, base_image_seq_len=8, max_image_seq_len=64
-        ),
-        vae=vae,
-        text_encoder=t.CLIPTextModel(text_config()),
-        tokenizer=tokenizer(),
-        **t5(),
-        transformer=transformer,
-    )
 
 
 def masked() -> Any:

@@ -134,6 +134,8 @@ def test_every_policy_says_its_family_before_it_is_loaded() -> None:
                 assert readers.setdefault(pipeline, name) == name
     assert readers["StableDiffusionPipeline"] == "stable_diffusion"
     assert readers["StableDiffusion3Pipeline"] == "sd3"
+    assert readers["StableDiffusionXLPipeline"] == "sdxl"
+    assert readers["FluxPipeline"] == "flux"
 
 
 def test_a_trained_adapter_of_points_is_in_what_is_saved(tmp_path: Path) -> None:

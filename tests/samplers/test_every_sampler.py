@@ -171,8 +171,11 @@ class Thrice(ToyFamily):
         return 3
 
     def look(self, ask, x, timestep_B, condition, guidance):  # type: ignore[no-untyped-def]
-        three = (ask(x, timestep_B, words) for words in [condition.caption, condition.empty] * 2)
-        return sum(answer for answer, _ in zip(three, range(3), strict=False)) / 3
+        caption, empty, again = (
+            ask(x, timestep_B, words)
+            for words in (condition.caption, condition.empty, condition.empty)
+        )
+        return (caption + empty + again) / 3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
