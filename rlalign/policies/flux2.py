@@ -16,30 +16,18 @@ from rlalign.core.registry import UserError
 from rlalign.diffusion.condition import Words
 from rlalign.diffusion.paths import NoisePath, RectifiedFlow, StepsShift
 from rlalign.diffusion.predictions import PredictionType
-from rlalign.policies.base import PipelineFamily, PipelineRecipe
+from rlalign.networks.pipelines.packing import places
+from rlalign.policies.base import JOINT_TARGETS, PipelineFamily, PipelineRecipe
 
-JOINT_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-)
 TEXT_TOKENS = 512
 """What a pipeline's call takes as ``max_sequence_length`` when it is not told."""
-GUIDANCE = 4.0
-"""What FLUX.2-dev's call takes as ``guidance_scale`` when it is not told."""
 
 
 class Flux2Family(PipelineFamily):
     """A live FLUX.2 pipeline: a flow's transformer that is told three hidden states of one text
     encoder and, in the guidance-distilled dev, how much guidance it is to imitate.
 
-    Latents are (B, 128, H/16, W/16): 2 x 2 of the autoencoder's, normalised by the statistics of
-    its BatchNorm. Only klein's base models have classifier-free guidance.
+    Latents are (B, 128, H/16, W/16): 2 x 2 of the autoencoder's, normalised by its BatchNorm.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("Flux2Pipeline", "Flux2KleinPipeline")
@@ -68,28 +56,25 @@ class Flux2Family(PipelineFamily):
         return 2 * self.pipeline.vae_scale_factor
 
     @property
-    def _is_klein(self) -> bool:
-        return "is_distilled" in self.pipeline.config
+    def _is_dev(self) -> bool:
+        return type(self.pipeline).__name__ == "Flux2Pipeline"
 
     def read_path(self) -> tuple[NoisePath, PredictionType]:
         path, prediction = super().read_path()
         assert isinstance(path, RectifiedFlow)
-        if path.moving is not None:
-            tokens = path.moving.tokens
-            shift = StepsShift(tokens=tokens, exponential=path.moving.exponential)
-            path = replace(path, moving=shift)
-        return path, prediction
+        if (line := path.moving) is None:
+            return path, prediction
+        shift = StepsShift(tokens=line.tokens, exponential=line.exponential)
+        return replace(path, moving=shift), prediction
 
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
         if is_guided(plan.guidance) and self.pipeline.config.get("is_distilled", True):
-            instead = "it imitates one" if self._is_klein else "set policy.embedded_guidance"
+            instead = "set policy.embedded_guidance" if self._is_dev else "it imitates one"
             raise UserError(
                 f"plan.guidance must be 1 for {self.folder!r}, a distilled model that has no"
                 f" classifier-free guidance, got {plan.guidance:g}; {instead}"
             )
         return super().latent_shape(plan)
-
-    # --- words and answers ------------------------------------------------------------------------
 
     def read(self, text: str) -> Mapping[str, torch.Tensor]:
         embeds_BLD, _ = self.pipeline.encode_prompt(
@@ -99,43 +84,31 @@ class Flux2Family(PipelineFamily):
 
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         embeds_BLD = words["embeds_BLD"]
-        height, width = x.shape[-2:]
         guidance_B = None
-        if not self._is_klein:
+        if self._is_dev:
             guidance_B = torch.full((len(x),), self.recipe.embedded_guidance, device=x.device)
         tokens_BND = self.network(
             hidden_states=x.flatten(2).transpose(1, 2),
             timestep=timestep_B.float() / 1000,
             guidance=guidance_B,
             encoder_hidden_states=embeds_BLD,
-            txt_ids=_places(1, 1, embeds_BLD.shape[1], device=x.device),
-            img_ids=_places(height, width, 1, device=x.device),
+            txt_ids=places(1, 1, embeds_BLD.shape[1], device=x.device),
+            img_ids=places(x.shape[-2], x.shape[-1], 1, device=x.device),
             return_dict=False,
         )[0]
         return tokens_BND.transpose(1, 2).reshape(x.shape)
 
-    # --- latents ----------------------------------------------------------------------------------
-
     def to_autoencoder(self, latents: torch.Tensor) -> torch.Tensor:
-        mean, std = self._statistics(latents)
-        return pixel_shuffle(latents * std + mean, 2)
+        return pixel_shuffle(super().to_autoencoder(latents), 2)
 
     def from_autoencoder(self, latents: torch.Tensor) -> torch.Tensor:
-        mean, std = self._statistics(latents)
-        return (pixel_unshuffle(latents, 2) - mean) / std
+        return super().from_autoencoder(pixel_unshuffle(latents, 2))
 
-    def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of each channel, shaped to normalise latents."""
-        norm: Any = self.vae.bn
-        deviation = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
-        mean, std = (t.to(like).reshape(1, -1, 1, 1) for t in (norm.running_mean, deviation))
-        return mean, std
-
-
-def _places(height: int, width: int, length: int, *, device: torch.device) -> torch.Tensor:
-    """(N, 4) places (0, y, x, l) of a picture's tokens, or of a text's."""
-    sides = (torch.arange(n, device=device) for n in (1, height, width, length))
-    return torch.cartesian_prod(*sides)
+    def _scales(self, latents: torch.Tensor) -> tuple[Any, Any, float, float | None]:
+        norm = self.vae.bn
+        std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
+        mean, std = (t.to(latents).reshape(1, -1, 1, 1) for t in (norm.running_mean, std))
+        return mean, std, 1.0, None
 
 
 class Flux2(PipelineRecipe):
@@ -147,19 +120,13 @@ class Flux2(PipelineRecipe):
     family = Flux2Family
 
     embedded_guidance: float = Field(
-        default=GUIDANCE,
+        default=4.0,
         ge=0.0,
-        description=(
-            "the guidance that dev's transformer is told, as a call's guidance_scale: the same in"
-            " training and in use; klein's is told none"
-        ),
+        description="the guidance that dev's transformer is told, as a call's guidance_scale",
     )
     text_tokens: int = Field(
         default=TEXT_TOKENS,
         ge=1,
         le=TEXT_TOKENS,
-        description=(
-            "tokens of a prompt, as a call's max_sequence_length: filled up without a mask, so"
-            " another number is another picture"
-        ),
+        description="tokens of a prompt, as a call's max_sequence_length; nothing is masked",
     )

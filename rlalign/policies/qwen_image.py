@@ -11,18 +11,8 @@ from torch.nn.functional import pad
 
 from rlalign.diffusion.condition import Words
 from rlalign.networks.pipelines.packing import pack, unpack
-from rlalign.policies.base import PipelineFamily, PipelineRecipe
+from rlalign.policies.base import JOINT_TARGETS, PipelineFamily, PipelineRecipe
 
-LORA_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-)
 TEXT_TOKENS = 512
 """What a pipeline's call takes as ``max_sequence_length`` when it is not told."""
 TEXT_MEANING = (
@@ -49,7 +39,7 @@ class QwenImageFamily(PipelineFamily):
     }
     own_side: ClassVar[int] = 128
     even_levels: ClassVar[bool] = True
-    lora_targets = LORA_TARGETS
+    lora_targets = JOINT_TARGETS
 
     recipe: QwenImage
 

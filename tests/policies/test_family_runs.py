@@ -16,6 +16,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "sdxl": ({}, "epsilon"),
     "sd35": ({"name": "sd3", "t5_tokens": 16}, "flow"),
     "flux": ({"text_tokens": 16}, "flow"),
+    # the template alone is 115 of the small tokenizer's letters
+    "qwen_image": ({"text_tokens": 144}, "flow"),
 }
 """Random model -> settings of its policy, and its prediction type."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -34,6 +36,7 @@ TRAINED = [
     ("sd35", "grpo"),
     ("flux", "grpo"),
     ("flux", "nft"),
+    ("qwen_image", "grpo"),
 ]
 SAMPLERS: list[dict[str, Any]] = [
     {"name": "fk_steering", "particles": 2},

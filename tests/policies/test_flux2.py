@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.flux2 import Flux2
-from tests.policies.acceptance import PROMPTS, Acceptance, Case, open_plain
+from tests.policies.acceptance import PROMPTS, Acceptance, Case, asked, open_plain
 
 TEXT_TOKENS = 64
 """A klein's template and the longer prompt are fewer of the small tokenizer's letters; dev's system
@@ -76,11 +75,7 @@ def dev(folder: Path) -> Case:
     )
 
 
-CASES: dict[str, Callable[[Path], Case]] = {
-    "klein": klein,
-    "klein distilled": klein_distilled,
-    "dev": dev,
-}
+CASES: dict[str, Callable[[Path], Case]] = {"klein": klein, "dev": dev}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -90,6 +85,23 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 class TestAcceptance(Acceptance):
     """Each case is taken by diffusers as by rlalign."""
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return klein_distilled(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.mark.parametrize("size", [0, 1], ids=["first size", "second size"])
+def test_a_distilled_klein_draws_what_its_pipeline_draws(distilled: Case, size: int) -> None:
+    """Whatever guidance the call is given; in all else it is klein."""
+    Acceptance().test_it_draws_what_the_pipeline_draws(distilled, size, guided=False)
+
+
+def test_a_distilled_klein_has_no_guidance(distilled: Case) -> None:
+    assert distilled.policy.latent_shape(Plan(height=16, width=16, guidance=1.0)) == (16, 4, 4)
+    with pytest.raises(UserError, match=r"plan\.guidance must be 1 for '.*'.*got 4; it imitates"):
+        distilled.policy.latent_shape(Plan(height=16, width=16, guidance=4.0))
 
 
 def test_single_blocks_are_adapted_whole(case: Case) -> None:
@@ -119,22 +131,21 @@ def test_levels_follow_size_and_steps_as_the_pipelines(case: Case) -> None:
 
 
 def test_only_a_base_model_is_guided_by_the_plan(case: Case) -> None:
-    """dev has a setting of its own, and it is told to the transformer."""
+    """dev has a setting of its own, which its transformer is told, and klein's is not."""
     plan = Plan(steps=2, height=16, width=16, guidance=4.0)
-    family = case.policy.family
-    kind = type(case.pipeline).__name__
-    if kind == "Flux2KleinPipeline" and not case.pipeline.config.is_distilled:
+    is_dev = type(case.pipeline).__name__ == "Flux2Pipeline"
+    if is_dev:
+        rule = r"plan\.guidance must be 1 for '.*'.*got 4; set policy\.embedded_guidance"
+        with pytest.raises(UserError, match=rule):
+            case.policy.latent_shape(plan)
+    else:
         assert case.policy.latent_shape(plan) == (16, 4, 4)
-        return
-    with pytest.raises(UserError, match=r"plan\.guidance must be 1 for '.*', a distilled model"):
-        case.policy.latent_shape(plan)
-    words: Any = family.encode(PROMPTS).caption
-    x = torch.randn(2, *case.policy.latent_shape(Plan(height=16, width=16)))
-    timestep_B = torch.tensor([700.0, 200.0])
+    x, timestep_B, words = asked(case.policy, case)
     other = case.varied(embedded_guidance=8.0).family
     with torch.no_grad():
-        moved = other.predict(x, timestep_B, words) - family.predict(x, timestep_B, words)
-    assert bool(moved.any()) == (kind == "Flux2Pipeline")
+        said = case.policy.family.predict(x, timestep_B, words)
+        moved = other.predict(x, timestep_B, words) - said
+    assert bool(moved.any()) == is_dev
 
 
 def test_padding_is_attended(case: Case) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,16 +60,30 @@ def alpha(folder: Path) -> Case:
     return case_of(folder)
 
 
-CASES: dict[str, Callable[[Path], Case]] = {"sigma": sigma, "alpha": alpha}
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return sigma(tmp_path_factory.mktemp("pipeline"))
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return CASES[request.param](tmp_path_factory.mktemp("pipeline"))
+@pytest.fixture(scope="module")
+def alpha_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return alpha(tmp_path_factory.mktemp("pipeline"))
 
 
 class TestAcceptance(Acceptance):
-    """Each case is taken by diffusers as by rlalign."""
+    """Of Sigma."""
+
+
+@pytest.mark.parametrize("size", [0, 1], ids=["first size", "second size"])
+def test_alpha_draws_what_its_pipeline_draws(alpha_case: Case, size: int) -> None:
+    """Told the size of each; in all else it is Sigma."""
+    assert alpha_case.pipeline.transformer.use_additional_conditions
+    Acceptance().test_it_draws_what_the_pipeline_draws(alpha_case, size, guided=True)
+
+
+def test_the_width_of_the_words_is_the_calls(case: Case, alpha_case: Case) -> None:
+    for one, wanted in ((case, 300), (alpha_case, 120)):
+        assert one.varied(text_tokens=None).encode(["a"]).caption["embeds_BLD"].shape[1] == wanted
 
 
 def test_the_learned_variance_is_left_out(case: Case) -> None:
