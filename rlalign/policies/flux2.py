@@ -19,9 +19,6 @@ from rlalign.diffusion.predictions import PredictionType
 from rlalign.networks.pipelines.packing import places
 from rlalign.policies.base import JOINT_TARGETS, PipelineFamily, PipelineRecipe
 
-TEXT_TOKENS = 512
-"""What a pipeline's call takes as ``max_sequence_length`` when it is not told."""
-
 
 class Flux2Family(PipelineFamily):
     """A live FLUX.2 pipeline: a flow's transformer that is told three hidden states of one text
@@ -125,8 +122,8 @@ class Flux2(PipelineRecipe):
         description="the guidance that dev's transformer is told, as a call's guidance_scale",
     )
     text_tokens: int = Field(
-        default=TEXT_TOKENS,
+        default=512,
         ge=1,
-        le=TEXT_TOKENS,
+        le=512,
         description="tokens of a prompt, as a call's max_sequence_length; nothing is masked",
     )

@@ -13,8 +13,6 @@ from rlalign.diffusion.condition import Words
 from rlalign.networks.pipelines.packing import pack, unpack
 from rlalign.policies.base import JOINT_TARGETS, PipelineFamily, PipelineRecipe
 
-TEXT_TOKENS = 512
-"""What a pipeline's call takes as ``max_sequence_length`` when it is not told."""
 TEXT_MEANING = (
     "tokens of a prompt, as a call's max_sequence_length; shorter prompts are filled up and masked,"
     " so fewer are cheaper"
@@ -87,4 +85,4 @@ class QwenImage(PipelineRecipe):
     negative_prompt: str = Field(
         default=" ", description="what plan.guidance goes away from, as a call's negative_prompt"
     )
-    text_tokens: int = Field(default=TEXT_TOKENS, ge=1, le=1024, description=TEXT_MEANING)
+    text_tokens: int = Field(default=512, ge=1, le=1024, description=TEXT_MEANING)

@@ -14,8 +14,6 @@ from rlalign.diffusion.condition import Condition, Words
 from rlalign.policies.base import OWN_SIZE, PipelineFamily, PipelineRecipe
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-TEXT_TOKENS = 300
-"""What a pipeline's call takes as ``max_sequence_length`` when it is not told."""
 
 
 class SanaFamily(PipelineFamily):
@@ -88,8 +86,8 @@ class Sana(PipelineRecipe):
         ),
     )
     text_tokens: int = Field(
-        default=TEXT_TOKENS,
+        default=300,
         ge=2,
-        le=TEXT_TOKENS,
+        le=300,
         description="tokens of a prompt, as a call's max_sequence_length; masked beyond its end",
     )

@@ -15,8 +15,6 @@ from rlalign.policies.base import PipelineFamily, PipelineRecipe
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 OWN_SIZE = (1024, 1024)
 """Pixels that a pipeline's call draws when it is not told."""
-TEXT_TOKENS = 512
-"""What a pipeline's call takes as ``max_sequence_length`` when it is not told."""
 
 
 class ZImageFamily(PipelineFamily):
@@ -81,8 +79,8 @@ class ZImage(PipelineRecipe):
     family = ZImageFamily
 
     text_tokens: int = Field(
-        default=TEXT_TOKENS,
+        default=512,
         ge=1,
-        le=TEXT_TOKENS,
+        le=512,
         description="most tokens of a prompt, as a call's max_sequence_length",
     )

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from rlalign.cli.models import find_model
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.networks import lora
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.pixart import PixArt
 from tests.policies.acceptance import Acceptance, Case, asked, open_plain, predicted
+from tests.policies.family_runs import PATHS, run_of, train_two_rounds
+from tests.runs import quiet
 
 TEXT_TOKENS = 20
 CALL = {
@@ -123,3 +126,16 @@ def test_an_adapter_is_saved_merged(case: Case, tmp_path: Path) -> None:
 def test_an_adapter_to_start_from_is_refused(case: Case) -> None:
     with pytest.raises(UserError, match=r"policy\.adapter must be empty for pixart"):
         case.varied(adapter="somewhere")
+
+
+def test_a_run_writes_a_pipeline_and_is_taken_up_with_its_adapter(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlalign.report.write_report", quiet)
+    policy = {"name": "pixart", "path": case.recipe.path, "text_tokens": TEXT_TOKENS}
+    train_two_rounds(run_of(policy, PATHS["epsilon"], {"name": "ddpo"}), tmp_path)
+    again = find_model(str(tmp_path)).load("cpu")
+    assert lora.is_attached(again.network)
+    said = predicted(again, again.network, case)
+    found = predicted(again, open_plain(tmp_path / "policy").transformer, case)
+    torch.testing.assert_close(found, said, rtol=0, atol=5e-6)
