@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from rlalign.cli.common import print_columns
 from rlalign.core.registry import UserError
 
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+
+FamilyName = Annotated[
+    str,
+    typer.Argument(
+        metavar="FAMILY", help="Such as sdxl; a wrong name lists them.", show_default=False
+    ),
+]
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)
+]
+SizeName = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE", help="tiny (float32), or published (bfloat16): that of the checkpoint."
+    ),
+]
+
 
 def random_model(
-    family: Annotated[
-        str,
-        typer.Argument(
-            metavar="FAMILY", help="Such as sdxl; a wrong name lists them.", show_default=False
-        ),
-    ],
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)
-    ],
-    size: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE", help="tiny (float32), or published (bfloat16): that of the checkpoint."
-        ),
-    ] = "tiny",
+    family: FamilyName,
+    folder: NewFolder,
+    size: SizeName = "tiny",
     seed: Annotated[int, typer.Option(metavar="N", help="Other weights.", min=0)] = 0,
     without_weights: Annotated[
         bool, typer.Option("--without-weights", help="Write configs and tokenizers alone.")
@@ -56,18 +64,12 @@ def random_model(
     random_models.refuse_small_disk(folder, total)
 
     # what it will be, before it takes its time
-    counts = {part: random_models.count_parameters(one) for part, one in networks.items()}
     print(f"{spec.title}, {size}: {spec.pipeline}")
-    lines = {
-        part: f"{spec.networks[part].kind:<34} {count:>14,} parameters {_read_size(sizes[part])}"
-        for part, count in counts.items()
-    }
-    print_columns({**lines, "all": f"{'':<34} {sum(counts.values()):>14,} parameters"})
-    print(
-        f"on disk: {_read_size(total).strip()}" if total else "configs and tokenizers, no weights"
-    )
-    sys.stdout.flush()
+    _print_parts(networks, sizes)
+    on_disk = f"{_read_size(total).strip()} on disk" if total else "without weights"
+    print(f"{on_disk}; tokenizers read letter by letter", flush=True)
 
+    # all files, or none
     with (
         disk_errors(folder),
         all_or_nothing(folder) as unfinished,
@@ -78,6 +80,19 @@ def random_model(
         )
     if not without_weights:
         print(f"{folder}: DiffusionPipeline.from_pretrained({str(folder)!r}) loads it")
+
+
+def _print_parts(networks: Mapping[str, Module], sizes: Mapping[str, int]) -> None:
+    """A line a part: its class, parameters and bytes on disk; and one for all."""
+    from rlalign.networks.random_models import count_parameters
+
+    counts = {part: count_parameters(network) for part, network in networks.items()}
+    lines = {
+        part: f"{type(networks[part]).__name__:<34} {count:>14,} parameters"
+        f" {_read_size(sizes[part])}"
+        for part, count in counts.items()
+    }
+    print_columns({**lines, "all": f"{'':<34} {sum(counts.values()):>14,} parameters"})
 
 
 def _read_size(size: int) -> str:

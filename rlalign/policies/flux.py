@@ -30,7 +30,6 @@ class FluxFamily(PipelineFamily):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     own_side: ClassVar[int] = 128
     even_levels: ClassVar[bool] = True
-    patch = 2
     lora_targets = (
         "to_q",
         "to_k",
@@ -57,8 +56,18 @@ class FluxFamily(PipelineFamily):
         check_packed(pipeline, path)
 
     @property
+    def patch(self) -> int:
+        """The config's is that of a token which is packed already."""
+        return 2
+
+    @property
     def channels(self) -> int:
         return self.vae.config.latent_channels
+
+    @property
+    def told_guidance(self) -> float | None:
+        """What the transformer hears; None where it hears none."""
+        return self.recipe.embedded_guidance if self.network.config.guidance_embeds else None
 
     @property
     def text_tokens(self) -> int:
@@ -74,9 +83,8 @@ class FluxFamily(PipelineFamily):
 
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         embeds_BLD = words["embeds_BLD"]
-        guidance_B = None
-        if self.network.config.guidance_embeds:
-            guidance_B = torch.full((len(x),), self.recipe.embedded_guidance, device=x.device)
+        told = self.told_guidance
+        guidance_B = None if told is None else torch.full((len(x),), told, device=x.device)
         # places stay float32: bfloat16 keeps whole numbers up to 256 alone
         tokens = self.network(
             hidden_states=pack(x),

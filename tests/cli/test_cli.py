@@ -272,6 +272,7 @@ def test_without_arguments_it_explains_itself(call):
         "fit-reward",
         "evaluate",
         "export",
+        "random-model",
         "list",
         "check",
         "schema",

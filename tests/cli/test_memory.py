@@ -27,7 +27,7 @@ def bytes_of(*modules: torch.nn.Module) -> int:
 def test_what_loading_leaves_behind_is_every_part_of_a_policy() -> None:
     run = small_run()
     policy, loaded = memory.measure_load(lambda: run.policy.load("cpu"))
-    parts = bytes_of(policy.network, policy.vae, policy.family.pipeline.text_encoder)
+    parts = bytes_of(policy.network, policy.family.vae, policy.family.pipeline.text_encoder)
     reference = memory.trained(policy)  # a kept copy: all weights are trained
     assert parts + reference <= loaded < 1.01 * (parts + reference)
 
@@ -35,7 +35,7 @@ def test_what_loading_leaves_behind_is_every_part_of_a_policy() -> None:
 def test_of_a_lora_no_reference_is_kept() -> None:
     run = small_run("policy.lora_rank=2")
     policy, loaded = memory.measure_load(lambda: run.policy.load("cpu"))
-    parts = bytes_of(policy.network, policy.vae, policy.family.pipeline.text_encoder)
+    parts = bytes_of(policy.network, policy.family.vae, policy.family.pipeline.text_encoder)
     assert parts <= loaded < 1.01 * parts
     assert memory.trained(policy) < 0.1 * parts
 
@@ -105,7 +105,8 @@ def _of_learner(learner) -> int:
         *learner._snapshots.values(),
     ]
     copies = sum(t.numel() * t.element_size() for one in kept for t in one.values())
-    critic = bytes_of(learner.policy.critic) if learner.policy.critic is not None else 0
+    network = learner._lanes[0].critic
+    critic = bytes_of(network) if network is not None else 0
     return bytes_of(learner.policy.network) + copies + critic
 
 

@@ -51,7 +51,7 @@ def arguments_of(command: str) -> list[str]:
 
 
 def test_the_pages_with_commands() -> None:
-    assert {page.name for page in SHOWN} == {"README.md", "algorithms.md"}
+    assert {page.name for page in SHOWN} == {"README.md", "algorithms.md", "models.md"}
     assert len(SHOWN[ROOT / "README.md"]) == 6
 
 

@@ -28,7 +28,7 @@ SANA = Family(
         "vae": autoencoders.DC_SANA,
         "text_encoder": encoders.GEMMA_2_2B,
     },
-    tokenizers={"tokenizer": Tokenizer(kind="gemma", tiny=512, published=8192)},
+    tokenizers={"tokenizer": Tokenizer(kind="gemma", length=8192)},
     scheduler=Scheduler(
         kind="DPMSolverMultistepScheduler",
         settings={
@@ -59,7 +59,7 @@ PIXART = Family(
         "vae": autoencoders.KL_XL,
         "text_encoder": encoders.T5_XXL,
     },
-    tokenizers={"tokenizer": Tokenizer(kind="t5", tiny=32, published=512)},
+    tokenizers={"tokenizer": Tokenizer(kind="t5", length=512)},
     scheduler=Scheduler(
         kind="DPMSolverMultistepScheduler",
         settings={"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
@@ -87,7 +87,7 @@ WAN = Family(
         "vae": autoencoders.KL_WAN,
         "text_encoder": encoders.UMT5_XXL,
     },
-    tokenizers={"tokenizer": Tokenizer(kind="t5", tiny=512, published=512)},
+    tokenizers={"tokenizer": Tokenizer(kind="t5", length=512)},
     scheduler=Scheduler(
         kind="UniPCMultistepScheduler",
         settings={

@@ -78,17 +78,17 @@ def _class_of(library: str, name: str) -> Any:
 
 def _make(kind: Any, settings: Mapping[str, Any]) -> Any:
     """An instance by arguments: transformers takes them in a config."""
-    import transformers
-
-    if issubclass(kind, transformers.PreTrainedModel):
-        return kind(kind.config_class(**settings))
-    return kind(**settings)
+    return kind(kind.config_class(**settings)) if _takes_config(kind) else kind(**settings)
 
 
 def _read(kind: Any, folder: Path) -> Any:
     """An instance by a folder's config.json."""
-    import transformers
-
-    if issubclass(kind, transformers.PreTrainedModel):
+    if _takes_config(kind):
         return kind(kind.config_class.from_pretrained(folder))
     return kind.from_config(kind.load_config(folder))
+
+
+def _takes_config(kind: type) -> bool:
+    import transformers
+
+    return issubclass(kind, transformers.PreTrainedModel)

@@ -16,7 +16,7 @@ CLIP_L = Network(
         "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "max_position_embeddings": 16,
+        "max_position_embeddings": 77,
         "projection_dim": 16,
     },
     published={
@@ -86,7 +86,7 @@ GEMMA_2_2B = Network(
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": 8192,
     },
     published={
         "vocab_size": 256000,

@@ -78,7 +78,7 @@ def _write_index(folder: Path, family: Family, size: Size) -> None:
     """Writes what is no network: the index, the tokenizers and the scheduler."""
     import diffusers
 
-    tokenizers = {name: make_tokenizer(spec, size) for name, spec in family.tokenizers.items()}
+    tokenizers = {name: make_tokenizer(spec) for name, spec in family.tokenizers.items()}
     scheduler = getattr(diffusers, family.scheduler.kind)(**family.scheduler.settings)
     pipeline = getattr(diffusers, family.pipeline)(
         **empty.empty_networks(family, size),

@@ -52,7 +52,7 @@ SD3 = Family(
     tokenizers={
         "tokenizer": CLIP,
         "tokenizer_2": CLIP_PAD,
-        "tokenizer_3": Tokenizer(kind="t5", tiny=32, published=512),
+        "tokenizer_3": Tokenizer(kind="t5", length=512),
     },
     scheduler=_euler(shift=3.0),
 )
@@ -119,7 +119,7 @@ FLUX = Family(
     },
     tokenizers={
         "tokenizer": CLIP,
-        "tokenizer_2": Tokenizer(kind="t5", tiny=32, published=512),
+        "tokenizer_2": Tokenizer(kind="t5", length=512),
     },
     scheduler=_euler(**_GROWING),
 )
@@ -153,7 +153,7 @@ FLUX_2 = Family(
         "vae": autoencoders.KL_FLUX_2,
         "text_encoder": encoders.MISTRAL_SMALL_24B,
     },
-    tokenizers={"tokenizer": Tokenizer(kind="qwen", tiny=512, published=512)},
+    tokenizers={"tokenizer": Tokenizer(kind="qwen", length=512)},
     scheduler=_euler(**_GROWING),
 )
 FLUX_2_KLEIN = Family(
@@ -175,7 +175,7 @@ FLUX_2_KLEIN = Family(
             kind="Qwen3ForCausalLM", tiny={"num_hidden_layers": 28}
         ),
     },
-    tokenizers={"tokenizer": Tokenizer(kind="qwen", tiny=512, published=512)},
+    tokenizers={"tokenizer": Tokenizer(kind="qwen", length=512)},
     scheduler=_euler(**_GROWING),
     facts={"is_distilled": False},
 )
@@ -204,7 +204,7 @@ QWEN_IMAGE = Family(
         "vae": autoencoders.KL_QWEN,
         "text_encoder": encoders.QWEN_25_VL_7B,
     },
-    tokenizers={"tokenizer": Tokenizer(kind="qwen", tiny=2048, published=131072)},
+    tokenizers={"tokenizer": Tokenizer(kind="qwen", length=131072)},
     scheduler=_euler(
         use_dynamic_shifting=True,
         shift=1.0,
@@ -237,6 +237,6 @@ Z_IMAGE = Family(
         "vae": autoencoders.KL_FLUX,
         "text_encoder": encoders.QWEN_3_4B,
     },
-    tokenizers={"tokenizer": Tokenizer(kind="qwen", tiny=512, published=131072)},
+    tokenizers={"tokenizer": Tokenizer(kind="qwen", length=131072)},
     scheduler=_euler(shift=3.0),
 )

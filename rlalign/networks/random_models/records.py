@@ -37,16 +37,13 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A tokenizer that reads letter by letter, and the most tokens of a prompt."""
+    """A tokenizer that reads letter by letter, and the most tokens of a prompt; the same at both
+    sizes."""
 
     kind: Literal["clip", "t5", "qwen", "gemma"]
-    tiny: int
-    published: int
+    length: int
     pads_with: str = ""
     """The token that fills a short prompt up, where it is not the kind's own."""
-
-    def length(self, size: Size) -> int:
-        return self.tiny if size == "tiny" else self.published
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from rlalign.networks.random_models.records import Size, Tokenizer
+from rlalign.networks.random_models.records import Tokenizer
 
 _CHARACTERS = [chr(code) for code in range(33, 127)]
 _SPACE = "\u2581"
@@ -25,7 +25,7 @@ VOCABULARY = {
 }
 """Kind -> how many tokens it has."""
 
-CLIP = Tokenizer(kind="clip", tiny=16, published=77)
+CLIP = Tokenizer(kind="clip", length=77)
 CLIP_PAD = replace(CLIP, pads_with="!")
 """OpenCLIP's, as diffusers' folders have it: it pads with an exclamation mark."""
 
@@ -41,10 +41,10 @@ _MESSAGE = (
 """ChatML; a message's content is a string, or a list of texts."""
 
 
-def make_tokenizer(spec: Tokenizer, size: Size) -> Any:
+def make_tokenizer(spec: Tokenizer) -> Any:
     """A tokenizer of transformers."""
     makers = {"clip": _clip, "t5": _t5, "qwen": _qwen, "gemma": _gemma}
-    more: dict[str, Any] = {"model_max_length": spec.length(size)}
+    more: dict[str, Any] = {"model_max_length": spec.length}
     if spec.pads_with:
         more["pad_token"] = spec.pads_with
     return makers[spec.kind](more)
@@ -69,16 +69,17 @@ def _qwen(more: dict[str, Any]) -> Any:
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    return Qwen2Tokenizer(
-        vocab=_numbered([*sorted(ByteLevel.alphabet()), *_CHAT, *_VISION]),
-        merges=[],
-        unk_token=None,
-        pad_token=_CHAT[0],
-        eos_token=_CHAT[1],
-        additional_special_tokens=[_CHAT[2], *_VISION],
-        chat_template=_MESSAGE,
-        **more,
-    )
+    # bytes are never unknown
+    settings: dict[str, Any] = {
+        "vocab": _numbered([*sorted(ByteLevel.alphabet()), *_CHAT, *_VISION]),
+        "merges": [],
+        "unk_token": None,
+        "pad_token": _CHAT[0],
+        "eos_token": _CHAT[1],
+        "additional_special_tokens": [_CHAT[2], *_VISION],
+        "chat_template": _MESSAGE,
+    }
+    return Qwen2Tokenizer(**settings, **more)
 
 
 def _gemma(more: dict[str, Any]) -> Any:

@@ -71,16 +71,15 @@ PUBLISHED = {
     "wan": {"transformer": 1.419, "vae": 0.127, "text_encoder": 5.681},
 }
 
+EXACTLY = {"stable_diffusion": 859_520_964, "sdxl": 2_567_463_684}
+"""Parameters of denoisers whose number is known to the last."""
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_published_size_has_the_published_parameters(name: str) -> None:
     counts = count_family(FAMILIES[name], "published")
     assert {part: round(count / 1e9, 3) for part, count in counts.items()} == PUBLISHED[name]
-
-
-def test_the_unets_have_exactly_the_published_parameters() -> None:
-    counts = [count_family(FAMILIES[n], "published")["unet"] for n in ("stable_diffusion", "sdxl")]
-    assert counts == [859_520_964, 2_567_463_684]
+    assert EXACTLY.get(name, counts.get("unet")) == counts.get("unet")
 
 
 def test_a_published_folder_without_weights_is_counted_by_its_configs(tmp_path: Path) -> None:
@@ -135,7 +134,7 @@ def test_numbers_are_those_that_torch_begins_with(tmp_path: Path) -> None:
 
 
 def test_shards_hold_the_same_weights(tmp_path: Path) -> None:
-    """Bfloat16, in files of 20 kB: what both libraries read as one network."""
+    """Bfloat16, in files of 10 kB or one tensor: what both libraries read as one network."""
     import diffusers
     import transformers
 
@@ -168,7 +167,6 @@ def test_shards_hold_the_same_weights(tmp_path: Path) -> None:
         network = kind.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
         found = network.state_dict()
         assert {index["weight_map"][name] for name in wanted} == {file.name for file in files}
-        # another type draws other numbers of the same spread
         assert all(found[name].dtype == torch.bfloat16 for name in wanted)
         for file in files:
             with safe_open(file, "pt") as shard:

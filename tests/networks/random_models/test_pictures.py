@@ -26,7 +26,7 @@ def draw(pipeline: Any, name: str, prompt: str) -> torch.Tensor:
     """(F, 3, H, W) in [0, 1], or (3, H, W): what two steps make of seed 0."""
     pixels = FAMILIES[name].pixels
     found = pipeline(
-        prompt,
+        prompt=prompt,
         height=pixels,
         width=pixels,
         num_inference_steps=2,
@@ -99,13 +99,14 @@ def test_rlalign_draws_diffusers_picture(policy: str, name: str, tmp_path: Path)
     folder = tmp_path / name
     write_pipeline(folder, FAMILIES[name], seed=2)
     with quiet_libraries():
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     if policy == "stable_diffusion":
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+        ddim = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        pipeline.scheduler = ddim
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = pipeline(
-        PROMPTS[0],
+        prompt=PROMPTS[0],
         height=16,
         width=16,
         num_inference_steps=4,
