@@ -67,7 +67,8 @@ class VariancePreserving:
     """alpha^2 + sigma^2 = 1 from a table of cumulative alphas (Ho 2020, arXiv:2006.11239, eq. 4).
 
     A level is a training timestep in [0, T); -1 stands for the clean sample itself. ``spacing`` and
-    ``offset`` choose the sub-sampled grid as diffusers does (Lin 2023, arXiv:2305.08891, table 2).
+    ``offset`` choose the sub-sampled grid as diffusers does (Lin 2023, arXiv:2305.08891, table 2);
+    ``beyond`` is 1 where the K timesteps of "linspace" are the first of K + 1, as in DPM-Solver.
     ``ends_clean`` False ends at timestep 0, whose sigma is small but not zero, which is Stable
     Diffusion's ``set_alpha_to_one=False``. ``variance_type`` is DDPMScheduler's, for the rule
     ``ddpm`` alone.
@@ -79,12 +80,14 @@ class VariancePreserving:
         *,
         spacing: str = "leading",
         offset: int = 1,
+        beyond: int = 0,
         ends_clean: bool = False,
         variance_type: str = "fixed_small",
     ) -> None:
         assert spacing in ("leading", "trailing", "linspace"), spacing
         self.alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
         self.spacing, self.offset, self.ends_clean = spacing, offset, ends_clean
+        self.beyond = beyond
         self.variance_type = variance_type
 
     @classmethod
@@ -124,7 +127,7 @@ class VariancePreserving:
             # grid as long as was asked
             grid = (np.round(np.arange(total, 0, -total / steps)) - 1)[:steps]
         else:
-            grid = np.linspace(0, total - 1, steps).round()[::-1]
+            grid = np.linspace(0, total - 1, steps + self.beyond).round()[::-1][:steps]
         grid = np.minimum(grid, total - 1)
         return torch.tensor([*grid, -1.0 if self.ends_clean else 0.0], dtype=torch.float64)
 
@@ -193,16 +196,19 @@ class StepsShift:
     """FLUX.2's shift, which its pipeline fitted to tokens and steps (``compute_empirical_mu``)."""
 
     tokens: Tokens
+    exponential: bool = True
+    """Whether the shift is exp(mu), or mu itself."""
 
     def shift(self, plan: Plan) -> float:
         """The factor a of a plan."""
         n = self.tokens.count(plan)
         at_200 = 0.00016927 * n + 0.45666666
-        if n > 4300:
-            return math.exp(at_200)
-        at_10 = 8.73809524e-05 * n + 1.89833333
-        slope = (at_200 - at_10) / 190.0
-        return math.exp(slope * plan.steps + (at_200 - 200.0 * slope))
+        mu = at_200
+        if n <= 4300:
+            at_10 = 8.73809524e-05 * n + 1.89833333
+            slope = (at_200 - at_10) / 190.0
+            mu = slope * plan.steps + (at_200 - 200.0 * slope)
+        return math.exp(mu) if self.exponential else mu
 
 
 @dataclass(frozen=True, kw_only=True)

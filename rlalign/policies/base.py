@@ -9,11 +9,17 @@ from __future__ import annotations
 from rlalign.diffusion.condition import Condition as Condition
 from rlalign.diffusion.condition import Words as Words
 from rlalign.policies._family import OWN_SIZE, Family, refuse_frames
-from rlalign.policies._pipeline import NegativePrompt, PipelineFamily, PipelineRecipe
+from rlalign.policies._pipeline import (
+    JOINT_TARGETS,
+    NegativePrompt,
+    PipelineFamily,
+    PipelineRecipe,
+)
 from rlalign.policies._policy import Meter, Policy
 from rlalign.policies._recipe import PolicyRecipe
 
 __all__ = [
+    "JOINT_TARGETS",
     "OWN_SIZE",
     "Family",
     "Meter",

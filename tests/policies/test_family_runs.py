@@ -16,6 +16,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "sdxl": ({}, "epsilon"),
     "sd35": ({"name": "sd3", "t5_tokens": 16}, "flow"),
     "flux": ({"text_tokens": 16}, "flow"),
+    # the template alone is 115 of the small tokenizer's letters
+    "qwen_image": ({"text_tokens": 144}, "flow"),
 }
 """Random model -> settings of its policy, and its prediction type."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -23,6 +25,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo"},
     "nft": {"name": "diffusion_nft", "draws": 2},
     "dpo": {"name": "diffusion_dpo", "draws": 2},
+    "dpok": {"name": "dpok", "value_lr": 0.001},
+    "draft": {"name": "reward_backprop", "last_steps": 1},
 }
 WITHOUT_LIKELIHOODS = ("nft", "dpo")
 """Algorithms that learn from final pictures, however they were drawn."""
@@ -34,6 +38,17 @@ TRAINED = [
     ("sd35", "grpo"),
     ("flux", "grpo"),
     ("flux", "nft"),
+    ("qwen_image", "grpo"),
+]
+TRAINED_SLOWLY = [
+    ("sdxl", "dpok"),
+    ("sdxl", "nft"),
+    ("sdxl", "draft"),
+    ("sd35", "nft"),
+    ("sd35", "dpo"),
+    ("flux", "dpo"),
+    ("qwen_image", "nft"),
+    ("qwen_image", "dpo"),
 ]
 SAMPLERS: list[dict[str, Any]] = [
     {"name": "fk_steering", "particles": 2},
@@ -68,17 +83,23 @@ def plan_of(name: str, algorithm: str) -> dict[str, Any]:
     return PATHS[prediction]
 
 
-@pytest.mark.parametrize(("name", "algorithm"), TRAINED)
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [*TRAINED, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in TRAINED_SLOWLY)],
+)
 def test_it_trains_two_rounds(
     name: str, algorithm: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    run = run_of(policy_of(name, folders), plan_of(name, algorithm), ALGORITHMS[algorithm])
+    # gradients pass the shipped reward model
+    reward = "bradley_terry" if algorithm == "draft" else "jpeg"
+    settings = ALGORITHMS[algorithm]
+    run = run_of(policy_of(name, folders), plan_of(name, algorithm), settings, reward)
     train_two_rounds(run, tmp_path)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sdxl", "flux"])
+@pytest.mark.parametrize("name", ["sdxl", "flux", "qwen_image"])
 def test_on_ray_it_is_the_same_bit_for_bit(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -90,7 +111,19 @@ def test_on_ray_it_is_the_same_bit_for_bit(
     assert_same_run(tmp_path / "here", tmp_path / "ray")
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler["name"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_edict_draws_from_it(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its coupled chains run in float64, the denoiser too."""
+    sample_of(policy_of(name, folders), ODE[SETTINGS[name][1]], {"name": "edict"}, tmp_path)
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [*SAMPLERS, pytest.param({"name": "demon", "candidates": 2}, marks=pytest.mark.slow)],
+    ids=lambda sampler: sampler["name"],
+)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_samplers_draw_from_it(
     name: str, sampler: dict[str, Any], folders: dict[str, Path], tmp_path: Path

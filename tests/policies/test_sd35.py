@@ -70,6 +70,7 @@ def test_the_length_of_t5_changes_the_picture(tmp_path: Path) -> None:
     drawn = []
     for tokens in (16, 128):
         policy = StableDiffusion3(path=str(tmp_path), t5_tokens=tokens).load("cpu")
-        assert policy.encode(["two"]).caption["embeds_BLD"].shape == (1, 16 + tokens, 40)
+        rows = policy.family.pipeline.tokenizer_max_length + tokens
+        assert policy.encode(["two"]).caption["embeds_BLD"].shape == (1, rows, 40)
         drawn.append(policy.sample(["two"], steps=2, seed=3, output="latents"))
     assert (drawn[0] - drawn[1]).abs().max() > 1e-4

@@ -1,4 +1,5 @@
-"""Latents as tokens of 2 x 2: how FLUX's and Qwen-Image's transformers take pictures."""
+"""Latents as tokens of 2 x 2, and the places of tokens: how FLUX's and Qwen-Image's transformers
+take pictures."""
 
 from __future__ import annotations
 
@@ -27,3 +28,10 @@ def positions(x_BCHW: torch.Tensor) -> torch.Tensor:
     y_N, x_N = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     places = torch.stack([torch.zeros_like(y_N), y_N, x_N], dim=-1)
     return places.reshape(-1, 3).to(x_BCHW.device, torch.float32)
+
+
+def places(height: int, width: int, length: int, *, device: torch.device) -> torch.Tensor:
+    """(height width length, 4) places (0, y, x, l) of whole numbers: FLUX.2's, of a picture's
+    tokens (length 1) or of a text's (height and width 1)."""
+    sides = (torch.arange(side, device=device) for side in (1, height, width, length))
+    return torch.cartesian_prod(*sides)

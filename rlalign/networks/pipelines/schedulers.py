@@ -136,10 +136,10 @@ def check_variance_preserving(scheduler: Any, path: str) -> None:
 
 
 def read_variance_preserving(
-    scheduler: Any, *, ends_clean: bool | None = None
+    scheduler: Any, *, ends_clean: bool | None = None, beyond: int = 0
 ) -> VariancePreserving:
     """The path of a scheduler that ``check_variance_preserving`` has let through. ``ends_clean``
-    None is what its ``set_alpha_to_one`` says."""
+    None is what its ``set_alpha_to_one`` says; ``beyond`` 1 is DPM-Solver's own "linspace"."""
     config = scheduler.config
     if ends_clean is None:
         ends_clean = bool(config.get("set_alpha_to_one", True))
@@ -147,6 +147,7 @@ def read_variance_preserving(
         scheduler.alphas_cumprod,
         spacing=config.get("timestep_spacing", "leading"),
         offset=config.get("steps_offset", 1),
+        beyond=beyond,
         ends_clean=ends_clean,
         variance_type=config.get("variance_type") or "fixed_small",
     )
