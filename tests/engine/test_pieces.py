@@ -91,7 +91,7 @@ def test_lanes_change_no_number_and_the_cost_is_of_all_of_them() -> None:
 def test_on_a_gpu_one_lane_is_enough() -> None:
     """The policy stays where it is; only what it says of itself decides here."""
     policy = ToyPolicy()
-    policy.device = "cuda:1"
+    policy.family.device = "cuda:1"
     made: list[LiveRewards] = []
 
     def one_more() -> LiveRewards:
