@@ -18,6 +18,11 @@ PLUGINS = [(shelf, name) for shelf in sorted(registry.SHELVES) for name in regis
 REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
     ("policies", "flux"): {"path": "models/some-pipeline"},
     ("policies", "sd3"): {"path": "models/some-pipeline"},
+    ("policies", "flux2"): {"path": "models/some-pipeline"},
+    ("policies", "qwen_image"): {"path": "models/some-pipeline"},
+    ("policies", "z_image"): {"path": "models/some-pipeline"},
+    ("policies", "sana"): {"path": "models/some-pipeline"},
+    ("policies", "pixart"): {"path": "models/some-pipeline"},
     ("policies", "sdxl"): {"path": "models/some-pipeline"},
     ("policies", "stable_diffusion"): {"path": "models/some-pipeline"},
     ("prompts", "file"): {"path": "prompts.txt"},
