@@ -341,9 +341,10 @@ class PipelineFamily(Family):
             self.pipeline.save_pretrained(folder, safe_serialization=True)
 
     def save_comfyui(self, file: Path) -> None:
-        if not self.comfyui_keys:
-            return super().save_comfyui(file)
-        return comfyui.save(self.pipeline, self.part, file, self.comfyui_keys)
+        if self.comfyui_keys is None:
+            super().save_comfyui(file)
+        else:
+            comfyui.save(self.pipeline, self.part, file, self.comfyui_keys)
 
     def merged(self) -> Self:
         """A copy whose adapters are merged into plain diffusers modules, in float32. Other weights

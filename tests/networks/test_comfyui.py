@@ -61,11 +61,10 @@ def added(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def prediction(policy: Policy, network: Any) -> torch.Tensor:
-    latents = torch.randn(
-        1, policy.family.channels, 8, 8, generator=torch.Generator().manual_seed(1)
-    )
+    family: Any = policy.family
+    latents = torch.randn(1, family.channels, 8, 8, generator=torch.Generator().manual_seed(1))
     words = policy.encode(["a red circle"]).caption
-    return policy.family.with_network(network).predict(latents, torch.tensor([501.0]), words)
+    return family.with_network(network).predict(latents, torch.tensor([501.0]), words)
 
 
 @pytest.mark.parametrize("name", FIRST)
