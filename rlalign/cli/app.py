@@ -18,6 +18,7 @@ from rlalign import __version__
 from rlalign.cli import (
     common,
     convert,
+    export,
     fit,
     look,
     models,
@@ -76,7 +77,7 @@ app.command()(sample.sample)
 app.command()(serve.serve_reward)
 app.command()(rllib.rllib)
 app.command()(models.evaluate)
-app.command()(models.export)
+app.command()(export.export)
 app.command()(convert.convert)
 app.command()(random_model.random_model)
 app.command("list")(look.list_plugins)

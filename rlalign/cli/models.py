@@ -1,8 +1,7 @@
-"""``rlalign evaluate`` and ``rlalign export``: any model by folder or name."""
+"""``rlalign evaluate``: any model by folder or name."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,40 +198,3 @@ def _first_free(folder: Path) -> Path:
         number += 1
         found = folder.with_name(f"{folder.name}-{number}")
     return found
-
-
-def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=MODEL_HELP, show_default=False)],
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to write.", show_default=False)
-    ],
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Merge a LoRA and write the whole pipeline.")
-    ] = False,
-) -> None:
-    """Write a folder that plain diffusers loads.
-
-    A pipeline folder where all weights were trained, else the file of a LoRA (with --merged the
-    pipeline too).
-    """
-    from rlalign.learning.checkpoint import disk_errors
-    from rlalign.learning.folders import all_or_nothing, refuse_what_is_there
-
-    refuse_what_is_there(folder, "name another folder")
-    policy = find_model(run).load("cpu")
-    if merged:
-        policy = policy.merged()
-    with disk_errors(folder), all_or_nothing(folder) as unfinished:
-        policy.save(unfinished)
-    print(f"{folder}: {_loader(folder)} loads it")
-
-
-def _loader(folder: Path) -> str:
-    """The call of diffusers that loads an exported folder; parts that a pipeline lacks must be
-    named to it."""
-    if not (folder / "model_index.json").is_file():
-        return f"pipeline.load_lora_weights({str(folder)!r})"
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    lacks = [n for n, kind in index.items() if kind == [None, None] and n.endswith("_3")]
-    absent = "".join(f", {name}=None" for name in lacks)
-    return f"DiffusionPipeline.from_pretrained({str(folder)!r}{absent})"

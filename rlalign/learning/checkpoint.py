@@ -135,6 +135,11 @@ def latest(run_folder: Path, *, run_identity: str, older: str = "") -> Checkpoin
     return _read(folder_of(run_folder, rounds[-1]), (run_identity, older)) if rounds else None
 
 
+def newest_round(run_folder: Path) -> int:
+    """The round of the newest checkpoint; 0 where there is none."""
+    return max(_rounds(run_folder), default=0)
+
+
 def read_tensors(run_folder: Path) -> Mapping[str, torch.Tensor]:
     """The tensors of the newest checkpoint, whatever run made it (for evaluate and export)."""
     rounds = _rounds(run_folder)

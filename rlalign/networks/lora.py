@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,10 @@ def _refuse_other_settings(
     network: torch.nn.Module, file: Path, *, rank: int, alpha: float
 ) -> None:
     """Raises UserError where a rank or an alpha was asked for that is not the file's."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers: list[Any] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    adapted = _adapted(network).values()
     for setting, asked, found in (
-        ("lora_rank", rank, {m.r[ADAPTER] for m in layers}),
-        ("lora_alpha", alpha, {m.lora_alpha[ADAPTER] for m in layers}),
+        ("lora_rank", rank, {m.r[ADAPTER] for m in adapted}),
+        ("lora_alpha", alpha, {m.lora_alpha[ADAPTER] for m in adapted}),
     ):
         if asked and found != {asked}:
             said = ", ".join(f"{value:g}" for value in sorted(found))
@@ -184,26 +183,76 @@ def is_attached(network: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def disabled(network: torch.nn.Module) -> Iterator[None]:
     """Inside, the network computes what it computed before ``attach``."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
-    for layer in layers:
+    adapted = _adapted(network).values()
+    for layer in adapted:
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in adapted:
             layer.enable_adapters(True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What an adapter adds to the weight of one layer: ``scale`` times the product of two
+    matrices."""
+
+    down: torch.Tensor
+    """(rank, inputs), or a convolution's (rank, inputs, H, W)."""
+    up: torch.Tensor
+    """(outputs, rank), or (outputs, rank, 1, 1)."""
+    scale: float
+
+    @property
+    def alpha(self) -> float:
+        """The scale times the rank, as files name it."""
+        return self.scale * len(self.down)
+
+
+def layers(network: torch.nn.Module) -> dict[str, Layer]:
+    """Name of an adapted layer -> what is added to its weight. Raises UserError where that is more
+    than a product of two matrices (a bias, a magnitude)."""
+    found: dict[str, Layer] = {}
+    for name, module in _adapted(network).items():
+        if ADAPTER in module.lora_variant or module.lora_bias[ADAPTER]:
+            raise UserError(
+                f"the LoRA of {name} must be two matrices to be exported in this form, and has a"
+                " bias or a magnitude (DoRA) too; export it as plain diffusers' file"
+            )
+        found[name] = Layer(
+            down=module.lora_A[ADAPTER].weight.detach(),
+            up=module.lora_B[ADAPTER].weight.detach(),
+            scale=float(module.scaling[ADAPTER]),
+        )
+    return found
+
+
+def _adapted(network: torch.nn.Module) -> dict[str, Any]:
+    """Name of an adapted layer -> peft's layer in its place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {n: m for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+@torch.no_grad()
+def merge_into(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> None:
+    """Puts the sum of weight and adapter in the place of every plain weight that the network's
+    adapters adapt, one after the other; the tensors themselves stay as they are.
+
+    ``weights`` are float32 under the names of before ``attach``.
+    """
+    layers(network)  # refuses what a sum of weights would leave out
+    for name, layer in _adapted(network).items():
+        weight = weights[f"{name}.weight"]
+        weights[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).to(weight)
 
 
 def merge(network: torch.nn.Module) -> None:
     """Adds the adapters into the layers they adapt, for good; the network keeps peft's layer
     classes."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
+    for layer in _adapted(network).values():
+        layer.merge(safe_merge=True)
 
 
 def plain_state_dict(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -223,9 +272,9 @@ def save(pipeline: Any, part: str, folder: Path) -> None:
 
     # of a transformer the loader knows peft's own names only
     network = getattr(pipeline, part)
-    layers = get_peft_model_state_dict(network)
+    tensors = get_peft_model_state_dict(network)
     if part == "unet":
-        layers = convert_state_dict_to_diffusers(layers)
+        tensors = convert_state_dict_to_diffusers(tensors)
 
     # without the adapter's own settings diffusers would take alpha to be the rank
     settings = network.peft_config[ADAPTER].to_dict()
@@ -235,7 +284,7 @@ def save(pipeline: Any, part: str, folder: Path) -> None:
     settings = {
         name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()
     }
-    named = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": settings}
+    named = {f"{part}_lora_layers": tensors, f"{part}_lora_adapter_metadata": settings}
     pipeline.save_lora_weights(folder, safe_serialization=True, **named)
     order_header(folder / FILE)
 

@@ -163,6 +163,14 @@ class Family(ABC):
     def save(self, folder: Path) -> None:
         """Writes what plain diffusers loads: a pipeline folder, or a LoRA file."""
 
+    def save_comfyui(self, file: Path) -> None:
+        """Writes the LoRA in one file that ComfyUI reads; families that have keys for it do so.
+        Raises UserError for others, and where all weights are trained."""
+        raise UserError(
+            "--format comfyui must be left out for a policy of whose LoRA diffusers and ComfyUI"
+            f" share no keys, as {type(self).__name__}; export a folder"
+        )
+
     def merged(self) -> Self:
         """A copy without adapters, which saves as a whole pipeline; families that can merge a LoRA
         do so."""

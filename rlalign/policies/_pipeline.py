@@ -21,9 +21,10 @@ from rlalign.core.registry import Before, UserError
 from rlalign.diffusion.condition import Condition, Words
 from rlalign.diffusion.paths import NoisePath, Tokens
 from rlalign.diffusion.predictions import PredictionType
-from rlalign.networks import lora
-from rlalign.networks.pipelines.checkpoints import load_checkpoint
+from rlalign.networks import comfyui, lora
+from rlalign.networks.pipelines.checkpoints import load_checkpoint, read_network
 from rlalign.networks.pipelines.fitting import check_parts, default_size, try_out
+from rlalign.networks.pipelines.loading import empty_copy
 from rlalign.networks.pipelines.schedulers import read_flow, say_steps
 from rlalign.networks.precision import Precision
 from rlalign.policies._family import OWN_SIZE, Family, refuse_frames
@@ -133,6 +134,9 @@ class PipelineFamily(Family):
     draws_clips: ClassVar[bool] = False
     """Whether latents are (C, F, H, W)."""
     reads_adapters: ClassVar[bool] = True
+    comfyui_keys: ClassVar[comfyui.Keys | None] = None
+    """Under which keys ComfyUI reads a LoRA of this family, where plain diffusers reads them
+    too."""
 
     network: Any
     """diffusers' denoiser."""
@@ -347,15 +351,30 @@ class PipelineFamily(Family):
         else:
             self.pipeline.save_pretrained(folder, safe_serialization=True)
 
+    def save_comfyui(self, file: Path) -> None:
+        if self.comfyui_keys is None:
+            super().save_comfyui(file)
+        else:
+            comfyui.save(self.pipeline, self.part, file, self.comfyui_keys)
+
     def merged(self) -> Self:
-        """A copy whose adapters are merged into plain diffusers modules."""
+        """A copy whose adapters are merged into plain diffusers modules, in float32. Other weights
+        are shared with this one or, where this one keeps them rounded, the checkpoint's, read
+        again."""
         if not lora.is_attached(self.network):
             return self
+
         # an adapter is finer than bfloat16 weights can hold
-        merged = copy.deepcopy(self.network).float()
-        lora.merge(merged)
-        fresh = type(self.network).from_config(self.network.config)
-        fresh.load_state_dict(lora.plain_state_dict(merged))
+        weights = lora.plain_state_dict(self.network)
+        if any(p.dtype != torch.float32 for p in self.network.parameters()):
+            again = read_network(self.recipe.location, self.pipeline_classes, self.part)
+            weights = again.state_dict()
+            del again
+        lora.merge_into(weights, self.network)
+
+        # a network of diffusers around these tensors
+        fresh = empty_copy(self.network)
+        fresh.load_state_dict(weights, assign=True)
         plain = self.with_network(fresh.to(self.device).eval())
         plain.pipeline = copy.copy(self.pipeline)
         setattr(plain.pipeline, self.part, plain.network)

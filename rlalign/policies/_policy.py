@@ -285,6 +285,11 @@ class Policy:
         """Writes what plain diffusers loads: a pipeline folder, or a LoRA file."""
         self.family.save(folder)
 
+    def save_comfyui(self, file: Path) -> None:
+        """Writes the LoRA in one file that ComfyUI reads. Raises UserError where there is none, or
+        none of such a family."""
+        self.family.save_comfyui(file)
+
     def merged(self) -> Policy:
         """The policy without adapters, which saves as a whole pipeline. Raises UserError for a
         family that cannot merge its LoRA."""

@@ -28,6 +28,7 @@ class FluxFamily(PipelineFamily):
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    comfyui_keys = "lora_transformer_"
     own_side: ClassVar[int] = 128
     even_levels: ClassVar[bool] = True
     lora_targets = (

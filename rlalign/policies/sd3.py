@@ -36,6 +36,7 @@ class StableDiffusion3Family(PipelineFamily):
     vector."""
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    comfyui_keys = "transformer."
     lora_targets = LORA_TARGETS
 
     recipe: StableDiffusion3

@@ -31,6 +31,7 @@ class StableDiffusionXLFamily(PipelineFamily):
     # a watermark would be in the picture of some machines and not of others
     pipeline_settings: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
     part: ClassVar[str] = "unet"
+    comfyui_keys = "lora_unet_"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     @classmethod

@@ -27,6 +27,7 @@ class StableDiffusionFamily(PipelineFamily):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     pipeline_settings: ClassVar[Mapping[str, Any]] = {"safety_checker": None}
     part: ClassVar[str] = "unet"
+    comfyui_keys = "lora_unet_"
     lora_targets = LORA_TARGETS
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 
 from rlalign.core import registry
 from rlalign.core.records import Plan
-from rlalign.networks import precision
+from rlalign.networks import lora, precision
 from rlalign.policies.base import Policy
 
 
@@ -88,20 +88,24 @@ def test_a_policy_that_cannot_checkpoint_says_so() -> None:
 
 
 def test_a_merged_export_keeps_what_bfloat16_could_not_hold() -> None:
+    """The checkpoint's own weights bit for bit where no adapter is, and an adapter far below the
+    spacing of bfloat16 numbers."""
     policy = loaded(lora_rank=2, precision="bfloat16")
     for name, parameter in policy.trainable().items():
         if "lora_B" in name:
-            parameter.data.fill_(1e-5)  # far below the spacing of a bfloat16 weight
+            parameter.data.fill_(1e-5)
     merged = policy.merged()
-    kinds = {p.dtype for p in merged.network.parameters()}
-    assert kinds == {torch.float32}
-    base = {
-        n.replace(".base_layer.", "."): p
-        for n, p in policy.network.named_parameters()
-        if "lora_" not in n
-    }
-    moved = [n for n, p in merged.network.named_parameters() if not torch.equal(p, base[n].float())]
-    assert moved and all("attn" in name for name in moved)
+    found = merged.network.state_dict()
+    assert {p.dtype for p in merged.network.parameters()} == {torch.float32}
+    exact = loaded().network.state_dict()
+    assert found.keys() == exact.keys()
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in exact.values())
+    adapted = {f"{name}.weight": layer for name, layer in lora.layers(policy.network).items()}
+    for name, weight in exact.items():
+        layer = adapted.get(name)
+        expected = weight if layer is None else weight + layer.up @ layer.down * layer.scale
+        assert torch.equal(found[name], expected)
+        assert layer is None or not torch.equal(found[name], weight)
 
 
 def test_a_copy_in_float64_computes_in_float64() -> None:

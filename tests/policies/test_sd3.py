@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rlalign.algorithms._advantages import PromptStatistics
 from rlalign.algorithms.ddpo import DDPO
-from rlalign.cli.models import export, find_model
+from rlalign.cli.export import export, find_model
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
 from rlalign.diffusion.rollout import moves, replay_log_prob, rollout

@@ -15,6 +15,7 @@ from rlalign.networks.pipelines.loading import (
     INDEX,
     broken,
     class_of,
+    find_folder,
     is_network,
     load_network,
     load_pipeline,
@@ -37,6 +38,19 @@ def load_checkpoint(
     if file is None:
         return load_pipeline(path, classes, dtypes, **settings)
     return _load_one_file(file, classes, settings)
+
+
+def read_network(path: str, classes: Sequence[str], part: str) -> Any:
+    """One network of a checkpoint, diffusers' own class, in float32: every weight as it is stored.
+    Raises UserError with the way out."""
+    file = one_file(path)
+    folder = find_folder(path) if file is None else settings_folder(file)
+    _, index = read_index(folder, path, classes)
+    kind = index[part]
+    with quiet_libraries():
+        if file is None:
+            return load_network(folder / part, kind, f"policy.path: cannot load {path!r}")
+        return _convert(file, folder, part, class_of(kind)).float()
 
 
 def settings_folder(file: Path) -> Path:

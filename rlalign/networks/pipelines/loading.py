@@ -260,11 +260,9 @@ def load_network(
 def _restore_buffers(network: Any, files: Sequence[Path]) -> None:
     """Puts float32 buffers back into a network of diffusers, which reads them in the dtype of its
     weights: as its class makes them, or as the first of the files has them that does."""
-    from accelerate import init_empty_weights
     from safetensors import safe_open
 
-    with init_empty_weights(include_buffers=False):
-        exact = dict(type(network).from_config(network.config).named_buffers())
+    exact = dict(empty_copy(network).named_buffers())
     stored = exact.keys() & network.state_dict().keys()
     for file in sorted(files):
         with safe_open(file, "pt") as opened:
@@ -274,6 +272,15 @@ def _restore_buffers(network: Any, files: Sequence[Path]) -> None:
     for name, buffer in exact.items():
         module, _, leaf = name.rpartition(".")
         network.get_submodule(module)._buffers[leaf] = buffer
+
+
+def empty_copy(network: Any) -> Any:
+    """A network of diffusers by the same config whose weights take no memory (they are on the meta
+    device); its buffers are real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return type(network).from_config(network.config)
 
 
 def _sizes_as_info(kind: list[Any]) -> dict[str, bool]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rlalign.alignment.models import find_model
 from rlalign.core.registry import UserError
+from rlalign.networks.pipelines.checkpoints import read_network
 from rlalign.policies.base import Policy
 from rlalign.policies.sd3 import StableDiffusion3
 from rlalign.policies.stable_diffusion import StableDiffusion
@@ -92,6 +93,23 @@ def test_an_adapter_of_one_file_in_bfloat16_is_that_of_the_folder(saved: Any) ->
     settings = {"lora_rank": 2, "precision": "bfloat16"}
     policies = [FAMILIES[name](path=str(p), **settings).load("cpu") for p in (folder, file)]
     assert_same(*policies)
+
+
+def test_the_denoiser_is_read_again_in_float32(saved: Any) -> None:
+    """Of a folder and of one file, bit for bit; and so is a merged policy that computes in
+    bfloat16, where no adapter is."""
+    name, folder, file = saved
+    recipe = FAMILIES[name]
+    family: Any = recipe.family
+    exact = recipe(path=str(folder)).load("cpu").network.state_dict()
+    for path in (str(folder), str(file)):
+        found = read_network(path, family.pipeline_classes, family.part).state_dict()
+        assert found.keys() == exact.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in exact.items())
+        policy = recipe(path=path, precision="bfloat16", lora_rank=2).load("cpu")
+        merged = policy.merged().network.state_dict()
+        assert merged.keys() == exact.keys()
+        assert all(torch.equal(merged[key], tensor) for key, tensor in exact.items())
 
 
 def test_a_text_encoder_may_lie_in_the_folder(saved: Any, tmp_path: Path) -> None:
