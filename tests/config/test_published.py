@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from rlalign import load_policy
+from rlalign.algorithms.base import Given
 from rlalign.config import Run, load_run
 from rlalign.config.derive import summarise_run
 from rlalign.core.records import Plan
-from rlalign.data.prompts.file import read_prompts
+from rlalign.data.prompts.file import FilePrompts, read_prompts
+from rlalign.data.prompts.list import ListedPrompts
 from rlalign.diffusion.noise import noise_masks
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.diffusion.steps import LOG_2PI, Gaussian, Move, flow_cps
+from rlalign.policies.base import Policy
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "published"
@@ -135,6 +140,11 @@ def test_every_file_is_in_the_table() -> None:
     assert set(OURS) <= set(PUBLISHED)
 
 
+def test_the_page_has_every_file() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [*PUBLISHED, *sorted(UNPUBLISHED)]
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_comes_to_what_was_published(name: str) -> None:
     run = load_run(FILES[name])
@@ -178,9 +188,7 @@ def test_what_one_card_of_24_gb_is_given(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl_grpo_24gb", "sdxl_nft_24gb"])
-def test_groups_of_four_without_a_batch_of_four(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_of_four_without_a_batch_of_four(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every prompt comes four times a round, in units of one."""
     monkeypatch.chdir(ROOT)
     run = load_run(FILES[name])
@@ -189,6 +197,36 @@ def test_groups_of_four_without_a_batch_of_four(
     assert {len(unit.prompts) for unit in units} == {1}
     assert {drawn.count(number) for number in drawn} == {4}
     assert len({(u.prompt_ids, u.sample_ids) for u in units}) == len(units)
+
+
+@pytest.fixture(scope="module")
+def policies() -> dict[str, Policy]:
+    """The embedded models, in the place of those that a recipe names: noise, and a flow."""
+    return {name: load_policy(name) for name in ("tiny", "tiny_flow")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_its_algorithm_takes_the_plan_and_the_groups(
+    name: str, policies: dict[str, Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run is refused for before its first round; prompts that are not shipped are
+    replaced by as many others."""
+    monkeypatch.chdir(ROOT)
+    run = load_run(FILES[name])
+    prompts = run.prompts
+    if isinstance(prompts, FilePrompts) and not Path(prompts.path).is_file():
+        dealt = prompts.model_dump(include={"per_round", "samples_per_prompt", "per_unit"})
+        prompts = ListedPrompts(prompts=tuple(f"a {n}" for n in range(100)), **dealt)
+    plan = run.plan.model_copy(update={"height": 0, "width": 0})
+    given = run.preferences
+    run.algorithm.check(
+        Given(
+            policy=policies["tiny_flow" if plan.rule.startswith("flow") else "tiny"],
+            plan=plan,
+            units=() if given else prompts.units(run.seed, 1, plan),
+            ties=given.ties if given else "",
+        )
+    )
 
 
 def test_the_preference_recipes() -> None:
@@ -214,7 +252,7 @@ def cps_factors(path: RectifiedFlow, plan: Plan) -> torch.Tensor:
     """
     level = path.levels(plan.steps)
     found = []
-    for now, after in zip(level[:-2], level[1:-1], strict=True):
+    for now, after in pairwise(level[:-1]):
         x = torch.zeros(1, 4, dtype=torch.float64)
         gaussian: Gaussian = flow_cps(Move(x, x, x, path, now, after, plan.eta))
         constant = -gaussian.std.log() - 0.5 * LOG_2PI
