@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from rlalign.algorithms.base import (
 from rlalign.core.batches import ImageBatch, ImagePass
 from rlalign.core.copies import Copy, Decay
 from rlalign.core.records import Scored, is_guided
-from rlalign.core.registry import UserError
+from rlalign.core.registry import Before, UserError
 from rlalign.diffusion.noise import generator, normal
 from rlalign.diffusion.paths import coefficients
 from rlalign.policies.base import Policy
@@ -38,7 +38,7 @@ class DiffusionNFT(Algorithm):
     x+ = (1 - beta) old + beta new and x- = (1 + beta) old - beta new are implicit clean
     predictions, and w is the detached mean absolute error. Samples may come from any solver
     (plan.eta 0 is best); no guidance. ``old`` is a slow copy of the weights: after round n it moves
-    by 1 - min(slope n, most).
+    by 1 - min(slope max(n - after, 0), most).
 
     Source: Zheng 2025, arXiv:2509.16117, eq. 7-10.
     """
@@ -61,6 +61,12 @@ class DiffusionNFT(Algorithm):
         default=0.001, ge=0, description="how the old policy's decay grows per round"
     )
     decay_most: float = Field(default=0.5, ge=0, lt=1, description="and where it stops")
+    decay_after: Annotated[float, Before(0.0)] = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="rounds before it grows, in which the old policy is the newest",
+    )
     draws: int = Field(
         default=4,
         ge=1,
@@ -72,7 +78,11 @@ class DiffusionNFT(Algorithm):
 
     @property
     def copies(self) -> Mapping[str, Copy]:
-        return {"behaviour": Decay(lambda round: min(self.decay_slope * round, self.decay_most))}
+        return {"behaviour": Decay(self._decay)}
+
+    def _decay(self, round: int) -> float:
+        """What the old policy keeps of itself after round ``round`` >= 1."""
+        return min(self.decay_slope * max(round - self.decay_after, 0.0), self.decay_most)
 
     def check(self, given: Given) -> None:
         super().check(given)

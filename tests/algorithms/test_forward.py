@@ -16,6 +16,7 @@ from rlalign.algorithms.diffusion_nft import DiffusionNFT
 from rlalign.algorithms.reinforce import Reinforce
 from rlalign.algorithms.rwr import RWR
 from rlalign.core.batches import ImagePass
+from rlalign.core.copies import Decay
 from rlalign.core.records import Plan
 from rlalign.policies.base import Condition, Words
 from tests.algorithms.helpers import FlowToy, in_float64, numeric_gradient, scored_of
@@ -283,3 +284,24 @@ def test_o23_reinforce_is_d_times_k_times_ddpos_score_function() -> None:
         totals[algorithm.name] = gradient(value, policy)
     assert totals["reinforce"].abs().max() > 1e-3
     assert torch.allclose(totals["reinforce"], 2 * 4 * totals["ddpo"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        # the published type 1, by update: min(0.001 n, 0.5)
+        ({}, {1: 0.001, 400: 0.4, 500: 0.5, 900: 0.5}),
+        # type 2 of two updates a round: 0 up to update 75, then 0.0075 each, up to 0.999
+        (
+            {"decay_slope": 0.015, "decay_most": 0.999, "decay_after": 37.5},
+            {1: 0.0, 37: 0.0, 38: 0.0075, 60: 0.3375, 104: 0.9975, 105: 0.999, 500: 0.999},
+        ),
+    ],
+)
+def test_the_old_policys_decay_by_round(
+    settings: dict[str, float], wanted: dict[int, float]
+) -> None:
+    decay = DiffusionNFT(**settings).copies["behaviour"]  # type: ignore[arg-type]
+    assert isinstance(decay, Decay)
+    found = {round: decay.of_round(round) for round in wanted}
+    assert found == pytest.approx(wanted, abs=1e-12)

@@ -14,7 +14,8 @@ from rlalign.fitting.reward import FitReward
 from rlalign.sampling import Sample, load_sample
 from rlalign.sampling.settings import parse_sample
 
-FILES = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
 OTHERS = {
     "pretrain_": ("pretrain", Pretrain),
     "fit_": ("fit-reward", FitReward),
@@ -33,12 +34,13 @@ def test_there_are_some():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_it_is_sparse_and_says_how_to_start_it(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 30
+    # a published recipe says line by line what differs
+    assert len(lines) <= (60 if path.parent.name == "published" else 30)
     command = next(
         (command for prefix, (command, _) in OTHERS.items() if path.name.startswith(prefix)),
         "train",
     )
-    assert f"# rlalign {command} configs/{path.name}" in lines
+    assert f"# rlalign {command} configs/{path.relative_to(CONFIGS)}" in lines
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
@@ -71,12 +73,12 @@ def test_a_file_of_another_command_loads_and_writes_to_a_folder_of_its_name(path
 
 
 def test_quickstart_is_the_contracts_example():
-    run = load_run(RUNS[0].parent / "quickstart.yaml")
+    run = load_run(CONFIGS / "quickstart.yaml")
     assert (run.policy.name, run.prompts.name, run.algorithm.name) == ("tiny", "shapes", "ddpo")
     assert "shapes" in [reward.title for reward in run.rewards]
 
 
 def test_the_compressibility_run_holds_the_captions_out():
-    run = load_run(RUNS[0].parent / "tiny_compressibility.yaml")
+    run = load_run(CONFIGS / "tiny_compressibility.yaml")
     assert [reward.title for reward in run.rewards] == ["jpeg"]
     assert [reward.title for reward in run.evaluate.rewards] == ["shapes"]
