@@ -33,17 +33,10 @@ from rlalign.policies._recipe import PolicyRecipe
 REMEMBERED_BYTES = 2**28
 """Of prompts' words that are kept (0.25 MB each in Stable Diffusion 1.5, 5.5 in 3), so that a long
 prompt list fills no memory."""
-JOINT_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-)
-"""Layers of an attention that joins the words and the picture."""
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Endings of the names of an attention's layers."""
+JOINT_TARGETS = (*ATTENTION_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The same of an attention that joins the words and the picture."""
 NegativePrompt = Annotated[
     str,
     Before(""),

@@ -10,6 +10,7 @@ from rlalign.diffusion.condition import Condition as Condition
 from rlalign.diffusion.condition import Words as Words
 from rlalign.policies._family import OWN_SIZE, Family, refuse_frames
 from rlalign.policies._pipeline import (
+    ATTENTION_TARGETS,
     JOINT_TARGETS,
     NegativePrompt,
     PipelineFamily,
@@ -19,6 +20,7 @@ from rlalign.policies._policy import Meter, Policy
 from rlalign.policies._recipe import PolicyRecipe
 
 __all__ = [
+    "ATTENTION_TARGETS",
     "JOINT_TARGETS",
     "OWN_SIZE",
     "Family",

@@ -12,7 +12,7 @@ from rlalign.core.registry import UserError
 from rlalign.diffusion.condition import Words
 from rlalign.networks.pipelines.fitting import check_packed
 from rlalign.networks.pipelines.packing import pack, positions, unpack
-from rlalign.policies.base import PipelineFamily, PipelineRecipe
+from rlalign.policies.base import JOINT_TARGETS, PipelineFamily, PipelineRecipe
 
 T5_TOKENS = 512
 """What a pipeline's call takes as ``max_sequence_length`` when it is not told."""
@@ -31,16 +31,7 @@ class FluxFamily(PipelineFamily):
     comfyui_keys = "lora_transformer_"
     own_side: ClassVar[int] = 128
     even_levels: ClassVar[bool] = True
-    lora_targets = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets = JOINT_TARGETS
 
     recipe: Flux
 

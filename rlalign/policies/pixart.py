@@ -18,9 +18,8 @@ from rlalign.networks.pipelines.schedulers import (
     check_variance_preserving,
     read_variance_preserving,
 )
-from rlalign.policies.base import PipelineFamily, PipelineRecipe
+from rlalign.policies.base import ATTENTION_TARGETS, PipelineFamily, PipelineRecipe
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TOKENS = {"PixArtSigmaPipeline": 300, "PixArtAlphaPipeline": 120}
 """Pipeline -> what its call takes as ``max_sequence_length`` when it is not told."""
 
@@ -40,7 +39,7 @@ class PixArtFamily(PipelineFamily):
         "tokenizer": (),
         "text_encoder": ("T5EncoderModel",),
     }
-    lora_targets = LORA_TARGETS
+    lora_targets = ATTENTION_TARGETS
     reads_adapters: ClassVar[bool] = False
 
     recipe: PixArt

@@ -11,9 +11,7 @@ from pydantic import Field
 
 from rlalign.core.records import Plan
 from rlalign.diffusion.condition import Condition, Words
-from rlalign.policies.base import OWN_SIZE, PipelineFamily, PipelineRecipe
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+from rlalign.policies.base import ATTENTION_TARGETS, OWN_SIZE, PipelineFamily, PipelineRecipe
 
 
 class SanaFamily(PipelineFamily):
@@ -31,7 +29,7 @@ class SanaFamily(PipelineFamily):
         "tokenizer": (),
         "text_encoder": (),
     }
-    lora_targets = LORA_TARGETS
+    lora_targets = ATTENTION_TARGETS
 
     recipe: Sana
 

@@ -11,18 +11,8 @@ from pydantic import Field
 
 from rlalign.diffusion.condition import Words
 from rlalign.networks.pipelines.fitting import check_transformer
-from rlalign.policies.base import PipelineFamily, PipelineRecipe
+from rlalign.policies.base import JOINT_TARGETS, PipelineFamily, PipelineRecipe
 
-LORA_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-)
 T5_TOKENS = 256
 """What a pipeline's call takes as ``max_sequence_length`` when it is not told."""
 T5_MEANING = (
@@ -37,7 +27,7 @@ class StableDiffusion3Family(PipelineFamily):
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     comfyui_keys = "transformer."
-    lora_targets = LORA_TARGETS
+    lora_targets = JOINT_TARGETS
 
     recipe: StableDiffusion3
 

@@ -15,7 +15,7 @@ from rlalign.networks.pipelines.schedulers import (
     check_variance_preserving,
     read_variance_preserving,
 )
-from rlalign.policies.base import PipelineFamily, PipelineRecipe
+from rlalign.policies.base import ATTENTION_TARGETS, PipelineFamily, PipelineRecipe
 
 
 class StableDiffusionXLFamily(PipelineFamily):
@@ -32,7 +32,7 @@ class StableDiffusionXLFamily(PipelineFamily):
     pipeline_settings: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
     part: ClassVar[str] = "unet"
     comfyui_keys = "lora_unet_"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets = ATTENTION_TARGETS
 
     @classmethod
     def check(cls, pipeline: Any, path: str) -> None:

@@ -16,9 +16,7 @@ from rlalign.networks.pipelines.schedulers import (
     check_variance_preserving,
     read_variance_preserving,
 )
-from rlalign.policies.base import PipelineFamily, PipelineRecipe
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+from rlalign.policies.base import ATTENTION_TARGETS, PipelineFamily, PipelineRecipe
 
 
 class StableDiffusionFamily(PipelineFamily):
@@ -28,7 +26,7 @@ class StableDiffusionFamily(PipelineFamily):
     pipeline_settings: ClassVar[Mapping[str, Any]] = {"safety_checker": None}
     part: ClassVar[str] = "unet"
     comfyui_keys = "lora_unet_"
-    lora_targets = LORA_TARGETS
+    lora_targets = ATTENTION_TARGETS
 
     @classmethod
     def check(cls, pipeline: Any, path: str) -> None:

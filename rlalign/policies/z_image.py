@@ -10,9 +10,8 @@ from pydantic import Field
 from torch.nn.functional import pad
 
 from rlalign.diffusion.condition import Words
-from rlalign.policies.base import PipelineFamily, PipelineRecipe
+from rlalign.policies.base import ATTENTION_TARGETS, PipelineFamily, PipelineRecipe
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 OWN_SIZE = (1024, 1024)
 """Pixels that a pipeline's call draws when it is not told."""
 
@@ -33,7 +32,7 @@ class ZImageFamily(PipelineFamily):
         "text_encoder": (),
     }
     even_levels: ClassVar[bool] = True
-    lora_targets = LORA_TARGETS
+    lora_targets = ATTENTION_TARGETS
 
     recipe: ZImage
 

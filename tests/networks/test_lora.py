@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from rlalign.core.registry import UserError
 from rlalign.networks import lora
-from rlalign.policies.base import Policy
-from rlalign.policies.stable_diffusion import LORA_TARGETS, StableDiffusion
+from rlalign.policies.base import ATTENTION_TARGETS, Policy
+from rlalign.policies.stable_diffusion import StableDiffusion
 from tests.toy import ToyPolicy, save_pipeline
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -59,7 +59,7 @@ def test_attaching_changes_no_output_and_trains_adapters_alone(folder: Path) -> 
     layers = [
         n
         for n, m in plain.network.named_modules()
-        if isinstance(m, torch.nn.Linear) and n.endswith(LORA_TARGETS)
+        if isinstance(m, torch.nn.Linear) and n.endswith(ATTENTION_TARGETS)
     ]
     assert len(names) == 2 * len(layers) > 0
     assert all(p.dtype == torch.float32 for p in adapted.trainable().values())

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from rlalign.networks.random_models import FAMILIES, empty_networks, write_pipeline
-from rlalign.policies.sd3 import LORA_TARGETS, StableDiffusion3
+from rlalign.policies.base import JOINT_TARGETS
+from rlalign.policies.sd3 import StableDiffusion3
 from tests.policies.acceptance import Acceptance, Case
 
 # two joint blocks of two streams of four layers; the last has no output layer of the words' stream
@@ -59,7 +60,7 @@ def test_the_published_sizes_have_so_many_adapted_layers(name: str, layers: int)
     """Eight a block, seven in the last; and four in each of medium's thirteen blocks with a second
     attention. Counted without memory for weights."""
     blocks = empty_networks(FAMILIES[name], "published")["transformer"]
-    ends = tuple(f".{target}" for target in LORA_TARGETS)
+    ends = tuple(f".{target}" for target in JOINT_TARGETS)
     assert sum(part.endswith(ends) for part, _ in blocks.named_modules()) == layers
 
 
