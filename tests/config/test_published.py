@@ -176,7 +176,7 @@ def test_a_file_names_its_source_and_nothing_is_wide(name: str) -> None:
     assert [line for line in text.splitlines() if line.startswith("#") and len(line) > 100] == []
 
 
-@pytest.mark.parametrize("name", UNPUBLISHED)
+@pytest.mark.parametrize("name", sorted(UNPUBLISHED))
 def test_what_one_card_of_24_gb_is_given(name: str) -> None:
     """One sample at a time, an adapter, bfloat16, activations computed again; both roles on it."""
     run = load_run(FILES[name])
