@@ -1,18 +1,22 @@
 """The command line: ``rlalign train | pretrain | evaluate | export | list | check | schema | submit
 | ...``.
 
-app.py    the commands by name, and what every one of them does with an error: exit codes and
-          messages
+app.py      the commands by name, and what every one of them does with an error: exit codes and
+            messages
+common.py   options and printing that several commands share
 streams.py  the terminal: encodings, closed streams, readers who have gone
-train.py  train and pretrain
-models.py evaluate and export: any model by folder or name
-convert.py a published pickle of a reward as safetensors
+train.py    train and pretrain
+fit.py      fit-reward: a reward model from preferences
+sample.py   sample: pictures without training
+models.py   evaluate: any model by folder or name
+export.py   export: a run's policy for plain diffusers, or in one file for ComfyUI
+convert.py  convert: a published pickle of a reward as safetensors
 random_model.py  random-model: a pipeline folder of random weights
-columns.py two columns of names and values
-look.py   list, check and schema: what starts nothing
-rllib.py  rllib: a run file under RLlib's PPO
-serve.py  serve-reward: a reward behind HTTP
-operate.py submit, status, logs, stop and scale: runs that are under way
+look.py     list, check and schema: what starts nothing
+memory.py   what check says of memory
+rllib.py    rllib: a run file under RLlib's PPO
+serve.py    serve-reward: a reward behind HTTP
+operate.py  submit, status, logs, stop and scale: runs that are under way
 
 Sits on top and may import everything, inside functions: ``rlalign list`` answers without torch. To
 add a command: a function whose docstring is its help, and a line in app.py.
