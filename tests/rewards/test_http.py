@@ -8,7 +8,6 @@ import contextlib
 import json
 import pickle
 import ssl
-import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +23,7 @@ from rlalign.runtime.serving import answer
 from rlalign.web import protocol as http_protocol
 from rlalign.web.front import Front, bound, listen, url_of
 from rlalign.web.token import TOKEN_ENV, digest
+from tests.certificates import write_certificate
 from tests.runs import metrics, small_run
 
 TOKEN = "a-token-of-a-test-0123456789"
@@ -303,21 +303,7 @@ def test_plain_http_to_another_machine_when_asked_for():
 
 
 def test_https_trusts_only_who_is_named(tmp_path):
-    pem, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "1",
-        "-subj",
-        "/CN=test",
-    ]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(pem)]
-    subprocess.run(command, check=True, capture_output=True)
+    pem, key = write_certificate(tmp_path, "IP:127.0.0.1")
     assert ssl.create_default_context(cafile=pem)
     with Server(
         build("rewards", {"name": "jpeg"}), ssl_certfile=str(pem), ssl_keyfile=str(key)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import http.server
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import requests
 
 from rlalign.web.client import Client, keep_from_proxies, proxy_of
+from tests.certificates import write_certificate
 from tests.proxies import Seen, name_proxy, proxy, web
 
 TOKEN = "a-token-of-a-test-0123456789"
@@ -84,28 +84,7 @@ def test_which_addresses_are_asked_through_a_proxy(
 def secure(tmp_path: Path) -> Iterator[tuple[int, Path, list[str | None]]]:
     """(port, certificate, the Authorization headers that it got) of a server for
     https://scores.example.org."""
-    pem, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "1",
-        "-subj",
-        "/CN=test",
-    ]
-    command += [
-        "-addext",
-        "subjectAltName=DNS:scores.example.org",
-        "-keyout",
-        str(key),
-        "-out",
-        str(pem),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    pem, key = write_certificate(tmp_path, "DNS:scores.example.org")
     got: list[str | None] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
