@@ -45,12 +45,12 @@ define install
 	set -x; $$pip $(1)
 endef
 
-# Stamps: what is installed is renewed when, and only when, what it was installed from has changed.
+# Stamps: what is installed is renewed when, and only when, what it was installed from has changed. A
+# run starts some ten processes at once, the tests a hundred: what they import is compiled once, here.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(call install,-e .)
+	$(call install,-e .,--compile-bytecode)
 	@touch $@
 
-# The tests start some hundred processes: what these import is compiled once, here.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,-e '.[dev]',--compile-bytecode)
 	@touch $(VENV)/.installed $@

@@ -141,9 +141,12 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
 def progress_line(record: Mapping[str, Any], rounds: int) -> str:
     """How far the work at hand is, in one readable line."""
     done, of = record["done"], record["of"]
+    counted = f"{done} of {of} {record['what']}"
+    if record["round"] is None:  # how long processes take to start is not foreseen
+        return f"starting  {counted}"
     left = record["seconds"] / done * (of - done)
     where = f"round {record['round']:>3}/{rounds}" if record["round"] else "evaluation"
-    return f"{where}  {done} of {of} {record['what']}, {left:.0f} s left"
+    return f"{where}  {counted}, {left:.0f} s left"
 
 
 class Console:

@@ -139,6 +139,7 @@ def test_what_is_at_work_is_said_where_nothing_else_is(monkeypatch):
     console.begin(30)
     said = {
         "starting": {"note": "a note"},
+        "starting  0 of 3 workers are ready": workers(0),
         "round   4/30  2 of 8 units, 9 s left": units(4, 2),
         "evaluation  8 of 8 units, 0 s left": units(0, 8),
         "next round": record(3),
@@ -163,6 +164,11 @@ def test_a_bar_shows_what_is_at_work(monkeypatch):
     console.record(units(4, 2))
     console.end()  # draws the bar a last time
     assert "round   4/30  2 of 8 units, 9 s left" in stream.getvalue()
+
+
+def workers(ready: int) -> dict[str, dict[str, object]]:
+    """A run that has not begun."""
+    return {"progress": {"round": None, "what": "workers are ready", "done": ready, "of": 3}}
 
 
 def units(round: int, done: int) -> dict[str, dict[str, object]]:

@@ -50,6 +50,7 @@ class Supervisor(threading.Thread):
         self._epoch = ""
         self._seen = 0
         self._asked = control.Asked()
+        self._ready = -1
 
         # the balance decides how many rollout workers there are
         self._balance = Balance(
@@ -147,6 +148,14 @@ class Supervisor(threading.Thread):
         }
         self._status.write(pools=pools, queue=standing.queue)
         self._balance.pools(ready=standing.pools[ROLLOUT].ready)
+
+        # until the learner says something there is nothing else to show
+        ready = sum(state.ready for state in standing.pools.values())
+        if self._seen == 0 and ready != self._ready:
+            self._ready = ready
+            wanted = sum(self._fleet.size(role) for role in standing.pools)
+            facts = {"round": None, "what": "workers are ready", "done": ready, "of": wanted}
+            self._tell({"progress": facts})
 
     def _show(self, timeout_seconds: float) -> None:
         try:

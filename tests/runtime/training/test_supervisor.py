@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,23 @@ import pytest
 
 from rlalign.alignment import control
 from rlalign.core.registry import UserError
-from rlalign.runtime.roles import ROLLOUT
+from rlalign.runtime.pool import PoolState
+from rlalign.runtime.roles import ROLLOUT, Role
+from rlalign.runtime.training.coordinator import Standing
 from tests.runs import small_run
 
 pytestmark = pytest.mark.ray
 
 
-def coordinator(forgets: bool = False) -> Any:
-    """An actor that has one record and keeps, or forgets, why the run failed."""
+def coordinator(forgets: bool = False, records: int = 1) -> Any:
+    """An actor that has so many records and keeps, or forgets, why the run failed."""
     import ray
 
     class Coordinator:
         kept: Any = None
 
         def records(self, since: int, timeout_seconds: float) -> tuple[str, list[dict[str, Any]]]:
-            return "life", [{"note": "one"}][since:]
+            return "life", ([{"note": "one"}] * records)[since:]
 
         def begin(self, incarnation: str) -> Any:
             return self.kept
@@ -43,17 +46,33 @@ def coordinator(forgets: bool = False) -> Any:
 class FakeFleet:
     """Counts how often it was asked to keep the pools as wanted."""
 
-    def __init__(self, actor: Any, error: BaseException | None = None) -> None:
-        self.coordinator, self.error, self.looks = actor, error, 0
+    def __init__(
+        self, actor: Any, error: BaseException | None = None, ready: Sequence[int] = ()
+    ) -> None:
+        self.coordinator = actor
+        self.error = error
+        self.ready = ready
+        self.looks = 0
         self.wanted = {ROLLOUT: 2}
 
     def scale(self, asked: control.Asked) -> bool:
         return False
 
-    def reconcile(self) -> None:
+    def size(self, role: Role) -> int:
+        return self.wanted[role]
+
+    def reconcile(self) -> Standing | None:
+        """Says one count of ``ready`` after the other, and the last from then on."""
         self.looks += 1
         if self.error:
             raise self.error
+        if not self.ready:
+            return None
+        ready = self.ready[min(self.looks, len(self.ready)) - 1]
+        state = PoolState(ready=ready, starting=2 - ready, lost=0, busy=0, restarts=0)
+        return Standing(
+            epoch="one", pools={ROLLOUT: state}, numbers={}, queue=0, samples=0, handled_bytes=0
+        )
 
     def end(self) -> None:
         """Nothing to end."""
@@ -95,6 +114,16 @@ def test_a_fault_of_its_own_stops_the_run_and_is_raised(ray_cluster: None, tmp_p
     )
     assert str(found.error) == "no such resource"
     assert control.asked(tmp_path).stop
+
+
+def test_a_run_that_starts_says_how_many_workers_are_ready(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    shown: list[dict[str, Any]] = []
+    supervised(tmp_path, FakeFleet(coordinator(records=0), ready=(0, 0, 2)), shown.append)
+    counts = [line["progress"] for line in shown]
+    same = {"round": None, "what": "workers are ready", "of": 2}
+    assert counts == [{**same, "done": 0}, {**same, "done": 2}]
 
 
 def test_an_actor_that_is_away_is_no_fault(ray_cluster: None, tmp_path: Path) -> None:
