@@ -8,7 +8,7 @@ streams.py  the terminal: encodings, closed streams, readers who have gone
 train.py    train and pretrain
 fit.py      fit-reward: a reward model from preferences
 sample.py   sample: pictures without training
-models.py   evaluate: any model by folder or name
+evaluate.py evaluate: any model by folder or name
 export.py   export: a run's policy for plain diffusers, or in one file for ComfyUI
 convert.py  convert: a published pickle of a reward as safetensors
 random_model.py  random-model: a pipeline folder of random weights

@@ -18,10 +18,10 @@ from rlalign import __version__
 from rlalign.cli import (
     common,
     convert,
+    evaluate,
     export,
     fit,
     look,
-    models,
     operate,
     random_model,
     rllib,
@@ -76,7 +76,7 @@ app.command()(fit.fit_reward)
 app.command()(sample.sample)
 app.command()(serve.serve_reward)
 app.command()(rllib.rllib)
-app.command()(models.evaluate)
+app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(convert.convert)
 app.command()(random_model.random_model)

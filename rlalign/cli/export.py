@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlalign.alignment.models import Model, find_model
-from rlalign.cli.models import MODEL_HELP
+from rlalign.cli.evaluate import MODEL_HELP
 from rlalign.core.files import replacing
 from rlalign.core.registry import UserError
 

@@ -151,7 +151,7 @@ def progress_line(record: Mapping[str, Any], rounds: int) -> str:
 
 class Console:
     """What a person sees of a run: a line per round, and what is at work now: in a progress bar on
-    a terminal; elsewhere in a plain line where nothing was said for three seconds, or for a
+    a terminal; elsewhere in a plain line where nothing was said for three seconds, or for half a
     hundredth of the time since the run began, so that the log of a long run stays short."""
 
     PAUSE_SECONDS = 2.5
@@ -190,7 +190,7 @@ class Console:
         """Where there is no bar: what is at work, when nothing else was said for a while."""
         while not self._over.wait(self.PAUSE_SECONDS / 5):
             now = time.monotonic()
-            if now - self._said >= max(self.PAUSE_SECONDS, (now - self._began) / 100):
+            if now - self._said >= max(self.PAUSE_SECONDS, (now - self._began) / 200):
                 with contextlib.suppress(OSError, ValueError):  # nobody reads any more
                     self.note(f"{now - self._began:5.0f} s  {self._work}")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlalign.cli.models import find_model
+from rlalign.cli.evaluate import find_model
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.networks import lora
