@@ -111,11 +111,15 @@ class Family(ABC):
         guidance: float,
     ) -> torch.Tensor:
         """The raw prediction under classifier-free guidance: one pass of 2B rows, or of B for the
-        caption alone at a guidance of 1 and below, as in diffusers' pipelines."""
+        caption alone at a guidance of 1 and below, as in diffusers' pipelines. Where the condition
+        says ``detach_uncond``, the numbers are the same and gradients flow through the caption's
+        half only."""
         if not is_guided(guidance):
             return ask(x, timestep_B, condition.caption)
         both = ask(torch.cat([x, x]), torch.cat([timestep_B, timestep_B]), condition.both())
         uncond, cond = both.chunk(2)
+        if condition.detach_uncond:
+            uncond = uncond.detach()
         return self.combine(cond, uncond, guidance)
 
     def combine(self, cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> torch.Tensor:
