@@ -94,6 +94,12 @@ class Family(ABC):
             height, width = self.decode(blank).shape[-2:]
         return height, width
 
+    def tell_crops(self, words: Words, crops_B4: torch.Tensor, size: tuple[int, int]) -> Words:
+        """The words of B pictures of ``size`` (height, width) that were cut out of others: what
+        these measured (height, width) and where (top, left) they were cut once resized. Here the
+        denoiser is told nothing of it."""
+        return words
+
     # --- guidance ---------------------------------------------------------------------------------
 
     @classmethod

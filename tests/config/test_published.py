@@ -66,7 +66,7 @@ PUBLISHED = {
     # apart. The steps and the guidance are those of evaluations, which nobody published
     "diffusion_dpo_sd15": Recipe(2048, 1, 2048, 1e-8 * 2048, 50, 7.5, 0, None, None),
     "diffusion_dpo_sdxl": Recipe(2048, 1, 2048, 1e-8 * 2048, 50, 5.0, 0, None, None),
-    # yifan123/flow_grpo, config/grpo.py: two updates an epoch; the rank is that of scripts/train_*.py
+    # yifan123/flow_grpo, config/grpo.py: two updates an epoch; ranks: scripts/train_*.py
     "flow_grpo_sd35_ocr": Recipe(24 * 48, 2, 576, 3e-4, 10, 4.5, 32, 1e-4, 0.04),
     "flow_grpo_sd35_ocr_4gpu": Recipe(16 * 16, 2, 128, 3e-4, 10, 4.5, 32, 1e-4, 0.04),
     "flow_grpo_sd35_ocr_1gpu": Recipe(8 * 8, 2, 32, 3e-4, 10, 4.5, 32, 1e-4, 0.04),
