@@ -4,6 +4,7 @@ own scored samples."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -140,6 +141,10 @@ class DiffusionDPO(Algorithm):
             policy, batch.key, first, batch.pairs.plan, self.caption_dropout
         )
         condition = policy.encode(batch.pairs.prompts, batch.pairs.plan).dropped(empty_B).rows(2)
+        if batch.pairs.crops is not None:
+            size = policy.drawn_size(batch.pairs.plan)
+            told = policy.family.tell_crops(condition.caption, torch.cat(batch.pairs.crops), size)
+            condition = replace(condition, caption=told)
         both = torch.cat([first, second])
         levels = level_B.repeat(2)
         noises = torch.cat([noise, noise])

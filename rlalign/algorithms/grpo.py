@@ -4,7 +4,8 @@ settings."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from rlalign.algorithms.base import (
 )
 from rlalign.core.batches import StepBatch, StepPass
 from rlalign.core.records import Plan, Scored
+from rlalign.core.registry import Before
 from rlalign.diffusion.noise import unit_noise
 from rlalign.diffusion.rollout import by_step, replay
 from rlalign.policies.base import Policy
@@ -69,6 +71,13 @@ class GRPO(Algorithm):
         ge=0,
         description="final steps left out of the loss: their Gaussian is very sharp",
     )
+    detach_uncond: Annotated[bool, Before(False)] = Field(
+        default=False,
+        description=(
+            "under guidance, no gradient through the unconditional half, as in Flow-GRPO's code of"
+            " July 2025; samples and ratios do not change"
+        ),
+    )
 
     def ratio_limit(self, round: int) -> float | None:
         return self.clip_range / 10
@@ -91,6 +100,7 @@ class GRPO(Algorithm):
         rows = batch.before_BS.shape[0]
         steps = list(batch.steps)
         condition = policy.encode(batch.unit.prompts, batch.unit.plan).rows(len(steps))
+        condition = replace(condition, detach_uncond=self.detach_uncond)
 
         # each step under the reference and under the policy
         theirs = None

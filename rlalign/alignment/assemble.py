@@ -14,7 +14,8 @@ from rlalign.config import Run
 from rlalign.core.batches import DifferentiableScorer, PairPass, Pairs
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
-from rlalign.data.pairs.reader import Pairing, first_pair
+from rlalign.data.pairs.buckets import STEPS, buckets_of
+from rlalign.data.pairs.reader import Pairing, PreferenceSettings, first_pair
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.diffusion.steps import is_stochastic
 from rlalign.learning.learner import Learner
@@ -33,7 +34,7 @@ def build_learner(run: Run) -> Learner:
     # pairs may have pictures of another size than the policy draws
     loss: Any = algorithm.loss
     if run.preferences is not None:
-        loss = of_one_size(loss, policy.drawn_size(run.plan), run.preferences.size)
+        loss = of_one_size(loss, policy.drawn_size(run.plan), run.preferences)
 
     # the algorithm says which copies and which critic it needs
     return Learner(
@@ -80,6 +81,17 @@ def preference_pairs(reader: Pairing, round: int, plan: Plan) -> list[Pairs]:
                 " to it), got 0"
             )
 
+        # of a bucket the policy is told how its pictures were cut, and what size it would draw
+        crops = None
+        drawn = plan
+        if pairs[0].crop_0 is not None:
+            crops = (
+                torch.tensor([p.crop_0 for p in pairs]),
+                torch.tensor([p.crop_1 for p in pairs]),
+            )
+            height, width = pairs[0].picture_0.shape[-2:]
+            drawn = plan.model_copy(update={"height": height, "width": width})
+
         # one tensor for each side
         first, second = (torch.from_numpy(np.stack(side))[:, None] for side in sides)
         parts.append(
@@ -89,10 +101,17 @@ def preference_pairs(reader: Pairing, round: int, plan: Plan) -> list[Pairs]:
                 second=second,
                 label_B=torch.tensor([p.label_0 for p in pairs], dtype=torch.float32),
                 key=("pairs", reader.seed, round, number),
-                plan=plan,
+                plan=drawn,
+                crops=crops,
             )
         )
     return parts
+
+
+def with_size(plan: Plan, size: Sequence[int]) -> Plan:
+    """The plan, drawing at another (height, width)."""
+    height, width = size
+    return plan.model_copy(update={"height": height, "width": width})
 
 
 def check_plan(run: Run, policy: Policy, *, learns: bool = True) -> None:
@@ -126,7 +145,9 @@ def check_plan(run: Run, policy: Policy, *, learns: bool = True) -> None:
     run.algorithm.check(Given(policy=policy, plan=run.plan, units=units, ties=ties))
 
     # only the first pair is looked at here
-    if given is not None:
+    if given is not None and given.resize == "buckets":
+        check_buckets(run.plan, policy, given.size)
+    elif given is not None:
         first = first_pair(given)
         if first is not None:
             height, width = first.picture_0.shape[-2:]
@@ -151,12 +172,39 @@ def check_size(found: tuple[int, int], drawn: tuple[int, int], size: int) -> Non
     )
 
 
-def of_one_size(loss: Callable[..., Any], drawn: tuple[int, int], size: int) -> Callable[..., Any]:
-    """A loss on pairs that takes pictures of the policy's own size alone."""
+def check_buckets(plan: Plan, policy: Policy, size: int) -> None:
+    """Refuses buckets of sizes that the policy does not draw, and those that the plan's size is not
+    among."""
+    drawn = policy.drawn_size(plan)
+    if drawn not in buckets_of(size):
+        height, width = drawn
+        others = [n for n in range(STEPS, 2 * max(drawn), STEPS) if drawn in buckets_of(n)]
+        instead = f"; set it to {' or '.join(map(str, others))}" if others else ""
+        raise UserError(
+            "preferences.size must be that of buckets of which the plan's size is one, got"
+            f" {size} with a plan of {height} x {width} (height x width){instead}"
+        )
+    for height, width in buckets_of(size):
+        try:
+            policy.latent_shape(with_size(plan, (height, width)))
+        except UserError as error:
+            raise UserError(
+                f"preferences.size: the bucket of {height} x {width} (height x width) must be a"
+                f" size that the policy draws, got {size}: {error}; take another multiple of"
+                f" {STEPS}, or resize crop"
+            ) from error
+
+
+def of_one_size(
+    loss: Callable[..., Any], drawn: tuple[int, int], given: PreferenceSettings
+) -> Callable[..., Any]:
+    """A loss on pairs that takes pictures of the policy's own size alone, or of a bucket's."""
+    if given.resize == "buckets":
+        return loss
 
     def checked(batch: PairPass, policy: Policy, **critic: Any) -> Any:
         height, width = batch.pairs.first.shape[-2:]
-        check_size((height, width), drawn, size)
+        check_size((height, width), drawn, given.size)
         return loss(batch, policy, **critic)
 
     return checked

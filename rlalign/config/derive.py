@@ -59,10 +59,11 @@ def _of_pairs(run: Run) -> dict[str, str]:
     assert preferences is not None
     pairs = preferences.pairs_per_round
     updates = run.learner.updates_per_round * run.learner.epochs
+    passes = f"{preferences.pairs_per_pass:,} in a pass"
+    if preferences.resize == "buckets":
+        passes = f"at most {passes}, of one bucket"
     return {
-        "pairs per round": (
-            f"{pairs:,} of {preferences.path}, {preferences.pairs_per_pass:,} in a pass"
-        ),
+        "pairs per round": f"{pairs:,} of {preferences.path}, {passes}",
         "updates per round": f"{updates:,}",
         "in all": (
             f"{run.rounds:,} rounds, {pairs * run.rounds:,} pairs, {updates * run.rounds:,}"

@@ -261,6 +261,9 @@ class Pairs:
     """Tells this part's random draws apart."""
     plan: Plan
     """What the policy that learns of them draws by: its size decides levels and words."""
+    crops: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Of each side (B, 4) whole numbers: height and width of the pictures as they were, top and
+    left of what was cut out of them once resized. None where the policy is told none of it."""
 
     _encoded: list[tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=list, init=False, repr=False, compare=False

@@ -4,7 +4,7 @@ calls them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -86,9 +86,12 @@ class Condition:
     """The empty caption's: what caption dropout puts in its place."""
     against: Words | None = None
     """What classifier-free guidance goes away from; None is the empty caption."""
+    detach_uncond: bool = False
+    """Whether a guided look stops gradients at what guidance goes away from."""
 
     def _each(self, change: Callable[[Words], Words]) -> Condition:
-        return Condition(
+        return replace(
+            self,
             caption=change(self.caption),
             empty=change(self.empty),
             against=None if self.against is None else change(self.against),
@@ -106,8 +109,7 @@ class Condition:
     def dropped(self, empty_B: torch.Tensor) -> Condition:
         """The condition with the empty caption where ``empty_B`` (bool) says so: caption
         dropout."""
-        caption = self.empty.where(empty_B, self.caption)
-        return Condition(caption=caption, empty=self.empty, against=self.against)
+        return replace(self, caption=self.empty.where(empty_B, self.caption))
 
     def to(self, device: str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """``Words.to`` of each."""

@@ -2,14 +2,20 @@
 too.
 
 kohya's keys are a prefix, the layer's name with its dots as underscores, and ``lora_down.weight``,
-``lora_up.weight`` or ``alpha``: after ``lora_unet_`` for a UNet's layers, after
-``lora_transformer_`` for those of FLUX's transformer (OneTrainer's keys; kohya's own would join
-queries, keys and values in one matrix, of one published width). Of Stable Diffusion 3 diffusers
-reads dotted names after ``transformer.`` alone, and no alpha in the file: the scale is multiplied
-into the second matrix.
+``lora_up.weight`` or ``alpha``: after ``lora_unet_`` for the layers of a UNet, and of Qwen-Image,
+whose names in ComfyUI are diffusers' own; after ``lora_transformer_`` for those of FLUX's
+transformer (OneTrainer's keys; kohya's own would join queries, keys and values in one matrix, of
+one published width).
 
-Sources: ComfyUI's comfy/lora.py; diffusers' loaders/lora_pipeline.py and
-loaders/lora_conversion_utils.py.
+Of the others ComfyUI reads diffusers' dotted names, ``lora_A.weight`` and ``lora_B.weight``, after
+``transformer.`` (Stable Diffusion 3, FLUX.2) or ``diffusion_model.`` (Z-Image: the older of two),
+and finds the parts of its joined matrices by itself. Diffusers reads them without an alpha: the
+scale is multiplied into the second matrix.
+
+Sana and PixArt have no keys: ComfyUI has no Sana of its own, and diffusers no loader for PixArt.
+
+Sources: ComfyUI's comfy/lora.py, and flux_to_diffusers and z_image_to_diffusers in comfy/utils.py;
+diffusers' loaders/lora_pipeline.py and loaders/lora_conversion_utils.py.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from rlalign.core.registry import UserError, read_reason
 from rlalign.networks import lora
 from rlalign.networks.pipelines.loading import empty_copy, quiet_libraries
 
-Keys = Literal["lora_unet_", "lora_transformer_", "transformer."]
+Keys = Literal["lora_unet_", "lora_transformer_", "transformer.", "diffusion_model."]
 TOLERANCE = 1e-5
 """Of what a layer adds, relative to its largest number: diffusers multiplies a scale into a
 matrix, which rounds where it is no power of two."""
@@ -54,7 +60,7 @@ def name_tensors(layers: Mapping[str, lora.Layer], keys: Keys) -> dict[str, torc
     """The tensors of the file, on the CPU."""
     found: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        if keys == "transformer.":
+        if keys.endswith("."):
             found[f"{keys}{name}.lora_A.weight"] = layer.down
             found[f"{keys}{name}.lora_B.weight"] = layer.up * layer.scale
         else:

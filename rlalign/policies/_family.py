@@ -94,6 +94,12 @@ class Family(ABC):
             height, width = self.decode(blank).shape[-2:]
         return height, width
 
+    def tell_crops(self, words: Words, crops_B4: torch.Tensor, size: tuple[int, int]) -> Words:
+        """The words of B pictures of ``size`` (height, width) that were cut out of others: what
+        these measured (height, width) and where (top, left) they were cut once resized. Here the
+        denoiser is told nothing of it."""
+        return words
+
     # --- guidance ---------------------------------------------------------------------------------
 
     @classmethod
@@ -111,11 +117,15 @@ class Family(ABC):
         guidance: float,
     ) -> torch.Tensor:
         """The raw prediction under classifier-free guidance: one pass of 2B rows, or of B for the
-        caption alone at a guidance of 1 and below, as in diffusers' pipelines."""
+        caption alone at a guidance of 1 and below, as in diffusers' pipelines. Where the condition
+        says ``detach_uncond``, the numbers are the same and gradients flow through the caption's
+        half only."""
         if not is_guided(guidance):
             return ask(x, timestep_B, condition.caption)
         both = ask(torch.cat([x, x]), torch.cat([timestep_B, timestep_B]), condition.both())
         uncond, cond = both.chunk(2)
+        if condition.detach_uncond:
+            uncond = uncond.detach()
         return self.combine(cond, uncond, guidance)
 
     def combine(self, cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Flux2Family(PipelineFamily):
     }
     own_side: ClassVar[int] = 64
     even_levels: ClassVar[bool] = True
+    comfyui_keys = "transformer."
 
     recipe: Flux2
 

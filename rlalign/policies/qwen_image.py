@@ -37,6 +37,7 @@ class QwenImageFamily(PipelineFamily):
     }
     own_side: ClassVar[int] = 128
     even_levels: ClassVar[bool] = True
+    comfyui_keys = "lora_unet_"
     lora_targets = JOINT_TARGETS
 
     recipe: QwenImage

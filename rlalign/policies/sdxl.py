@@ -63,13 +63,19 @@ class StableDiffusionXLFamily(PipelineFamily):
             return super().against(caption)
         return Words({name: torch.zeros_like(rows) for name, rows in caption.tensors.items()})
 
+    def tell_crops(self, words: Words, crops_B4: torch.Tensor, size: tuple[int, int]) -> Words:
+        drawn_B2 = torch.tensor(size).expand(len(crops_B4), -1)
+        time_ids_B6 = torch.cat([crops_B4, drawn_B2], dim=1).to(self.device)
+        return Words({**words.tensors, "time_ids_B6": time_ids_B6})
+
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         # the size of the original picture, where it was cut, and the size that is drawn
-        height, width = (side * self.factor for side in x.shape[-2:])
-        time_ids = torch.tensor(
-            [height, width, 0, 0, height, width], device=x.device, dtype=x.dtype
-        )
-        told = {"text_embeds": words["pooled_BD"], "time_ids": time_ids.expand(len(x), -1)}
+        time_ids_B6 = words.tensors.get("time_ids_B6")
+        if time_ids_B6 is None:
+            height, width = (side * self.factor for side in x.shape[-2:])
+            time_ids_6 = torch.tensor([height, width, 0, 0, height, width], device=x.device)
+            time_ids_B6 = time_ids_6.expand(len(x), -1)
+        told = {"text_embeds": words["pooled_BD"], "time_ids": time_ids_B6.to(x.dtype)}
         return self.network(
             x,
             timestep_B,

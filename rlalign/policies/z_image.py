@@ -32,6 +32,7 @@ class ZImageFamily(PipelineFamily):
         "text_encoder": (),
     }
     even_levels: ClassVar[bool] = True
+    comfyui_keys = "diffusion_model."
     lora_targets = ATTENTION_TARGETS
 
     recipe: ZImage

@@ -23,6 +23,7 @@ import ray
 import ray.data
 
 from rlalign.core.registry import UserError
+from rlalign.data.pairs.buckets import Crop
 from rlalign.data.pairs.reader import PairReader
 from rlalign.data.pairs.rows import Group, Pair, Resize, read_rows, to_pair
 
@@ -140,7 +141,13 @@ def _row(row: dict[str, Any]) -> Pair | _Undecodable:
         label_0=float(row["label_0"]),
         row=str(row["row"]),
         source=str(row["source"]),
+        crop_0=_crop(row["crop_0"]),
+        crop_1=_crop(row["crop_1"]),
     )
+
+
+def _crop(numbers: np.ndarray) -> Crop | None:
+    return Crop(*(int(number) for number in numbers)) if numbers[0] else None
 
 
 def _picture(blob: bytes, shape: np.ndarray) -> np.ndarray:
@@ -184,6 +191,8 @@ _NOTHING: dict[str, Any] = {
     "shape_0": [0, 0, 0],
     "picture_1": b"",
     "shape_1": [0, 0, 0],
+    "crop_0": [0, 0, 0, 0],
+    "crop_1": [0, 0, 0, 0],
 }
 """A row without a pair, as it travels."""
 
@@ -206,4 +215,6 @@ def _packed(row: dict[str, Any], size: int, resize: Resize) -> dict[str, Any]:
         "shape_0": list(pair.picture_0.shape),
         "picture_1": pair.picture_1.tobytes(),
         "shape_1": list(pair.picture_1.shape),
+        "crop_0": list(pair.crop_0 or _NOTHING["crop_0"]),
+        "crop_1": list(pair.crop_1 or _NOTHING["crop_1"]),
     }

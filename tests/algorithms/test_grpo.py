@@ -9,6 +9,7 @@ import torch
 from rlalign.algorithms import _objectives as objectives
 from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.grpo import GRPO, time_steps
+from rlalign.core.batches import StepPass
 from rlalign.core.records import Plan
 from rlalign.diffusion.rollout import replay
 from tests.algorithms.helpers import FlowToy, in_float64, numeric_gradient, scored_of
@@ -28,6 +29,65 @@ def test_the_gradient_is_that_of_finite_differences(guard: bool) -> None:
     differences = numeric_gradient(lambda: algorithm.loss(one, policy).value, policy)
     assert differences.abs().max() > 1e-4
     assert torch.allclose(found, differences, rtol=1e-4, atol=1e-7)
+
+
+def own_loss(policy: ToyPolicy, away: ToyPolicy, one: StepPass, guidance: float) -> torch.Tensor:
+    """Flow-GRPO's loss of one step, written out; ``away`` answers for the empty caption."""
+    (k,) = one.steps
+    levels = policy.path.levels(one.unit.plan.steps)
+    now, gap = float(levels[k]), float(levels[k + 1] - levels[k])
+    x = one.before_BS[:, 0]
+    asked = (x, torch.full((len(x),), 1000.0 * now, dtype=x.dtype))
+    condition = policy.encode(one.unit.prompts)
+    cond = policy.family.predict(*asked, condition.caption)
+    uncond = away.family.predict(*asked, condition.empty)
+    velocity = uncond + guidance * (cond - uncond)
+
+    # the step of arXiv:2505.05470, eq. 9
+    g2 = one.unit.plan.eta**2 * now / (1 - now)
+    mean = x * (1 + g2 / (2 * now) * gap) + velocity * (1 + g2 * (1 - now) / (2 * now)) * gap
+    variance = -g2 * gap
+    log_prob = -((one.after_BS[:, 0] - mean) ** 2).flatten(1).mean(1) / (2 * variance)
+    log_prob = log_prob - 0.5 * np.log(2 * np.pi * variance)
+    ratio = torch.exp(log_prob - one.log_prob_BS[:, 0])
+    return -(ratio * one.advantage_B).mean()
+
+
+@pytest.mark.parametrize("detach_uncond", [False, True])
+def test_the_gradient_through_guidance(detach_uncond: bool) -> None:
+    """Through both halves, or through the caption's alone: finite differences of the loss written
+    out, whose unconditional half has weights of its own where it is detached."""
+    plan = PLAN.model_copy(update={"guidance": 4.5})
+    policy = FlowToy(dtype=torch.float64)
+    algorithm = GRPO(clip_range=0.9, skip_last=1, detach_uncond=detach_uncond)
+    one = in_float64(list(algorithm.make_batch(scored_of(policy, plan), Memory()).passes(1))[2])
+    assert one.steps[0] > 0
+    moved(policy, 1e-3)
+    away = moved(FlowToy(dtype=torch.float64), 1e-3) if detach_uncond else policy
+
+    loss = algorithm.loss(one, policy)
+    assert loss.means["ratio/clip_fraction"].item() == 0.0
+    assert loss.value.item() == pytest.approx(own_loss(policy, away, one, 4.5).item(), rel=1e-9)
+    found = gradient(loss.value, policy)
+    differences = numeric_gradient(lambda: own_loss(policy, away, one, 4.5), policy)
+    assert differences.abs().max() > 1e-3
+    assert torch.allclose(found, differences, rtol=1e-4, atol=1e-7)
+
+
+def test_what_detaching_changes() -> None:
+    """The gradient, by much; nothing else, and nothing without guidance."""
+    for guidance, alike in ((4.5, False), (1.0, True)):
+        plan = PLAN.model_copy(update={"guidance": guidance})
+        policy = FlowToy(seed=3)
+        one = next(iter(GRPO().make_batch(scored_of(policy, plan), Memory()).passes(2)))
+        both = GRPO().loss(one, policy)
+        caption = GRPO(detach_uncond=True).loss(one, policy)
+        assert torch.equal(both.value, caption.value)
+        assert {**both.means, **both.maxima} == {**caption.means, **caption.maxima}
+        first, second = gradient(both.value, policy), gradient(caption.value, policy)
+        assert torch.equal(first, second) == alike
+        cosine = torch.cosine_similarity(first, second, dim=0).item()
+        assert (cosine > 0.999) == alike, cosine
 
 
 def test_the_coded_kl_is_the_exact_one_times_the_level_distance() -> None:

@@ -33,11 +33,13 @@ ALGORITHMS = {
     "dpok": DPOK(kl_weight=0.1),
     "grpo": GRPO(kl_weight=0.1),
     "grpo-guard": GRPO(guard=True),
+    "grpo, detached": GRPO(kl_weight=0.1, detach_uncond=True),
 }
 PLANS = {
     "vp": (ToyPolicy, Plan(steps=6, eta=1.0)),
     "vp guided": (ToyPolicy, Plan(steps=6, eta=1.0, guidance=3.0)),
     "flow sde": (FlowToy, Plan(steps=6, rule="flow_sde", eta=0.7)),
+    "flow sde guided": (FlowToy, Plan(steps=6, rule="flow_sde", eta=0.7, guidance=4.5)),
     "flow window": (FlowToy, Plan(steps=8, rule="flow_sde", eta=0.7, window=2)),
 }
 

@@ -66,7 +66,7 @@ PUBLISHED = {
     # apart. The steps and the guidance are those of evaluations, which nobody published
     "diffusion_dpo_sd15": Recipe(2048, 1, 2048, 1e-8 * 2048, 50, 7.5, 0, None, None),
     "diffusion_dpo_sdxl": Recipe(2048, 1, 2048, 1e-8 * 2048, 50, 5.0, 0, None, None),
-    # yifan123/flow_grpo, config/grpo.py: two updates an epoch
+    # yifan123/flow_grpo, config/grpo.py: two updates an epoch; ranks: scripts/train_*.py
     "flow_grpo_sd35_ocr": Recipe(24 * 48, 2, 576, 3e-4, 10, 4.5, 32, 1e-4, 0.04),
     "flow_grpo_sd35_ocr_4gpu": Recipe(16 * 16, 2, 128, 3e-4, 10, 4.5, 32, 1e-4, 0.04),
     "flow_grpo_sd35_ocr_1gpu": Recipe(8 * 8, 2, 32, 3e-4, 10, 4.5, 32, 1e-4, 0.04),
@@ -75,9 +75,10 @@ PUBLISHED = {
     "flow_grpo_sd35_geneval_fast": Recipe(24 * 48, 2, 576, 3e-4, 10, 1.0, 32, 1e-5, 0.0),
     "flow_grpo_sd35_pickscore_fast": Recipe(18 * 64, 2, 576, 3e-4, 10, 1.0, 32, 1e-5, 0.0),
     "grpo_guard_sd35_ocr": Recipe(24 * 48, 2, 576, 1e-4, 10, 4.5, 32, 2e-6, 0.0),
-    "flow_grpo_flux_pickscore_8gpu": Recipe(24 * 48, 2, 576, 3e-4, 6, 1.0, 32, 1e-4, 0.0),
-    "flow_grpo_flux_geneval_fast": Recipe(24 * 48, 2, 576, 3e-4, 6, 1.0, 32, 1e-5, 0.0),
-    "flow_grpo_flux_pickscore_fast": Recipe(24 * 48, 2, 576, 3e-4, 6, 1.0, 32, 1e-5, 0.0),
+    "flow_grpo_flux_pickscore_8gpu": Recipe(24 * 48, 2, 576, 3e-4, 6, 1.0, 64, 1e-4, 0.0),
+    "flow_grpo_flux_geneval_fast": Recipe(24 * 48, 2, 576, 3e-4, 6, 1.0, 64, 1e-5, 0.0),
+    "flow_grpo_flux_pickscore_fast": Recipe(24 * 48, 2, 576, 3e-4, 6, 1.0, 64, 1e-5, 0.0),
+    "flow_grpo_qwen_image": Recipe(16 * 32, 2, 256, 3e-4, 10, 4.0, 64, 1e-4, 0.0),
     # NVlabs/DiffusionNFT, config/nft.py
     "nft_sd35_geneval": Recipe(24 * 48, 1, 1152, 3e-4, 10, 1.0, 32, None, 1e-4),
     "nft_sd35_pickscore": Recipe(24 * 48, 1, 1152, 3e-4, 10, 1.0, 32, None, 1e-4),
@@ -103,7 +104,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """Recipe -> what the run file has instead."""
 UNPUBLISHED = {"sdxl_ddpo_24gb", "sdxl_grpo_24gb", "sdxl_nft_24gb"}
-ALPHAS = {32: 64.0, 128: 256.0, 4: 0.0, 0: 0.0}
+ALPHAS = {32: 64.0, 64: 128.0, 128: 256.0, 4: 0.0, 0: 0.0}
 """Rank of a published LoRA -> its alpha; 0 is the rank."""
 
 

@@ -14,10 +14,11 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from rlalign.core.registry import UserError, build
+from rlalign.core.records import Plan
+from rlalign.core.registry import UserError, build, load_class, names
 from rlalign.networks import comfyui, lora
 from rlalign.networks.random_models import find_family, write_pipeline
-from rlalign.policies.base import Policy
+from rlalign.policies.base import PipelineFamily, Policy
 
 RANK, ALPHA = 4, 8.0
 FIRST = {
@@ -27,8 +28,20 @@ FIRST = {
     "sdxl": "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k.alpha",
     "sd3": "transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight",
     "flux": "lora_transformer_single_transformer_blocks_0_attn_to_k.alpha",
+    "flux2": "transformer.single_transformer_blocks.0.attn.to_out.lora_A.weight",
+    "qwen_image": "lora_unet_transformer_blocks_0_attn_add_k_proj.alpha",
+    "z_image": "diffusion_model.context_refiner.0.attention.to_k.lora_A.weight",
 }
 """Family -> the first of its keys in the order of the alphabet."""
+KEYLESS = {"sana", "pixart"}
+"""Families of which ComfyUI and diffusers share no keys."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "flux": {"embedded_guidance": 3.5},
+    "flux2": {"text_tokens": 144},
+    "qwen_image": {"text_tokens": 144},
+    "z_image": {"text_tokens": 144},
+}
+"""Of a policy; fewer tokens are less work."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def trained(name: str, folder: Path, **settings: Any) -> Policy:
     """With adapters as large as training might make them."""
-    told = {"embedded_guidance": 3.5} if name == "flux" else {}
+    told = SETTINGS.get(name, {})
     settings = {"lora_rank": RANK, "lora_alpha": ALPHA, **told, **settings}
     recipe: Any = build("policies", {"name": name, "path": str(folder), **settings})
     policy = recipe.load("cpu")
@@ -62,7 +75,8 @@ def added(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def prediction(policy: Policy, network: Any) -> torch.Tensor:
     family: Any = policy.family
-    latents = torch.randn(1, family.channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    shape = (1, *family.latent_shape(Plan(height=8 * family.factor, width=8 * family.factor)))
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     words = policy.encode(["a red circle"]).caption
     return family.with_network(network).predict(latents, torch.tensor([501.0]), words)
 
@@ -103,7 +117,17 @@ def test_the_keys_of_a_unet_are_those_that_diffusers_writes(
         assert torch.equal(tensor, expected)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_every_family_has_keys_or_a_reason() -> None:
+    """Where a LoRA can be trained in a pipeline of diffusers."""
+    for name in names("policies"):
+        recipe: Any = load_class("policies", name)
+        family = recipe.family
+        if recipe.by_folder and issubclass(family, PipelineFamily):
+            assert (name in FIRST) == (family.comfyui_keys is not None), name
+            assert (name in FIRST) != (name in KEYLESS), name
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "qwen_image", "z_image"])
 def test_a_scale_that_is_no_power_of_two_is_near(
     folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:

@@ -29,7 +29,7 @@ def row(number: int, **changes: object) -> dict[str, object]:
 
 
 def assert_same(one: Pair, other: Pair) -> None:
-    for name in ("caption", "label_0", "row", "source"):
+    for name in ("caption", "label_0", "row", "source", "crop_0", "crop_1"):
         assert getattr(one, name) == getattr(other, name)
     assert np.array_equal(one.picture_0, other.picture_0)
     assert np.array_equal(one.picture_1, other.picture_1)
@@ -96,6 +96,34 @@ def test_it_gives_those_of_a_list_in_json(ray_cluster: None, tmp_path: Path) -> 
     for number in (0, 1, 7, 9):
         for one, other in zip(walked.round(number), small.round(number), strict=True):
             assert_same(one, other)
+    walked.close()
+
+
+def test_it_gives_the_same_buckets(ray_cluster: None, tmp_path: Path) -> None:
+    from rlalign.runtime.pairs import RayPairReader
+
+    rows = []
+    for number in range(20):
+        sides = (8 + number % 5, 8 + 3 * (number % 3))
+        pictures = {f"jpg_{i}": np.full((3, *sides), 9 * number + i, np.uint8) for i in (0, 1)}
+        rows.append(row(number, **{name: encode(one) for name, one in pictures.items()}))
+    write_pairs(tmp_path / "a.parquet", rows, rows_per_group=6)
+    settings = PreferenceSettings(
+        path=str(tmp_path),
+        pairs_per_round=9,
+        pairs_per_pass=4,
+        shuffle=8,
+        size=16,
+        resize="buckets",
+    )
+    small, walked = PairReader(settings, seed=1), RayPairReader(settings, seed=1)
+    for number in range(3):
+        passes = list(small.passes(number))
+        assert len({part[0].picture_0.shape for part in passes}) > 2
+        for part, other in zip(walked.passes(number), passes, strict=True):
+            for one, its in zip(part, other, strict=True):
+                assert its.crop_0 is not None
+                assert_same(one, its)
     walked.close()
 
 

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlalign.core.locations import LocalPattern
 from rlalign.core.registry import Before, UserError
+from rlalign.data.pairs.buckets import buckets_of
 from rlalign.data.pairs.columns import group_rows, pair_files
 from rlalign.data.pairs.rows import (
     WORDS,
@@ -77,13 +78,18 @@ class PreferenceSettings(BaseModel):
         description="rows of a shuffle window; 1 keeps the order of the row groups",
     )
     size: int = Field(
-        default=0, ge=0, description="pixels to which pictures are resized (squared); 0 as they are"
+        default=0,
+        ge=0,
+        description=(
+            "side of the square that pictures are resized to, or of its area with buckets, in"
+            " pixels; 0 as they are"
+        ),
     )
     resize: Annotated[Resize, Before("squash")] = Field(
         default="squash",
         description=(
-            "how: squash, or crop the centre once the shorter side has that size, as published"
-            " trainers do"
+            "how: squash; crop the centre once the shorter side has that size, as published"
+            " trainers do; or buckets: to the nearest shape of that area, SDXL's table at 1024"
         ),
     )
     reader: Literal["arrow", "ray"] = Field(
@@ -106,10 +112,13 @@ class PreferenceSettings(BaseModel):
                 f"pairs_per_pass must be <= pairs_per_round ({self.pairs_per_round}), got"
                 f" {self.pairs_per_pass}"
             )
-        if self.resize == "crop" and not self.size:
-            raise ValueError(
-                "size must be > 0 with resize crop: the side of the square that is cut out, got 0"
-            )
+        if self.resize != "squash" and not self.size:
+            what = "side of the square that is cut out"
+            if self.resize == "buckets":
+                what = "side of the square whose area the buckets have"
+            raise ValueError(f"size must be > 0 with resize {self.resize}: the {what}, got 0")
+        if self.resize == "buckets":
+            buckets_of(self.size)
         return self
 
 
@@ -145,11 +154,19 @@ class Pairing(ABC):
         """The pairs of round ``number`` >= 0."""
 
     def passes(self, number: int) -> Iterator[list[Pair]]:
-        """The pairs of a round in slices of ``pairs_per_pass``."""
+        """The pairs of a round in slices of ``pairs_per_pass``. With buckets a slice is of one
+        bucket, and the last one of each may be smaller: the pairs of a round do not change."""
         pairs = self.round(number)
         step = self.settings.pairs_per_pass
-        for start in range(0, len(pairs), step):
-            yield pairs[start : start + step]
+        groups = [pairs]
+        if self.settings.resize == "buckets":
+            by_shape: dict[tuple[int, ...], list[Pair]] = {}
+            for pair in pairs:
+                by_shape.setdefault(pair.picture_0.shape, []).append(pair)
+            groups = list(by_shape.values())
+        for group in groups:
+            for start in range(0, len(group), step):
+                yield group[start : start + step]
 
 
 class PairReader(Pairing):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from rlalign.core.media import UnreadablePicture, read_picture
 from rlalign.core.registry import UserError
+from rlalign.data.pairs.buckets import Crop, choose_bucket, cut_out
 from rlalign.data.pairs.columns import REQUIRED, open_pairs
 from rlalign.data.pairs.types import NO_TEXT, picture_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Read = TypeVar("Read")
 WORDS = ("caption", "label_0", "label_1", "has_label", "are_different")
 """Columns that say whether a row is usable, its pictures aside."""
 _SHOWN = 8
@@ -39,6 +41,9 @@ class Pair:
     """Where it is from: ``FILE:ROW``, rows counted from 0."""
     source: str = ""
     """Who made picture 0, where the set says so (``model_0``)."""
+    crop_0: Crop | None = None
+    """Of picture 0, where buckets are asked for."""
+    crop_1: Crop | None = None
 
 
 class BadRows:
@@ -96,7 +101,7 @@ def _is_missing(label: Any) -> bool:
     return label is None or (isinstance(label, float) and math.isnan(label))
 
 
-Resize = Literal["squash", "crop"]
+Resize = Literal["squash", "crop", "buckets"]
 
 
 def decode(source: bytes | Path | None, size: int = 0, resize: Resize = "squash") -> np.ndarray:
@@ -108,51 +113,64 @@ def decode(source: bytes | Path | None, size: int = 0, resize: Resize = "squash"
     """
     from PIL import Image
 
+    picture = _opened(source)
+    if size and picture.size != (size, size):
+        square = (size, size)
+        if resize == "squash":
+            picture = picture.resize(square, Image.Resampling.BICUBIC)
+        else:
+            picture, _ = cut_out(picture, square)
+    return _pixels(picture)
+
+
+def _opened(source: bytes | Path | None) -> Image:
+    """A picture in RGB. Raises ValueError with the reason where it cannot be read."""
     if not source:
         raise ValueError("picture is missing")
     try:
-        picture = read_picture(source)
+        return read_picture(source)
     except UnreadablePicture as error:
         which = f" {str(source)!r}" if isinstance(source, Path) else ""
         raise ValueError(f"picture{which} cannot be decoded ({error})") from error
-    if size and picture.size != (size, size):
-        whole = resize == "squash"
-        square = (size, size)
-        picture = (
-            picture.resize(square, Image.Resampling.BICUBIC) if whole else _centre(picture, size)
-        )
+
+
+def _pixels(picture: Image) -> np.ndarray:
+    """(3, H, W) uint8."""
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def _centre(picture: Image, size: int) -> Image:
-    """The middle square of ``size`` pixels of a picture whose shorter side is resized to that."""
-    from PIL import Image
-
-    # torchvision cuts the longer side's fraction off
-    shorter = min(picture.size)
-    width, height = (int(size * side / shorter) for side in picture.size)
-    if (width, height) != picture.size:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    left = round((width - size) / 2)
-    top = round((height - size) / 2)
-    return picture.crop((left, top, left + size, top + size))
-
-
 def to_pair(row: Mapping[str, Any], size: int, resize: Resize = "squash") -> Pair:
-    """A row with its pictures decoded. Raises ValueError, naming the column, when one cannot be."""
-    pictures = {}
-    for name in ("jpg_0", "jpg_1"):
-        try:
-            pictures[name] = decode(row[name], size, resize)
-        except ValueError as error:
-            raise ValueError(f"{error} in {name}") from error
+    """A row with its pictures decoded; with buckets, both of the size of the pair's. Raises
+    ValueError, naming the column, when one cannot be."""
+    names = ("jpg_0", "jpg_1")
+    if resize != "buckets":
+        first, second = (_named(name, lambda n: decode(row[n], size, resize)) for name in names)
+        return _pair_of(row, picture_0=first, picture_1=second)
+
+    # both shapes decide on the bucket
+    pictures = [_named(name, lambda n: _opened(row[n])) for name in names]
+    bucket = choose_bucket([(one.height, one.width) for one in pictures], size)
+    (one, crop_0), (other, crop_1) = (cut_out(picture, bucket) for picture in pictures)
+    return _pair_of(
+        row, picture_0=_pixels(one), picture_1=_pixels(other), crop_0=crop_0, crop_1=crop_1
+    )
+
+
+def _named(name: str, read: Callable[[str], Read]) -> Read:
+    """What is read of a column. Raises its ValueError again with the column's name."""
+    try:
+        return read(name)
+    except ValueError as error:
+        raise ValueError(f"{error} in {name}") from error
+
+
+def _pair_of(row: Mapping[str, Any], **pictures: Any) -> Pair:
     return Pair(
         caption=row["caption"],
-        picture_0=pictures["jpg_0"],
-        picture_1=pictures["jpg_1"],
         label_0=float(row["label_0"]),
         row=row["row"],
         source=row.get("model_0") or "",
+        **pictures,
     )
 
 
