@@ -13,7 +13,7 @@ from rlalign.algorithms._advantages import over_round, within_groups
 from rlalign.algorithms._memory import Memory
 from rlalign.core.batches import Batch, Key, StepBatch
 from rlalign.core.copies import Copy
-from rlalign.core.records import Plan, Scored, Unit
+from rlalign.core.records import Plan, Scored, Trajectory, Unit, moved_latents
 from rlalign.core.registry import Recipe, UserError
 from rlalign.diffusion.noise import generator, noise_masks, normal
 from rlalign.diffusion.steps import is_stochastic
@@ -216,11 +216,12 @@ def step_batch(
     trajectories = [s.trajectory for s in scored]
     assert all(t is not None for t in trajectories), "a step batch needs trajectories"
     kept = [t for t in trajectories if t is not None]
+    learned = [_learned(t.stochastic_K, skip_last) for t in kept]
     return StepBatch(
         units=tuple(t.unit for t in kept),
-        latents=tuple(torch.from_numpy(np.array(t.latents_BK1, dtype=np.float32)) for t in kept),
+        latents=tuple(_moved(t, steps_K) for t, steps_K in zip(kept, learned, strict=True)),
         log_prob=tuple(torch.from_numpy(np.array(t.log_prob_BK)) for t in kept),
-        stochastic=tuple(_learned(t.stochastic_K, skip_last) for t in kept),
+        stochastic=tuple(learned),
         advantage=per_unit(scored, advantage_B),
         reward=per_unit(scored, rewards_of(scored)[0]),
         side=tuple(torch.from_numpy(one.astype(np.float32)) for one in side_B),
@@ -266,6 +267,16 @@ def best_and_worst(reward_B: np.ndarray, prompt_B: Sequence[int]) -> list[tuple[
                 (best, min((i for i in own if i != best), key=lambda i: (reward_B[i], -i)))
             )
     return pairs
+
+
+def _moved(trajectory: Trajectory, learned_K: torch.Tensor) -> torch.Tensor:
+    """A copy of a trajectory's latents: all, or under a plan with a window those of the steps that
+    are learned from."""
+    latents_BK1 = trajectory.latents_BK1
+    if trajectory.unit.plan.window:
+        wanted = moved_latents(learned_K.tolist())
+        latents_BK1 = latents_BK1[:, [trajectory.kept.index(number) for number in wanted]]
+    return torch.from_numpy(np.array(latents_BK1, dtype=np.float32))
 
 
 def _learned(stochastic_K: np.ndarray, skip_last: int) -> torch.Tensor:

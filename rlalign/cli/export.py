@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +60,8 @@ def export(
         rounding = _write_file(policy, target, dtype, note)
         call = f"ComfyUI opens it, and pipeline.load_lora_weights({str(target)!r})"
     else:
-        rounding = _write_folder(policy.merged() if merged else policy, target, dtype, note)
+        save = policy.save_merged if merged else policy.save
+        rounding = _write_folder(save, target, dtype, note)
         call = _loader(target)
     if rounding.difference:
         print(
@@ -107,14 +108,16 @@ def _write_file(policy: Policy, file: Path, dtype: str, note: Mapping[str, str])
             return rewrite(unfinished, dtype, note)
 
 
-def _write_folder(policy: Policy, folder: Path, dtype: str, note: Mapping[str, str]) -> Rounding:
+def _write_folder(
+    save: Callable[[Path], None], folder: Path, dtype: str, note: Mapping[str, str]
+) -> Rounding:
     """A pipeline or a LoRA in a folder, whole or not at all."""
     from rlalign.learning.checkpoint import disk_errors
     from rlalign.learning.folders import all_or_nothing
     from rlalign.networks.exports import rewrite_folder
 
     with disk_errors(folder), all_or_nothing(folder) as unfinished:
-        policy.save(unfinished)
+        save(unfinished)
         return rewrite_folder(unfinished, dtype, note)
 
 

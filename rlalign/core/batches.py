@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
-from rlalign.core.records import Plan, Unit
+from rlalign.core.records import Plan, Unit, moved_latents
 
 Key = tuple[int | str, ...]
 
@@ -104,7 +104,8 @@ class StepBatch:
 
     units: tuple[Unit, ...]
     latents: tuple[torch.Tensor, ...]
-    """Per unit (B, K+1, ...) float32."""
+    """Per unit (B, K+1, ...) float32, or (B, N, ...) those alone that its steps start from and go
+    to."""
     log_prob: tuple[torch.Tensor, ...]
     """Per unit (B, K) float32 behaviour log-probs, nats per element."""
     stochastic: tuple[torch.Tensor, ...]
@@ -133,6 +134,14 @@ class StepBatch:
         chosen = {name: _pick(values, indices) for name, values in own.items() if values}
         return StepBatch(**chosen)
 
+    def _places(self, unit: int) -> dict[int, int]:
+        """Number of a latent of a unit -> where it lies."""
+        count = len(self.stochastic[unit]) + 1
+        numbers: Sequence[int] = range(count)
+        if self.latents[unit].shape[1] < count:
+            numbers = moved_latents(self.stochastic[unit].tolist())
+        return {number: place for place, number in enumerate(numbers)}
+
     def passes(self, steps_per_pass: int, draw: Key = (), /) -> Iterator[StepPass]:
         """Slices of one unit and up to ``steps_per_pass`` of its steps.
 
@@ -144,14 +153,15 @@ class StepBatch:
         )
         for i, unit in enumerate(self.units):
             steps = torch.nonzero(self.stochastic[i]).flatten().tolist()
+            place = self._places(i)
             for start in range(0, len(steps), steps_per_pass):
                 chosen = tuple(steps[start : start + steps_per_pass])
                 yield StepPass(
                     unit=unit,
                     steps=chosen,
                     learned=len(steps),
-                    before_BS=self.latents[i][:, list(chosen)],
-                    after_BS=self.latents[i][:, [k + 1 for k in chosen]],
+                    before_BS=self.latents[i][:, [place[k] for k in chosen]],
+                    after_BS=self.latents[i][:, [place[k + 1] for k in chosen]],
                     log_prob_BS=self.log_prob[i][:, list(chosen)],
                     advantage_B=self.advantage[i],
                     reward_B=self.reward[i],

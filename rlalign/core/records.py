@@ -126,7 +126,8 @@ class Trajectory:
     unit: Unit
     policy_version: int
     latents_BK1: np.ndarray
-    """(B, K+1, *latent) float32: x_T first, the final latent last."""
+    """(B, K+1, *latent) float32: x_T first, the final latent last. Under a plan with a window only
+    those that ``kept`` names."""
     log_prob_BK: np.ndarray
     """(B, K) float32, nats per latent element (mean over elements); 0 where the step is
     deterministic."""
@@ -140,6 +141,25 @@ class Trajectory:
                 f"log_prob must be float32, got {self.log_prob_BK.dtype}; take it in float32 and"
                 " keep it so"
             )
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Numbers of the latents that are there, in order; 0 is x_T. Under a plan with a window
+        they are those of its steps, and the last."""
+        return kept_latents(self.unit.plan, self.stochastic_K.tolist())
+
+
+def kept_latents(plan: Plan, stochastic: Sequence[bool]) -> tuple[int, ...]:
+    """Numbers of the latents that a trajectory under this plan keeps, of which ``stochastic`` says
+    which steps have a density."""
+    everything = range(plan.steps + 1)
+    return tuple(sorted({*moved_latents(stochastic), plan.steps} if plan.window else everything))
+
+
+def moved_latents(steps: Sequence[bool]) -> tuple[int, ...]:
+    """Numbers of the latents that the chosen steps of a chain start from or go to, in order."""
+    chosen = [k for k, is_chosen in enumerate(steps) if is_chosen]
+    return tuple(sorted({*chosen, *(k + 1 for k in chosen)}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 
 from rlalign.core.finite import NotFinite, message, watching
 from rlalign.core.media import as_uint8
-from rlalign.core.records import Plan, Trajectory, Unit
+from rlalign.core.records import Plan, Trajectory, Unit, kept_latents
 from rlalign.diffusion.noise import noisy_steps, unit_noise
 from rlalign.diffusion.paths import NoisePath
 from rlalign.diffusion.steps import Gaussian, is_stochastic, step
@@ -51,21 +51,24 @@ def rollout(
     Latents are stored in float32; the log-prob is taken of, and the chain goes on from, what is
     stored.
     """
-    # the chain, with every latent and its log-prob
+    # the chain, with the log-prob of every latent, and the latents that are learned from
     shape = policy.latent_shape(unit.plan)
     condition = policy.encode(unit.prompts, unit.plan)
     schedule = schedule_of(policy.path, unit)
     noise = unit_noise(unit, 0, shape) if start is None else start
-    x = noise.to(policy.device, torch.float32)
-    latents = [x]
+    first = noise.to(policy.device, torch.float32)
+    kept = kept_latents(unit.plan, schedule.stochastic_K.tolist())
+    x = first
+    latents = [x] if 0 in kept else []
     log_probs = []
     for k in range(unit.plan.steps):
         found, drawn = advance(policy, unit, schedule, k, x, condition)
         x = drawn.float()
-        latents.append(x)
         log_probs.append(found.gaussian.log_prob(x))
+        if k + 1 in kept:
+            latents.append(x)
 
-    # what is kept of it
+    # what is handed on of it
     trajectory = Trajectory(
         unit=unit,
         policy_version=version,
@@ -76,20 +79,26 @@ def rollout(
 
     # it stays so to the chain's end
     if not np.isfinite(trajectory.latents_BK1[:, -1]).all():
-        refuse_latents(policy, unit, schedule, trajectory.latents_BK1, condition)
+        refuse_latents(policy, unit, schedule, first, condition)
     return trajectory, as_uint8(policy.decode(x))
 
 
 def refuse_latents(
-    policy: Any, unit: Unit, schedule: Schedule, latents_BK1: np.ndarray, condition: Any
+    policy: Any, unit: Unit, schedule: Schedule, first: torch.Tensor, condition: Any
 ) -> NoReturn:
-    """Raises NotFinite for a unit's latents, by the step that they are not finite from and the part
-    of the policy at fault."""
-    finite_K1 = np.isfinite(latents_BK1).all(axis=(0, *range(2, latents_BK1.ndim)))
-    k = int(finite_K1.argmin()) - 1
+    """Raises NotFinite for a unit whose chain from ``first`` (B, *latent) does not stay finite, by
+    the step that it is not finite from and the part of the policy at fault."""
+    # the same chain again, up to that step
+    x = first
+    for k in range(unit.plan.steps):
+        after = advance(policy, unit, schedule, k, x, condition)[1].float()
+        if not bool(torch.isfinite(after).all()):
+            break
+        x = after
+
+    # that step once more, with an eye on the parts
     where = f"at step {k + 1} of {unit.plan.steps}"
     with watching(where):
-        x = torch.from_numpy(latents_BK1[:, k].astype(np.float32)).to(policy.device)
         advance(policy, unit, schedule, k, x, condition)
     raise NotFinite(
         message(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 from rlalign.core.files import dump_json, write_whole
 from rlalign.core.records import Plan, Scored, Unit, UnitKey
 from rlalign.core.registry import plugin_field
-from rlalign.diffusion.rollout import moves, replay
+from rlalign.diffusion.rollout import replay
 from rlalign.policies.base import Policy
 from rlalign.rewards.base import Reward
 
@@ -196,7 +196,7 @@ def kl_to_reference(policy: Policy, scored: Sequence[Scored]) -> float:
         )
         condition = policy.encode(one.unit.prompts, one.unit.plan)
         for k in np.flatnonzero(one.trajectory.stochastic_K).tolist():
-            before, _ = moves(latents, [k])
+            before = latents[:, [one.trajectory.kept.index(k)]]
             mine = replay(policy, one.unit, before, [k], condition).gaussian
             with policy.as_reference(pretrained=True):
                 theirs = replay(policy, one.unit, before, [k], condition).gaussian

@@ -8,7 +8,7 @@ learner processes: the sum is the same, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
@@ -23,6 +23,7 @@ from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Weights
 from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import generator
+from rlalign.learning.gradients import ShardSum, are_finite, take_gradients
 from rlalign.learning.lanes import Lane, PassLoss
 from rlalign.learning.optimisers import (
     OptimiserSettings,
@@ -69,6 +70,15 @@ def _refuse_uneven(shards: int, world: int) -> None:
         )
 
 
+def _start_weights(policy: Policy) -> Mapping[str, torch.Tensor]:
+    """A copy of the trainable weights: the one that the policy keeps as its reference, where they
+    are the same."""
+    own = policy.trainable()
+    kept = policy.reference
+    is_kept = own.keys() == kept.keys() and all(torch.equal(kept[n], p) for n, p in own.items())
+    return kept if is_kept else policy.weights()
+
+
 class Learner:
     """The live learner; the same object with one process and with many."""
 
@@ -94,7 +104,7 @@ class Learner:
         self.seed = seed
         self.copies = copies
         self.version = 0
-        self._base = policy.weights()
+        self._base = _start_weights(policy)
         self._average = policy.weights() if settings.ema_decay else None
         network, critic_lr = critic or (None, settings.lr)
         slow = [kind for kind, copy in copies.items() if isinstance(copy, Decay)]
@@ -162,18 +172,10 @@ class Learner:
 
     def _optimise(self, part: Batch, draw: tuple[int, int]) -> dict[str, float]:
         """One optimiser update over all passes of ``part``."""
-        # each lane takes shards of its own
-        passes = list(part.passes(self.settings.steps_per_pass, draw))
-        jobs = [(s, self._lanes[i % len(self._lanes)]) for i, s in enumerate(self._own_shards)]
-        mine = list(
-            self._pool.map(
-                lambda job: self._shard(passes[job[0] :: self.settings.shards], job[1]), jobs
-            )
-        )
-
         # the gradient is the same whatever the number of lanes
-        gradient = self._sum_of_shards([flat for flat, _, _ in mine])
-        if not bool(torch.isfinite(gradient).all()):
+        passes = list(part.passes(self.settings.steps_per_pass, draw))
+        gradient, measured = self._gradient(passes)
+        if not are_finite(gradient):
             first = self._lanes[0]
             refuse_update(self.version, (first.loss_of(one, self.loss) for one in passes))
 
@@ -187,18 +189,41 @@ class Learner:
         self._track_average()
 
         # what all processes measured
-        means = self._reduced([m for _, m, _ in mine], "sum")
-        maxima = self._reduced([m for _, _, m in mine], "max")
+        means = self._reduced([m for m, _ in measured], "sum")
+        maxima = self._reduced([m for _, m in measured], "max")
         self._maxima = frozenset(maxima)
         return {**means, **maxima, "grad_norm": float(norm)}
 
     _maxima: frozenset[str] = frozenset()
 
+    def _gradient(
+        self, passes: Sequence[Pass]
+    ) -> tuple[list[torch.Tensor], list[tuple[dict[str, float], dict[str, float]]]]:
+        """The gradient of each parameter over all shards, and what the own shards measured."""
+        # each lane takes a shard at a time: the gradients of one a lane are held beside the sum
+        total = ShardSum(self.settings.shards, self.accelerator)
+        measured = []
+        lanes = len(self._lanes)
+        for start in range(0, len(self._own_shards), lanes):
+            measured += self._add_shards(self._own_shards[start : start + lanes], passes, total)
+        return total.result(), measured
+
+    def _add_shards(
+        self, shards: Sequence[int], passes: Sequence[Pass], total: ShardSum
+    ) -> list[tuple[dict[str, float], dict[str, float]]]:
+        """Adds the gradients of a shard a lane, computed side by side; returns what they
+        measured."""
+        own = [passes[shard :: self.settings.shards] for shard in shards]
+        done = list(self._pool.map(self._shard, own, self._lanes))
+        for shard, (gradients, _, _) in zip(shards, done, strict=True):
+            total.add(shard, gradients)
+        return [(means, maxima) for _, means, maxima in done]
+
     def _shard(
         self, passes: Sequence[Pass], lane: Lane
-    ) -> tuple[torch.Tensor, dict[str, float], dict[str, float]]:
-        """The summed gradient of one shard as a flat vector, with its weighted means and its
-        maxima."""
+    ) -> tuple[list[torch.Tensor], dict[str, float], dict[str, float]]:
+        """The summed gradient of one shard, a tensor for each parameter, with its weighted means
+        and its maxima."""
         # the sums start anew with each shard
         parameters = list(lane.parameters().values())
         calls = lane.policy.meter.calls
@@ -215,34 +240,12 @@ class Learner:
             for name, value in loss.maxima.items():
                 maxima[name] = max(maxima.get(name, 0.0), float(value))
 
-        # the gradient leaves as one vector, and the parameters are without one again
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-        )
-        for parameter in parameters:
-            parameter.grad = None
         means["update_calls"] = float(lane.policy.meter.calls - calls)
-        return flat, means, maxima
+        return take_gradients(parameters), means, maxima
 
-    def _sum_of_shards(self, own: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Adds all shards of all processes in shard order, so that no split changes a bit."""
-        if self.accelerator.num_processes == 1:
-            slots: Iterable[torch.Tensor] = own
-        else:
-            table = torch.zeros(self.settings.shards, own[0].numel(), device=own[0].device)
-            for shard, flat in zip(self._own_shards, own, strict=True):
-                table[shard] = flat
-            slots = self.accelerator.reduce(table, reduction="sum")  # type: ignore[assignment]
-        first, *rest = slots
-        for flat in rest:
-            first = first + flat
-        return first
-
-    def _place(self, gradient: torch.Tensor) -> None:
-        offset = 0
-        for parameter in self._parameters.values():
-            parameter.grad = gradient[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
+    def _place(self, gradient: Sequence[torch.Tensor]) -> None:
+        for parameter, one in zip(self._parameters.values(), gradient, strict=True):
+            parameter.grad = one
 
     def _reduced(self, own: Sequence[Mapping[str, float]], how: str) -> dict[str, float]:
         from accelerate.utils import gather_object

@@ -85,7 +85,7 @@ def rewrite(file: Path, dtype: str, note: Mapping[str, str]) -> Rounding:
     scratch = file.with_name(f"{file.name}.rewritten")
     with safe_open(file, "pt") as opened, scratch.open("wb") as target:
         header = _header(opened, DTYPES[dtype], {**(opened.metadata() or {}), **note})
-        _write_header(target, header)
+        write_header(target, header)
         roundings = []
         for name in header:
             if name != "__metadata__":
@@ -119,7 +119,9 @@ def _header(opened: Any, dtype: torch.dtype, metadata: Mapping[str, str]) -> dic
     return header
 
 
-def _write_header(target: BinaryIO, header: Mapping[str, Any]) -> None:
+def write_header(target: BinaryIO, header: Mapping[str, Any]) -> None:
+    """Writes the head of a safetensors file: its length, and the JSON that says where each tensor
+    lies."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
     target.write(len(text).to_bytes(8, "little") + text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,23 @@ def _adapted(network: torch.nn.Module) -> dict[str, Any]:
     return {n: m for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
+def merged_reader(
+    network: torch.nn.Module, read: Callable[[str], torch.Tensor]
+) -> Callable[[str], torch.Tensor]:
+    """Name of a plain weight -> its sum with what the network's adapters add to it, computed when
+    it is asked for; ``read`` gives the weight, float32."""
+    layers(network)  # refuses what a sum of weights would leave out
+    adapted = {f"{name}.weight": layer for name, layer in _adapted(network).items()}
+
+    @torch.no_grad()
+    def merged(name: str) -> torch.Tensor:
+        weight = read(name)
+        layer = adapted.get(name)
+        return weight if layer is None else weight + layer.get_delta_weight(ADAPTER).to(weight)
+
+    return merged
+
+
 @torch.no_grad()
 def merge_into(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> None:
     """Puts the sum of weight and adapter in the place of every plain weight that the network's
@@ -242,10 +259,9 @@ def merge_into(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> No
 
     ``weights`` are float32 under the names of before ``attach``.
     """
-    layers(network)  # refuses what a sum of weights would leave out
-    for name, layer in _adapted(network).items():
-        weight = weights[f"{name}.weight"]
-        weights[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).to(weight)
+    merged = merged_reader(network, dict(weights).__getitem__)
+    for name in _adapted(network):
+        weights[f"{name}.weight"] = merged(f"{name}.weight")
 
 
 def merge(network: torch.nn.Module) -> None:

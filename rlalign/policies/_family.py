@@ -173,6 +173,10 @@ class Family(ABC):
     def save(self, folder: Path) -> None:
         """Writes what plain diffusers loads: a pipeline folder, or a LoRA file."""
 
+    def save_merged(self, folder: Path) -> None:
+        """Writes what ``merged`` saves; families of large networks do it weight by weight."""
+        self.merged().save(folder)
+
     def save_comfyui(self, file: Path) -> None:
         """Writes the LoRA in one file that ComfyUI reads; families that have keys for it do so.
         Raises UserError for others, and where all weights are trained."""

@@ -21,8 +21,8 @@ from rlalign.core.registry import Before, UserError
 from rlalign.diffusion.condition import Condition, Words
 from rlalign.diffusion.paths import NoisePath, Tokens
 from rlalign.diffusion.predictions import PredictionType
-from rlalign.networks import comfyui, lora
-from rlalign.networks.pipelines.checkpoints import load_checkpoint, read_network
+from rlalign.networks import comfyui, lora, merging
+from rlalign.networks.pipelines.checkpoints import load_checkpoint
 from rlalign.networks.pipelines.fitting import check_parts, default_size, try_out
 from rlalign.networks.pipelines.loading import empty_copy
 from rlalign.networks.pipelines.schedulers import read_flow, say_steps
@@ -53,6 +53,13 @@ class PipelineRecipe(PolicyRecipe):
         description="pipeline folder, its weights in one .safetensors file, or hub id"
     )
     negative_prompt: NegativePrompt = ""
+    decode_rows: Annotated[int, Before(0)] = Field(
+        default=0, ge=0, description="pictures decoded at once, for less memory; 0 is a unit's all"
+    )
+    vae_tiling: Annotated[bool, Before(False)] = Field(
+        default=False,
+        description="decode in tiles that blend (diffusers): less memory, and other pixels",
+    )
 
     @property
     def location(self) -> str:
@@ -142,6 +149,8 @@ class PipelineFamily(Family):
             module.to(device).eval().requires_grad_(name == self.part)
         self.network = getattr(pipeline, self.part)
         self.vae = pipeline.vae
+        if recipe.vae_tiling:
+            self.vae.enable_tiling()
         self.own_per_thread = ("vae",) if hasattr(self.vae, "clear_cache") else ()
         self.path, self.prediction = self.read_path()
         self.memory = PromptMemory()
@@ -194,6 +203,11 @@ class PipelineFamily(Family):
     # --- latents and media ------------------------------------------------------------------------
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        parts = latents.split(self.recipe.decode_rows or max(len(latents), 1))
+        media = [self._decode(part) for part in parts]
+        return media[0] if len(media) == 1 else torch.cat(media)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = self.to_autoencoder(latents)
         still = self._reads_clips and not self.draws_clips
         pixels = self.vae.decode(scaled.unsqueeze(2) if still else scaled, return_dict=False)[0]
@@ -344,6 +358,14 @@ class PipelineFamily(Family):
         else:
             self.pipeline.save_pretrained(folder, safe_serialization=True)
 
+    def save_merged(self, folder: Path) -> None:
+        """A pipeline folder in float32 whose adapters are merged weight by weight: beside what is
+        loaded, memory holds one weight."""
+        if not lora.is_attached(self.network):
+            self.save(folder)
+        else:
+            merging.save_pipeline(self.pipeline, self.part, folder, self._read_merged())
+
     def save_comfyui(self, file: Path) -> None:
         if self.comfyui_keys is None:
             super().save_comfyui(file)
@@ -357,18 +379,19 @@ class PipelineFamily(Family):
         if not lora.is_attached(self.network):
             return self
 
-        # an adapter is finer than bfloat16 weights can hold
-        weights = lora.plain_state_dict(self.network)
-        if any(p.dtype != torch.float32 for p in self.network.parameters()):
-            again = read_network(self.recipe.location, self.pipeline_classes, self.part)
-            weights = again.state_dict()
-            del again
-        lora.merge_into(weights, self.network)
-
         # a network of diffusers around these tensors
+        read = self._read_merged()
         fresh = empty_copy(self.network)
-        fresh.load_state_dict(weights, assign=True)
+        fresh.load_state_dict(
+            {n: read(n) for n in lora.plain_state_dict(self.network)}, assign=True
+        )
         plain = self.with_network(fresh.to(self.device).eval())
         plain.pipeline = copy.copy(self.pipeline)
         setattr(plain.pipeline, self.part, plain.network)
         return plain
+
+    def _read_merged(self) -> merging.Read:
+        """How a weight of the denoiser is read with what the adapters add to it."""
+        path = self.recipe.location
+        exact = merging.exact_weights(self.network, path, self.pipeline_classes, self.part)
+        return lora.merged_reader(self.network, exact)

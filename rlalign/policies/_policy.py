@@ -285,6 +285,11 @@ class Policy:
         """Writes what plain diffusers loads: a pipeline folder, or a LoRA file."""
         self.family.save(folder)
 
+    def save_merged(self, folder: Path) -> None:
+        """Writes a pipeline folder, an adapter merged into it. Raises UserError for a family that
+        cannot merge its LoRA."""
+        self.family.save_merged(folder)
+
     def save_comfyui(self, file: Path) -> None:
         """Writes the LoRA in one file that ComfyUI reads. Raises UserError where there is none, or
         none of such a family."""

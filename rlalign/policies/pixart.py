@@ -95,7 +95,7 @@ class PixArtFamily(PipelineFamily):
     def save(self, folder: Path) -> None:
         """A pipeline folder, an adapter merged into it."""
         if lora.is_attached(self.network):
-            self.merged().save(folder)
+            self.save_merged(folder)
         else:
             super().save(folder)
 

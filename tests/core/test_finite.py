@@ -179,7 +179,8 @@ def test_the_step_is_the_first_that_is_not_finite() -> None:
         match=r"the policy's denoiser gives values .* at step 5 of 6, timestep 167; its weights",
     ):
         rollout(policy, unit, 0)
-    assert len(seen) == 6 + 1  # the chain, and once more at the step in question
+    # the chain, and once more up to the step in question, which is looked at a last time
+    assert len(seen) == 6 + 5 + 1
 
 
 @pytest.mark.usefixtures("without_trial")

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from rlalign.core.records import Plan, Unit, UnitKey
+from rlalign.algorithms.base import step_batch
+from rlalign.core.records import Plan, Scored, Unit, UnitKey
 from rlalign.diffusion.noise import unit_noise
 from rlalign.diffusion.paths import NoisePath, RectifiedFlow, VariancePreserving, coefficients
 from rlalign.diffusion.predictions import PredictionType, to_clean_and_noise
-from rlalign.diffusion.rollout import moves, replay, replay_log_prob, rollout
+from rlalign.diffusion.rollout import (
+    advance,
+    moves,
+    replay,
+    replay_log_prob,
+    rollout,
+    schedule_of,
+)
 
 PROMPTS = ("a red circle", "a blue square", "a blue square", "two crosses")
 
@@ -115,6 +123,55 @@ def test_rounding_after_the_log_prob_would_move_it():
         policy, unit, *moves(rounded, [5]), [5], policy.encode(unit.prompts)
     )
     assert (log_prob - torch.from_numpy(trajectory.log_prob_BK[:, 5:])).abs().max() > 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_window_keeps_its_own_latents_and_the_last(window):
+    """Those that its steps start from and go to, bit for bit those of a chain that keeps all; the
+    log-prob at each of its steps is the stored one."""
+    path = RectifiedFlow(shift=3.0)
+    plan = Plan(steps=8, rule="flow_sde", eta=0.7, window=window)
+    policy, unit = Denoiser(path, "flow"), unit_of(plan)
+    trajectory, _ = rollout(policy, unit, 0)
+    steps = np.flatnonzero(trajectory.stochastic_K).tolist()
+    assert len(steps) == window
+    assert trajectory.kept == (*range(steps[0], steps[-1] + 2), 8)
+    assert trajectory.latents_BK1.shape == (4, window + 2, 2, 4, 4)
+
+    # the whole chain, one step after the other
+    schedule = schedule_of(path, unit)
+    condition = policy.encode(unit.prompts)
+    chain = [unit_noise(unit, 0, (2, 4, 4))]
+    for k in range(8):
+        chain.append(advance(policy, unit, schedule, k, chain[-1], condition)[1])
+    wanted = torch.stack(chain, dim=1)[:, list(trajectory.kept)]
+    assert np.array_equal(trajectory.latents_BK1, wanted.numpy())
+
+    # replayed out of a batch, with a step left out and without
+    scored = Scored(
+        unit=unit,
+        policy_version=0,
+        raw={},
+        total_B=np.zeros(4, dtype=np.float32),
+        trajectory=trajectory,
+    )
+    batch = step_batch([scored], np.zeros(4))
+    assert batch.latents[0].shape[1] == window + 1
+    for one in batch.passes(1):
+        moved = (one.before_BS, one.after_BS, one.steps, condition)
+        assert torch.equal(replay_log_prob(policy, unit, *moved)[0], one.log_prob_BS)
+    if window > 1:
+        left = step_batch([scored], np.zeros(4), skip_last=8 - steps[-1])
+        assert [one.steps for one in left.passes(1)] == [(k,) for k in steps[:-1]]
+        assert left.latents[0].shape[1] == window
+        assert torch.equal(left.latents[0], batch.latents[0][:, :-1])
+
+    # a batch that a checkpoint of before has kept whole
+    whole = replace(batch, latents=(torch.stack(chain, dim=1),))
+    for one, other in zip(batch.passes(2), whole.passes(2), strict=True):
+        assert torch.equal(one.before_BS, other.before_BS)
+        assert torch.equal(one.after_BS, other.after_BS)
 
 
 @pytest.mark.parametrize("steps", [[0, 1, 2, 3, 4, 5], [4, 1], [5, 5]])

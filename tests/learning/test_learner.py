@@ -82,9 +82,9 @@ def last_gradient(
     seen: list[torch.Tensor] = []
     place = Learner._place
 
-    def spy(self: Learner, flat: torch.Tensor) -> None:
-        seen.append(flat.clone())
-        place(self, flat)
+    def spy(self: Learner, gradient: list[torch.Tensor]) -> None:
+        seen.append(torch.cat([one.flatten() for one in gradient]))
+        place(self, gradient)
 
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "_place", spy)

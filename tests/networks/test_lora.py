@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rlalign.core.registry import UserError
-from rlalign.networks import lora
+from rlalign.networks import lora, merging
 from rlalign.policies.base import ATTENTION_TARGETS, Policy
 from rlalign.policies.stable_diffusion import StableDiffusion
 from tests.toy import ToyPolicy, save_pipeline
@@ -251,3 +252,29 @@ def test_replicas_share_adapters(folder: Path) -> None:
     assert torch.equal(prediction(twin), prediction(policy))
     with twin.as_reference():
         assert not torch.equal(prediction(twin), prediction(policy))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_merged_pipeline_is_written_weight_by_weight(
+    folder: Path, tmp_path: Path, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one file and in shards, bit for bit what the merged policy holds; of a run in bfloat16 the
+    weights are the checkpoint's. No whole network is read again for it."""
+    policy = StableDiffusion(path=str(folder), lora_rank=2, precision=precision).load("cpu")
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1)
+    wanted = policy.merged().network.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "read_network", None)
+        policy.save_merged(tmp_path / "whole")
+        read = policy.family._read_merged()
+    (file,) = (tmp_path / "whole" / "unet").glob("*.safetensors")
+    (tmp_path / "shards").mkdir()
+    merging.write_weights(tmp_path / "shards", policy.network, read, shard_bytes=20_000)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    policy.network.save_config(tmp_path / "shards")
+    in_shards = UNet2DConditionModel.from_pretrained(tmp_path / "shards").state_dict()
+    for found in (load_file(file), in_shards):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -283,7 +283,7 @@ class Acceptance:
         policy = case.trained()
         merged = policy.merged()
         assert lora.is_attached(policy.network) and not lora.is_attached(merged.network)
-        merged.save(tmp_path)
+        policy.save_merged(tmp_path)
         plain = getattr(open_plain(tmp_path), policy.family.part)
         found = predicted(policy, plain, case)
         assert torch.equal(found, predicted(policy, merged.network, case))

@@ -112,3 +112,43 @@ def test_a_size_is_whole_tokens(kind: Any) -> None:
 def test_a_family_of_pipelines_is_one_short_file(name: str) -> None:
     module = sys.modules[ON_THE_SHELF[name][0].__module__]
     assert len(inspect.getsource(module).splitlines()) <= 135
+
+
+def test_pictures_are_decoded_so_many_at_once(kind: Any) -> None:
+    """Bit for bit what groups of rows give one after the other, with a gradient too."""
+    _, recipe = kind
+    policy = recipe.model_copy(update={"decode_rows": 2}).load("cpu")
+    plain = recipe.load("cpu")
+    shape = policy.latent_shape(Plan())
+    latents = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    asked = [latents.clone().requires_grad_(True) for _ in range(2)]
+    media = policy.decode(asked[0])
+    groups = torch.cat([plain.decode(group) for group in asked[1].split(2)])
+    assert torch.equal(media, groups)
+    media.mean().backward()
+    groups.mean().backward()
+    assert torch.equal(asked[0].grad, asked[1].grad)
+
+
+def test_tiles_are_those_of_plain_diffusers(kind: Any) -> None:
+    """What a picture larger than a tile comes to is diffusers' own; smaller ones stay as they
+    are."""
+    _, recipe = kind
+    policy = recipe.model_copy(update={"vae_tiling": True}).load("cpu")
+    plain = recipe.load("cpu")
+    vae = policy.family.vae
+    assert vae.use_tiling and not plain.family.vae.use_tiling
+    shape = policy.latent_shape(Plan())
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randn(1, *shape, generator=generator)
+    large = torch.randn(1, shape[0], 4 * shape[1], 4 * shape[2], generator=generator)
+    for family in (policy.family, plain.family):
+        if hasattr(family.vae, "tile_latent_min_size"):
+            family.vae.tile_latent_min_size = 2 * shape[-1]
+    assert torch.equal(policy.decode(small), plain.decode(small))
+    tiled = plain.family.vae
+    tiled.enable_tiling()
+    assert torch.equal(policy.decode(large), plain.decode(large))
+    tiled.disable_tiling()
+    if hasattr(vae, "tile_latent_min_size"):
+        assert not torch.equal(policy.decode(large), plain.decode(large))

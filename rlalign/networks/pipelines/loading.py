@@ -182,16 +182,25 @@ def read_index(folder: Path, path: str, classes: Sequence[str]) -> tuple[str, di
 def variant_of(names: Sequence[str]) -> str | None:
     """The variant to load of a part with these files; None where there are plain weights, or
     none."""
-    found: set[str | None] = set()
-    for name in names:
-        match = WEIGHTS.fullmatch(name)
-        if match:
-            # model.fp16-00001-of-00002.safetensors, formerly model-00001-of-00002.fp16.safetensors
-            found.add(SHARD.sub("", match["words"] or "").removeprefix(".") or None)
+    found = {_read_variant(match) for match in map(WEIGHTS.fullmatch, names) if match}
     variants = sorted(v for v in found if v is not None)
     if None in found or not variants:
         return None
     return next((v for v in PREFERRED_VARIANTS if v in variants), variants[0])
+
+
+def _read_variant(match: re.Match[str]) -> str | None:
+    """The variant that a file's name tells; None for plain weights."""
+    # model.fp16-00001-of-00002.safetensors, formerly model-00001-of-00002.fp16.safetensors
+    return SHARD.sub("", match["words"] or "").removeprefix(".") or None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a part's weights that are loaded: plain ones, or those of a variant."""
+    names = sorted(file.name for file in folder.iterdir())
+    wanted = variant_of(names)
+    matches = {name: WEIGHTS.fullmatch(name) for name in names}
+    return [folder / n for n, match in matches.items() if match and _read_variant(match) == wanted]
 
 
 def is_network(kind: list[Any]) -> bool:
