@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -44,35 +45,39 @@ def key_of(model: Mapping[str, str], text: str) -> str:
     return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
 
+class RefusedFile(UserError):
+    """A file that has not the words which are asked for."""
+
+    def __init__(self, file: Path, reason: str) -> None:
+        super().__init__(
+            f"policy.embeddings must name a file that rlalign encode has written, got"
+            f" {str(file)!r}, which {reason}; write it with: rlalign encode CONFIG {file}, or leave"
+            " the setting empty"
+        )
+        self.reason = reason
+
+
 class EmbeddingsFile:
     """The words in a file: a ``Reader``."""
 
-    def __init__(self, file: Path, model: Mapping[str, str], device: str = "cpu") -> None:
+    def __init__(self, file: Path, model: Mapping[str, str]) -> None:
         """``model`` says what the words must have been made by: name -> a setting, or a digest; ""
         is not known here, and not compared. Raises UserError for a file that is none of
         embeddings, or another model's."""
         from safetensors import SafetensorError, safe_open
 
         self._file = file
-        self._device = device
         try:
             self._opened: Any = safe_open(file, "pt")
             metadata = self._opened.metadata() or {}
         except (OSError, SafetensorError) as error:
-            raise self._refusal(f"cannot be read ({read_reason(error)})") from error
+            raise RefusedFile(file, f"cannot be read ({read_reason(error)})") from error
         if metadata.get("format") != FORMAT:
-            raise self._refusal("is no file of embeddings")
+            raise RefusedFile(file, "is no file of embeddings")
         self._model: dict[str, str] = json.loads(metadata["model"])
         self._refuse_other(model)
         self._rows: dict[str, int] = json.loads(metadata["index"])
         self._names = list(self._opened.keys())
-
-    def _refusal(self, what: str) -> UserError:
-        return UserError(
-            f"policy.embeddings must name a file that rlalign encode has written, got"
-            f" {str(self._file)!r}, which {what}; write it with: rlalign encode CONFIG"
-            f" {self._file}, or leave the setting empty"
-        )
 
     def _refuse_other(self, model: Mapping[str, str]) -> None:
         for name in [*model, *(n for n in self._model if n not in model)]:
@@ -80,18 +85,26 @@ class EmbeddingsFile:
             its = self._model.get(name, "none")
             if mine and its and mine != its:
                 told = "" if _is_digest(mine) or _is_digest(its) else f": {its}, and not {mine}"
-                raise self._refusal(f"was written with another {name}{told}")
+                raise RefusedFile(self._file, f"was written with another {name}{told}")
 
-    def __contains__(self, text: str) -> bool:
-        return key_of(self._model, text) in self._rows
+    @property
+    def keys(self) -> Iterable[str]:
+        """The hash of each text that it has words of, in their order."""
+        return self._rows.keys()
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def key_of(self, text: str) -> str:
+        """The hash of a text."""
+        return key_of(self._model, text)
+
+    def row(self, key: str) -> Row:
+        """The words of the text with this hash."""
+        row = self._rows[key]
+        return {name: self._opened.get_slice(name)[row : row + 1] for name in self._names}
 
     def __call__(self, text: str) -> Row:
-        """The words of a text, on the device. Raises UserError for one that the file lacks."""
-        row = self._rows.get(key_of(self._model, text))
-        if row is None:
+        """The words of a text, on the CPU. Raises UserError for one that the file lacks."""
+        key = self.key_of(text)
+        if key not in self._rows:
             # a family may put an instruction of pages before a prompt
             shown = text if len(text) <= SHOWN else f"...{text[-SHOWN:]}"
             raise UserError(
@@ -99,8 +112,7 @@ class EmbeddingsFile:
                 f" with: rlalign encode CONFIG {self._file}, where CONFIG has that prompt, or leave"
                 " the setting empty"
             )
-        sliced = {name: self._opened.get_slice(name)[row : row + 1] for name in self._names}
-        return {name: tensor.to(self._device) for name, tensor in sliced.items()}
+        return self.row(key)
 
 
 def _is_digest(text: str) -> bool:
@@ -110,32 +122,39 @@ def _is_digest(text: str) -> bool:
 def write_embeddings(
     file: Path,
     model: Mapping[str, str],
-    texts: Sequence[str],
-    read: Reader,
+    rows: Mapping[str, Callable[[], Row]],
     tell: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Writes the words of texts, whole or not at all; memory holds one text's. ``tell`` hears of
-    every text's number.
+    """Writes words, whole or not at all; memory holds one text's.
 
-    The same texts and words give the same bytes.
+    ``rows`` is the hash of each text (``key_of``) -> what gives its words, all of the same shapes;
+    ``tell`` hears how many are done. The same words give the same bytes.
     """
-    first = read(texts[0])
-    names = sorted(first)
-    index = {key_of(model, text): row for row, text in enumerate(texts)}
-    header = _header(model, index, {name: first[name] for name in names})
-    starts = {name: len(header) + entry for name, entry in _starts(first, len(texts)).items()}
+    keys = list(rows)
+    first = rows[keys[0]]()
+    header = _header(model, keys, first)
+    starts = {name: len(header) + at for name, at in _starts(first, len(keys)).items()}
     with replacing(file) as scratch, scratch.open("wb") as handle:
+        # a disk that is too small says so now
         handle.write(header)
-        handle.truncate(len(header) + len(texts) * row_bytes(first))
-        for row, text in enumerate(texts):
-            words = first if row == 0 else read(text)
-            for name in names:
-                tensor = words[name]
+        handle.flush()
+        _reserve(handle, len(header) + len(keys) * row_bytes(first))
+        for number, key in enumerate(keys):
+            row = first if number == 0 else rows[key]()
+            for name, tensor in row.items():
                 kind = (tensor.shape, tensor.dtype)
                 assert kind == (first[name].shape, first[name].dtype), "words of one shape"
-                handle.seek(starts[name] + row * tensor.nbytes)
+                handle.seek(starts[name] + number * tensor.nbytes)
                 handle.write(_bytes_of(tensor))
-            tell(row + 1)
+            tell(number + 1)
+
+
+def _reserve(handle: IO[bytes], size: int) -> None:
+    """Makes a file so large, and has the room on the disk where the system can promise that."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle.fileno(), 0, size)
+    else:
+        handle.truncate(size)
 
 
 def row_bytes(row: Row) -> int:
@@ -154,20 +173,20 @@ def _starts(row: Row, count: int) -> dict[str, int]:
     return found
 
 
-def _header(model: Mapping[str, str], index: Mapping[str, int], row: Row) -> bytes:
+def _header(model: Mapping[str, str], keys: Sequence[str], row: Row) -> bytes:
     """The head of a safetensors file: its length in eight bytes, then JSON."""
     metadata = {
         "format": FORMAT,
-        "index": json.dumps(index),
+        "index": json.dumps({key: number for number, key in enumerate(keys)}),
         "model": json.dumps(dict(sorted(model.items()))),
     }
     entries: dict[str, Any] = {"__metadata__": metadata}
-    for name, start in _starts(row, len(index)).items():
+    for name, start in _starts(row, len(keys)).items():
         tensor = row[name]
         entries[name] = {
             "dtype": DTYPES[tensor.dtype],
-            "shape": [len(index), *tensor.shape[1:]],
-            "data_offsets": [start, start + len(index) * tensor.nbytes],
+            "shape": [len(keys), *tensor.shape[1:]],
+            "data_offsets": [start, start + len(keys) * tensor.nbytes],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
@@ -177,8 +196,3 @@ def _header(model: Mapping[str, str], index: Mapping[str, int], row: Row) -> byt
 def _bytes_of(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().tobytes()
-
-
-def distinct(texts: Iterable[str]) -> list[str]:
-    """Texts without repetitions, in the order in which they first come."""
-    return list(dict.fromkeys(texts))

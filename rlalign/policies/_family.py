@@ -134,6 +134,12 @@ class Family(ABC):
         """The networks that it is made of, by the names of their folders or of what they do."""
         return {"denoiser": self.network}
 
+    @classmethod
+    def role_of(cls, part: str) -> Part:
+        """What one of ``parts`` is for; a family that cannot leave out any says that all are its
+        denoiser."""
+        return "denoiser"
+
     def with_network(self, network: torch.nn.Module) -> Self:
         """The same family around another denoiser; other parts are shared."""
         twin = copy.copy(self)

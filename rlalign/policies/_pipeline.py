@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -27,10 +27,8 @@ from rlalign.networks.pipelines.loading import empty_copy
 from rlalign.networks.pipelines.schedulers import read_flow
 from rlalign.networks.precision import Precision
 from rlalign.policies._family import OWN_SIZE, Family, Part, refuse_frames
+from rlalign.policies._pipeline_recipe import PipelineRecipe
 from rlalign.policies._words import PromptMemory, makers_of_words
-
-if TYPE_CHECKING:
-    from rlalign.policies._pipeline_recipe import PipelineRecipe
 
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Endings of the names of an attention's layers."""
@@ -119,7 +117,11 @@ class PipelineFamily(Family):
 
     def words(self, texts: Sequence[str]) -> Words:
         """What the denoiser is told of each text."""
-        return self.memory.words(texts, self.reader or self.read)
+        return self.memory.words(texts, self.read if self.reader is None else self._read_elsewhere)
+
+    def _read_elsewhere(self, text: str) -> Mapping[str, torch.Tensor]:
+        assert self.reader is not None
+        return {name: tensor.to(self.device) for name, tensor in self.reader(text).items()}
 
     def makers_of_words(self) -> Mapping[str, str]:
         """What its words are made by, by name: settings as JSON, and digests of text encoders; ""

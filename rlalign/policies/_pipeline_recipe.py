@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -19,7 +19,6 @@ from rlalign.networks.pipelines.checkpoints import load_checkpoint
 from rlalign.networks.pipelines.schedulers import say_steps
 from rlalign.networks.precision import settle
 from rlalign.policies._family import WHOLE, Part
-from rlalign.policies._pipeline import PipelineFamily
 from rlalign.policies._recipe import PolicyRecipe
 from rlalign.policies._words import ACTOR, Embeddings
 
@@ -33,7 +32,7 @@ NegativePrompt = Annotated[
 class PipelineRecipe(PolicyRecipe):
     """Base of the settings of a family whose checkpoints are diffusers' pipelines."""
 
-    family: ClassVar[type[PipelineFamily]]  # type: ignore[assignment]  # set by each
+    family: ClassVar[Any]  # a class derived from PipelineFamily
     beside_words: ClassVar[tuple[str, ...]] = ()
     """Settings of a family's own that leave its words as they are."""
 
@@ -64,13 +63,11 @@ class PipelineRecipe(PolicyRecipe):
         own = self.model_dump(mode="json", exclude=shared)
         return {f"policy.{name}": json.dumps(value) for name, value in own.items()}
 
-    def build(self, device: str) -> PipelineFamily:
-        """Loads safetensors weights alone."""
+    def build(self, device: str) -> Any:
+        """A PipelineFamily; loads safetensors weights alone."""
         return self.build_parts(device, WHOLE)
 
-    def build_parts(
-        self, device: str, parts: frozenset[Part], reader: Reader | None = None
-    ) -> PipelineFamily:
+    def build_parts(self, device: str, parts: frozenset[Part], reader: Reader | None = None) -> Any:
         # text encoders are held where the words come from nowhere else
         family = self.family
         place = self.location
@@ -89,11 +86,11 @@ class PipelineRecipe(PolicyRecipe):
         # where the words come from instead
         found = family(self, pipeline, device)
         if reader is None and from_file:
-            reader = EmbeddingsFile(Path(self.embeddings), found.makers_of_words(), device)
+            reader = EmbeddingsFile(Path(self.embeddings), found.makers_of_words())
         found.reader = reader
         return found
 
-    def load_encoder(self, device: str) -> PipelineFamily:
+    def load_encoder(self, device: str) -> Any:
         """The family with its text encoders alone, for a process that encodes for others, as
         ``load`` would have them."""
         alone = self.model_copy(update={"embeddings": ""})
