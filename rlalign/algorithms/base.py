@@ -51,6 +51,9 @@ class Algorithm(Recipe):
     shelf: ClassVar[str] = "algorithms"
     eats: ClassVar[type[Batch]] = StepBatch
     """The class of the batch that it learns from, which says what kind of learning it is."""
+    sees_media: ClassVar[bool] = False
+    """Whether its loss decodes latents, or encodes pictures that are no set's: learners load the
+    autoencoder for it."""
 
     @property
     def copies(self) -> Mapping[str, Copy]:

@@ -34,6 +34,7 @@ class RewardBackprop(Algorithm):
     """
 
     eats = PromptBatch
+    sees_media = True
 
     form: Literal["draft", "alignprop", "refl"] = Field(
         default="draft", description="which steps carry gradients"

@@ -6,6 +6,8 @@ assemble.py     the live parts of a run, and what is refused before it starts
 control.py      what others ask of a run while it works (stop, scale), and how it stands
 costs.py        what a run has taken so far
 models.py       a policy that somebody named: a run folder, a pipeline folder, a plug-in
+words.py        one process encodes prompts for all others: this one
+encode.py       the words of a run's prompts in a file
 environment.py  denoising as a Gymnasium environment
 
 May import everything below; ``rlalign.runtime`` puts the same loop on a cluster.

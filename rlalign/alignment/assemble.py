@@ -20,14 +20,16 @@ from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.diffusion.steps import is_stochastic
 from rlalign.learning.learner import Learner
 from rlalign.networks.devices import usable
+from rlalign.networks.embeddings import Reader
 from rlalign.policies.base import Policy
 
 
-def build_learner(run: Run) -> Learner:
-    """The learner of a run. Raises UserError where this machine does not have the run's device."""
+def build_learner(run: Run, reader: Reader | None = None) -> Learner:
+    """The learner of a run; ``reader`` gives the words of prompts in place of text encoders here.
+    Raises UserError where this machine does not have the run's device."""
     # the policy must be able to draw what the plan asks for
     device = usable(run.runtime.device, "runtime.device")
-    policy = run.policy.load(device)
+    policy = run.policy.load(device, parts=run.learner_parts, reader=reader)
     check_plan(run, policy)
     algorithm = run.algorithm
 

@@ -10,13 +10,17 @@ from concurrent.futures import Future
 from itertools import chain
 from typing import Protocol
 
+from rlalign.alignment.assemble import build_learner
+from rlalign.alignment.words import encoding_reader
 from rlalign.config import Run
 from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Scored, Unit, Weights
 from rlalign.engine import Cost, WorkResult
 from rlalign.engine.local import LiveRewards, LocalEngine
 from rlalign.engine.pieces import Produce, Produced
+from rlalign.learning.learner import Learner
 from rlalign.networks.devices import usable
+from rlalign.networks.embeddings import Reader
 
 
 class Collect(Protocol):
@@ -35,19 +39,26 @@ class Collect(Protocol):
         ...
 
 
+def local_parts(run: Run) -> tuple[LocalCollect, Learner]:
+    """Who does the work of a run in one process, and who learns."""
+    reader = encoding_reader(run.policy, run.runtime)
+    return LocalCollect(run, reader), build_learner(run, reader)
+
+
 class LocalCollect:
     """Units as pieces of work on the local engine: threads of this process, each with a replica of
     the policy and ``rollout.threads`` inside an operation."""
 
-    def __init__(self, run: Run) -> None:
-        """Raises UserError where this machine does not have the run's device."""
+    def __init__(self, run: Run, reader: Reader | None = None) -> None:
+        """``reader`` gives the words of prompts in place of text encoders of its own. Raises
+        UserError where this machine does not have the run's device."""
         # the scorers are shared, what is counted is not
         runtime = run.runtime
         device = usable(runtime.device, "runtime.device")
         scorers = {r.title: r.load(runtime.reward_device) for r in run.rewards_for("evaluate")}
 
         # the policy and its lanes
-        self._policy = run.policy.load(device)
+        self._policy = run.policy.load(device, reader=reader)
         self._engine = LocalEngine.with_lanes(
             self._policy,
             lambda: LiveRewards(run.rewards, run.evaluate.rewards, scorers, strict=True),

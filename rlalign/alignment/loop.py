@@ -25,8 +25,8 @@ import torch
 
 from rlalign.algorithms.base import Memory
 from rlalign.alignment import control, costs
-from rlalign.alignment.assemble import build_learner, differentiable_scorer, preference_pairs
-from rlalign.alignment.collect import Collect, LocalCollect
+from rlalign.alignment.assemble import differentiable_scorer, preference_pairs
+from rlalign.alignment.collect import Collect, local_parts
 from rlalign.config import Run, dump, identity_of, locate_run, plain_identity_of
 from rlalign.core.batches import Batch, DifferentiableScorer, PairBatch, PromptBatch
 from rlalign.core.files import write_whole
@@ -97,7 +97,7 @@ def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) ->
             on_record(line)
 
         try:
-            align(run, folder, LocalCollect(run), build_learner(run), record)
+            align(run, folder, *local_parts(run), record)
         except BaseException as error:
             status.write(state="failed" if isinstance(error, Exception) else "stopped")
             raise

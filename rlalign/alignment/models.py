@@ -44,16 +44,17 @@ class Model:
             f"the newest checkpoint of {self.run_folder} holds no policy; name another folder"
         )
 
-    def load(self, device: str) -> Policy:
-        """The live policy under these weights."""
-        policy: Policy = self.recipe.load(device)  # type: ignore[attr-defined]
+    def load(self, device: str, **how: Any) -> Policy:
+        """The live policy under these weights. ``how`` are keywords of ``PolicyRecipe.load``:
+        ``parts``, or a ``reader`` of prompts."""
+        policy: Policy = self.recipe.load(device, **how)  # type: ignore[attr-defined]
         weights = self.weights()
         if weights is not None:
             policy.set_weights(dict(weights))
         return policy
 
 
-OF_A_RUN = ("precision", "deterministic", "gradient_checkpointing")
+OF_A_RUN = ("precision", "deterministic", "gradient_checkpointing", "embeddings")
 """Settings of a policy that leave a run's weights what they are."""
 
 
@@ -125,13 +126,13 @@ def _family(folder: Path) -> str:
     return readers[found]
 
 
-def ready_policy(model: Model, device: str, interpolation: float) -> Policy:
-    """The policy for sampling: no gradient reaches its weights."""
+def ready_policy(model: Model, device: str, interpolation: float, **how: Any) -> Policy:
+    """The policy for sampling: no gradient reaches its weights. ``how`` is as in ``Model.load``."""
     if not math.isclose(interpolation, 1.0) and model.run_folder is None:
         raise UserError(
             "interpolation needs a run folder's policy, which has a base, got policy"
             f" {model.title!r}"
         )
-    policy = model.load(device)
+    policy = model.load(device, **how)
     policy.interpolation = interpolation
     return policy

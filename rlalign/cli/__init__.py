@@ -11,6 +11,7 @@ sample.py   sample: pictures without training
 evaluate.py evaluate: any model by folder or name
 export.py   export: a run's policy for plain diffusers, or in one file for ComfyUI
 convert.py  convert: a published pickle of a reward as safetensors
+encode.py   encode: a run's prompts as embeddings in a file
 random_model.py  random-model: a pipeline folder of random weights
 look.py     list, check and schema: what starts nothing
 memory.py   what check says of memory

@@ -18,6 +18,7 @@ from rlalign import __version__
 from rlalign.cli import (
     common,
     convert,
+    encode,
     evaluate,
     export,
     fit,
@@ -43,6 +44,7 @@ _WORK = (
     "evaluate",
     "export",
     "convert",
+    "encode",
     "random-model",
 )
 """Commands that are about what they do, and not about what they say."""
@@ -79,6 +81,7 @@ app.command()(rllib.rllib)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(convert.convert)
+app.command()(encode.encode)
 app.command()(random_model.random_model)
 app.command("list")(look.list_plugins)
 app.command()(look.check)

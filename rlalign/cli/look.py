@@ -126,6 +126,7 @@ def check(
 def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]:
     """What a run file comes to. Raises UserError for what its parts lack, once they are loaded."""
     from rlalign.alignment.assemble import check_plan, differentiable_scorer
+    from rlalign.alignment.words import encoding_reader
     from rlalign.config import locate_run, parse_run, summarise_run
     from rlalign.runtime.reservation import run_bundles
 
@@ -133,14 +134,16 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
     run = locate_run(parse_run(data), begun=False, here=address is None)
     pairs = read_prompts_and_pairs(run)
     rewards = load_rewards(run)
-    policy, loaded = memory.measure_load(partial(run.policy.load, "cpu"))
+    on_cpu = run.runtime.model_copy(update={"device": "cpu"})
+    reader, encoder = memory.measure_load(partial(encoding_reader, run.policy, on_cpu))
+    policy, loaded = memory.measure_load(partial(run.policy.load, "cpu", reader=reader))
     check_plan(run, policy)
     if run.algorithm.eats.sampled_by_loss:
         differentiable_scorer(run, "cpu")
 
     # say what they come to
     runtime = run.runtime
-    needs = memory.needs_of(run, policy, loaded, rewards)
+    needs = memory.needs_of(run, policy, loaded, rewards, encoder)
     bundles = run_bundles(run)
     serving = (runtime.reward.workers + runtime.reward.spares) * len(rewards)
     return {
@@ -149,6 +152,7 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
         **pairs,
         "parameters": parameters(policy),
         **memory.rows(needs),
+        **memory.encoder_rows(policy),
         "workers": (
             f"{runtime.rollout.workers} rollout, {serving} reward, {runtime.learner.workers}"
             f" learner; {on_which_devices(runtime)}"

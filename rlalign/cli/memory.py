@@ -8,11 +8,11 @@ on top.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from rlalign.runtime.roles import LEARNER, ROLLOUT, Role
+from rlalign.runtime.roles import ENCODER, LEARNER, ROLLOUT, Role
 
 if TYPE_CHECKING:
     from rlalign.config import Run, RuntimeSettings
@@ -24,6 +24,9 @@ Loaded = TypeVar("Loaded")
 LIBRARIES = 900_000_000
 """Bytes of a worker's process beside its tensors: torch, diffusers and their like (measured on
 Linux, torch 2.15)."""
+
+WORTH_LEAVING_OUT = 10**8
+"""Bytes of text encoders that are worth a hint."""
 
 
 def measure_load(load: Callable[[], Loaded]) -> tuple[Loaded, int]:
@@ -58,6 +61,8 @@ class Needs:
     """Title -> bytes."""
     learner: int = 0
     """0 where there is none."""
+    encoder: int = 0
+    """0 where no process encodes for others."""
     round: int = 0
     """Of a round's samples at the learner, in the memory of its machine."""
     on_gpu: frozenset[str] = field(default_factory=frozenset)
@@ -67,7 +72,8 @@ class Needs:
         """A worker's tensors."""
         if role.reward:
             return self.rewards.get(role.reward, 0)
-        return {LEARNER: self.learner, ROLLOUT: self.rollout}.get(role, 0)
+        held = {LEARNER: self.learner, ROLLOUT: self.rollout, ENCODER: self.encoder}
+        return held.get(role, 0)
 
     def computes_on_gpu(self, role: Role) -> bool:
         """Whether a worker's tensors are on a GPU."""
@@ -83,23 +89,36 @@ class Needs:
         return found
 
 
-def needs_of(run: Run, policy: Policy, loaded: int, rewards: Mapping[str, int]) -> Needs:
-    """The needs of a run, of what its policy and its rewards hold once they are loaded."""
+def needs_of(
+    run: Run, policy: Policy, loaded: int, rewards: Mapping[str, int], encoder: int = 0
+) -> Needs:
+    """The needs of a run, of what its policy, its rewards and its ``encoder`` hold once they are
+    loaded."""
     # a differentiable reward is loaded by the learner too
     own = sum(rewards[r.title] for r in run.rewards) if run.algorithm.eats.sampled_by_loss else 0
     return Needs(
-        learner=loaded + own + learning(run, policy),
+        learner=loaded - bytes_without(policy, run.learner_parts) + own + learning(run, policy),
         rollout=loaded + trained(policy),  # weights come as a copy of their own
         rewards=rewards,
+        encoder=encoder,
         round=of_a_round(run, policy),
         on_gpu=on_gpu(run.runtime),
     )
 
 
+def bytes_without(policy: Policy, roles: Container[str]) -> int:
+    """Bytes of a policy's parts that a process lacks which has these roles alone."""
+    family = policy.family
+    lacking = [part for name, part in family.parts().items() if family.role_of(name) not in roles]
+    return sum(t.nbytes for part in lacking for t in part.state_dict().values())
+
+
 def on_gpu(runtime: RuntimeSettings) -> frozenset[str]:
     """The roles that compute on a GPU."""
     policies = {"learner", "rollout"} if runtime.device != "cpu" else set[str]()
-    return frozenset(policies | ({"reward"} if runtime.reward_device != "cpu" else set()))
+    rewards = {"reward"} if runtime.reward_device != "cpu" else set[str]()
+    encoders = {"encoder"} if runtime.encoder_device != "cpu" else set[str]()
+    return frozenset(policies | rewards | encoders)
 
 
 def trained(policy: Policy) -> int:
@@ -155,12 +174,26 @@ def rows(needs: Needs) -> dict[str, str]:
     rewards = "".join(
         f", {title} worker about {megabytes(size)}" for title, size in needs.rewards.items()
     )
+    encoder = f", encoder about {megabytes(needs.encoder)}" if needs.encoder else ""
     return {
         "memory": (
             f"{learner if needs.learner else ''}rollout worker about"
-            f" {megabytes(needs.rollout)}{rewards}; activations, and {megabytes(LIBRARIES)} of"
+            f" {megabytes(needs.rollout)}{rewards}{encoder}; activations, and {megabytes(LIBRARIES)} of"
             " libraries a process, come on top"
         ),
+    }
+
+
+def encoder_rows(policy: Policy) -> dict[str, str]:
+    """What the text encoders in every process hold, where that is worth a setting."""
+    held = bytes_without(policy, ("denoiser", "vae"))
+    if held < WORTH_LEAVING_OUT:
+        return {}
+    return {
+        "text encoders": (
+            f"{megabytes(held)} in every rollout and learner worker; rlalign encode CONFIG FILE and"
+            " policy.embeddings=FILE leave them out"
+        )
     }
 
 

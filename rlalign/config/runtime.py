@@ -27,12 +27,11 @@ def refuse_share(setting: str, amount: float, *, of_gpus: bool = False) -> None:
         )
 
 
-class Workers(BaseModel):
-    """The workers of one role: how many there are, and what Ray reserves for each."""
+class Reserved(BaseModel):
+    """What Ray reserves for a worker."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: int = Field(default=1, ge=1, description="actors of this role")
     cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for one of them")
     gpus: float = Field(
         default=0.0,
@@ -51,7 +50,7 @@ class Workers(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _ray_can_reserve_it(self) -> Workers:
+    def _ray_can_reserve_it(self) -> Reserved:
         refuse_share("cpus", self.cpus)
         refuse_share("gpus", self.gpus, of_gpus=True)
         for name, amount in self.resources.items():
@@ -62,6 +61,12 @@ class Workers(BaseModel):
                 )
             refuse_share("resources", amount)
         return self
+
+
+class Workers(Reserved):
+    """The workers of one role: how many there are, and what Ray reserves for each."""
+
+    workers: int = Field(default=1, ge=1, description="actors of this role")
 
 
 class RolloutWorkers(Workers):
@@ -107,12 +112,23 @@ class LearnerWorkers(Workers):
     threads: int = Field(default=1, ge=1, description="torch threads for each shard of the learner")
 
 
+class EncoderWorker(Reserved):
+    """The one that encodes prompts, where policy.embeddings is actor."""
+
+    gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs, or a share of one; 0 keeps text encoders on the CPU",
+    )
+
+
 class RuntimeSettings(BaseModel):
     """Who does the work and where. None of it changes the numbers, except ``max_staleness`` and
     where things compute.
 
     Policies, in rollout and learner workers alike, compute on ``device``; rewards do where
-    ``reward.gpus`` is above 0, and on the CPU otherwise. That holds in one process and on a
+    ``reward.gpus`` is above 0, and on the CPU otherwise, and so does the one that encodes prompts,
+    by ``encoder.gpus``. That holds in one process and on a
     cluster, so both give the same numbers.
     """
 
@@ -121,6 +137,7 @@ class RuntimeSettings(BaseModel):
     rollout: RolloutWorkers = RolloutWorkers()
     reward: RewardWorkers = RewardWorkers()
     learner: LearnerWorkers = LearnerWorkers()
+    encoder: EncoderWorker = EncoderWorker()
     max_staleness: int = Field(
         default=0,
         ge=0,
@@ -152,3 +169,8 @@ class RuntimeSettings(BaseModel):
     def reward_device(self) -> str:
         """Where rewards compute."""
         return self.device if self.reward.gpus else "cpu"
+
+    @property
+    def encoder_device(self) -> str:
+        """Where a process that encodes prompts for all others computes."""
+        return self.device if self.encoder.gpus else "cpu"

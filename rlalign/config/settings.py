@@ -25,7 +25,7 @@ from rlalign.learning.evaluate import EvaluateSettings
 from rlalign.learning.guard import GuardSettings
 from rlalign.learning.learner import LearnerSettings
 from rlalign.learning.optimisers import refuse_device
-from rlalign.policies.base import PolicyRecipe
+from rlalign.policies.base import LATENTS, WHOLE, Part, PolicyRecipe
 from rlalign.rewards.base import Reward
 
 PLUGINS = {"policy": "policies", "prompts": "prompts", "algorithm": "algorithms"}
@@ -155,6 +155,13 @@ class Run(BaseModel):
     def samples_itself(self) -> bool:
         """Whether a round makes samples of its own, wherever that happens."""
         return self.preferences is None
+
+    @property
+    def learner_parts(self) -> frozenset[Part]:
+        """What a learner needs of the policy's checkpoint: the autoencoder where it sees
+        pictures."""
+        sees_media = self.algorithm.sees_media or self.preferences is not None
+        return WHOLE if sees_media else LATENTS
 
     @property
     def units_per_round(self) -> int:

@@ -71,14 +71,17 @@ def folder_of(run_folder: Path, round: int) -> Path:
 def identity(resolved: Mapping[str, Any]) -> str:
     """A digest of what may not change between a checkpoint and the run that resumes it.
 
-    ``rounds`` may be extended; names, placement, checkpoint and evaluation settings, and what is
-    written beside or decoded by how many threads, do not touch the weights.
+    ``rounds`` may be extended; names, placement, checkpoint and evaluation settings, what is
+    written beside or decoded by how many threads, and where the words of prompts come from do not
+    touch the weights.
     """
     kept = dict(resolved)
     if "write_pairs" in kept:
         kept["write_pairs"] = ""
     if kept.get("preferences"):
         kept["preferences"] = {**kept["preferences"], "workers": 0}
+    if "embeddings" in kept.get("policy", {}):
+        kept["policy"] = {n: v for n, v in kept["policy"].items() if n != "embeddings"}
     return plain_identity(kept)
 
 

@@ -7,7 +7,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 
@@ -21,6 +21,11 @@ from rlalign.networks.precision import Precision
 
 OWN_SIZE = Plan()
 """A plan that leaves the size to the policy."""
+Part = Literal["denoiser", "vae", "words"]
+"""What a process may need of a checkpoint: its denoiser, its autoencoder, its text encoders."""
+WHOLE: frozenset[Part] = frozenset({"denoiser", "vae", "words"})
+LATENTS: frozenset[Part] = frozenset({"denoiser", "words"})
+"""What a process needs that sees latents alone, and no pictures."""
 
 Ask = Callable[[torch.Tensor, torch.Tensor, Words], torch.Tensor]
 """(latents, timestep_B, words) -> the raw prediction, counted: ``predict`` in a precision."""
@@ -138,6 +143,12 @@ class Family(ABC):
     def parts(self) -> Mapping[str, torch.nn.Module]:
         """The networks that it is made of, by the names of their folders or of what they do."""
         return {"denoiser": self.network}
+
+    @classmethod
+    def role_of(cls, part: str) -> Part:
+        """What one of ``parts`` is for; a family that cannot leave out any says that all are its
+        denoiser."""
+        return "denoiser"
 
     def with_network(self, network: torch.nn.Module) -> Self:
         """The same family around another denoiser; other parts are shared."""

@@ -4,117 +4,36 @@ latents of an autoencoder, a LoRA in diffusers' format."""
 from __future__ import annotations
 
 import copy
-import threading
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field
 
 from rlalign.core.finite import refuse, refuse_pixels
-from rlalign.core.locations import LocalPathOrHubId
 from rlalign.core.records import Plan
-from rlalign.core.registry import Before, UserError
+from rlalign.core.registry import UserError
 from rlalign.diffusion.condition import Condition, Words
 from rlalign.diffusion.paths import NoisePath, Tokens
 from rlalign.diffusion.predictions import PredictionType
 from rlalign.networks import comfyui, lora, merging
+from rlalign.networks.embeddings import Reader
+from rlalign.networks.pipelines.absent import is_absent
 from rlalign.networks.pipelines.checkpoints import load_checkpoint
 from rlalign.networks.pipelines.fitting import check_parts, default_size, try_out
 from rlalign.networks.pipelines.loading import empty_copy
-from rlalign.networks.pipelines.schedulers import read_flow, say_steps
+from rlalign.networks.pipelines.schedulers import read_flow
 from rlalign.networks.precision import Precision
-from rlalign.policies._family import OWN_SIZE, Family, refuse_frames
-from rlalign.policies._recipe import PolicyRecipe
+from rlalign.policies._family import OWN_SIZE, Family, Part, refuse_frames
+from rlalign.policies._pipeline_recipe import PipelineRecipe
+from rlalign.policies._words import PromptMemory, makers_of_words
 
-REMEMBERED_BYTES = 2**28
-"""Of prompts' words that are kept (0.25 MB each in Stable Diffusion 1.5, 5.5 in 3), so that a long
-prompt list fills no memory."""
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Endings of the names of an attention's layers."""
 JOINT_TARGETS = (*ATTENTION_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The same of an attention that joins the words and the picture."""
-NegativePrompt = Annotated[
-    str,
-    Before(""),
-    Field(description="what plan.guidance goes away from, as a call's negative_prompt"),
-]
-
-
-class PipelineRecipe(PolicyRecipe):
-    """Base of the settings of a family whose checkpoints are diffusers' pipelines."""
-
-    family: ClassVar[type[PipelineFamily]]  # type: ignore[assignment]  # set by each
-
-    path: LocalPathOrHubId = Field(
-        description="pipeline folder, its weights in one .safetensors file, or hub id"
-    )
-    negative_prompt: NegativePrompt = ""
-    decode_rows: Annotated[int, Before(0)] = Field(
-        default=0, ge=0, description="pictures decoded at once, for less memory; 0 is a unit's all"
-    )
-    vae_tiling: Annotated[bool, Before(False)] = Field(
-        default=False,
-        description="decode in tiles that blend (diffusers): less memory, and other pixels",
-    )
-
-    @property
-    def location(self) -> str:
-        """What ``path`` means."""
-        return self.path
-
-    @property
-    def dtypes(self) -> Mapping[str, torch.dtype]:
-        """Part -> in which it is read, where that is not float32."""
-        return {self.family.part: self.denoiser_dtype}
-
-    def build(self, device: str) -> PipelineFamily:
-        """Loads safetensors weights alone."""
-        family = self.family
-        place = self.location
-        pipeline = load_checkpoint(
-            place, family.pipeline_classes, self.dtypes, **family.pipeline_settings
-        )
-        family.check(pipeline, place)
-        say_steps(place, Path(pipeline.config["_name_or_path"]))
-        return family(self, pipeline, device)
-
-    def announce(self) -> None:
-        say_steps(self.location)
-
-
-class PromptMemory:
-    """The words of texts, each read once and alone, so that its numbers do not depend on its
-    neighbours. Replicas share it: text encoders and tokenizers are used by one thread at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.rows: dict[str, Mapping[str, torch.Tensor]] = {}
-        self._bytes = 0
-
-    def words(
-        self, texts: Sequence[str], read: Callable[[str], Mapping[str, torch.Tensor]]
-    ) -> Words:
-        """The rows of all texts; ``read`` gives one row of each tensor."""
-        with self._lock:
-            rows = [self._row(text, read) for text in texts]
-        return Words({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-
-    def _row(
-        self, text: str, read: Callable[[str], Mapping[str, torch.Tensor]]
-    ) -> Mapping[str, torch.Tensor]:
-        if text not in self.rows:
-            with torch.no_grad():
-                row = read(text)
-            if self._bytes >= REMEMBERED_BYTES:
-                self.rows.clear()
-                self._bytes = 0
-            self.rows[text] = row
-            self._bytes += sum(tensor.nbytes for tensor in row.values())
-        return self.rows[text]
 
 
 class PipelineFamily(Family):
@@ -140,6 +59,8 @@ class PipelineFamily(Family):
 
     network: Any
     """diffusers' denoiser."""
+    reader: Reader | None = None
+    """Gives the words of a text in place of text encoders in this process."""
 
     def __init__(self, recipe: PipelineRecipe, pipeline: Any, device: str) -> None:
         self.recipe = recipe
@@ -160,9 +81,20 @@ class PipelineFamily(Family):
         """Refuses, by name, what the family would misread."""
         check_parts(pipeline, path, cls.needs)
 
+    @classmethod
+    def role_of(cls, part: str) -> Part:
+        """What a component of the pipeline is for; what is neither denoiser nor autoencoder reads
+        words."""
+        return {cls.part: "denoiser", "vae": "vae"}.get(part, "words")  # type: ignore[return-value]
+
     def parts(self) -> Mapping[str, torch.nn.Module]:
         components = self.pipeline.components.items()
-        return {name: part for name, part in components if isinstance(part, torch.nn.Module)}
+        networks = {name: part for name, part in components if isinstance(part, torch.nn.Module)}
+        return {name: network for name, network in networks.items() if not is_absent(network)}
+
+    def has(self, role: Part) -> bool:
+        """Whether a part's weights are in this process."""
+        return any(self.role_of(name) == role for name in self.parts())
 
     @property
     def folder(self) -> str:
@@ -187,7 +119,20 @@ class PipelineFamily(Family):
 
     def words(self, texts: Sequence[str]) -> Words:
         """What the denoiser is told of each text."""
-        return self.memory.words(texts, self.read)
+        return self.memory.words(texts, self.read if self.reader is None else self._read_elsewhere)
+
+    def _read_elsewhere(self, text: str) -> Mapping[str, torch.Tensor]:
+        assert self.reader is not None
+        return {name: tensor.to(self.device) for name, tensor in self.reader(text).items()}
+
+    def makers_of_words(self) -> Mapping[str, str]:
+        """What its words are made by, by name: settings as JSON, and digests of text encoders; ""
+        for weights that are not on this machine."""
+        components = self.pipeline.components.items()
+        names = [n for n, one in components if one is not None and self.role_of(n) == "words"]
+        parts = [name for name in names if name != "scheduler"]
+        recipe = self.recipe
+        return makers_of_words(self.pipeline, recipe.location, parts, recipe.word_settings)
 
     def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
         caption = self.words(prompts)
@@ -203,6 +148,7 @@ class PipelineFamily(Family):
     # --- latents and media ------------------------------------------------------------------------
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self._refuse_no_autoencoder()
         parts = latents.split(self.recipe.decode_rows or max(len(latents), 1))
         media = [self._decode(part) for part in parts]
         return media[0] if len(media) == 1 else torch.cat(media)
@@ -229,6 +175,7 @@ class PipelineFamily(Family):
     def _encoded(self, media_BFCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mode and deviation of the encoder's posterior, in its own scale; of an encoder that has
         none its latents, and None."""
+        self._refuse_no_autoencoder()
         media = media_BFCHW.transpose(1, 2) if self._reads_clips else media_BFCHW[:, 0]
         encoded = self.vae.encode(media * 2 - 1)
         drawn = getattr(encoded, "latent_dist", None)
@@ -238,6 +185,13 @@ class PipelineFamily(Family):
         still = self._reads_clips and not self.draws_clips
         latents, *rest = (tensor[:, :, 0] if still else tensor for tensor in found)
         return latents, rest[0] if rest else None
+
+    def _refuse_no_autoencoder(self) -> None:
+        if is_absent(self.vae):
+            raise UserError(
+                "the policy's autoencoder is not in this process: an algorithm whose loss decodes"
+                " latents or encodes pictures must say so with sees_media = True"
+            )
 
     @property
     def _reads_clips(self) -> bool:
@@ -345,6 +299,8 @@ class PipelineFamily(Family):
         lora.attach_saved(self.pipeline, self.part, name, rank=rank, alpha=alpha)
 
     def try_out(self, precision: Precision) -> None:
+        if not self.has("denoiser") or not (self.reader or self.has("words")):
+            return
         side = self.trial_side * self.factor
         try_out(self, self.recipe.location, Plan(height=side, width=side), precision)
 
@@ -356,7 +312,18 @@ class PipelineFamily(Family):
         if lora.is_attached(self.network):
             lora.save(self.pipeline, self.part, folder)
         else:
-            self.pipeline.save_pretrained(folder, safe_serialization=True)
+            self._whole_pipeline().save_pretrained(folder, safe_serialization=True)
+
+    def _whole_pipeline(self) -> Any:
+        """The pipeline; with the parts that this process lacks read for it, on the CPU."""
+        held = self.parts()
+        networks = [
+            n for n, p in self.pipeline.components.items() if isinstance(p, torch.nn.Module)
+        ]
+        if len(held) == len(networks):
+            return self.pipeline
+        given = {**self.pipeline_settings, **held}
+        return load_checkpoint(self.recipe.location, self.pipeline_classes, **given)
 
     def save_merged(self, folder: Path) -> None:
         """A pipeline folder in float32 whose adapters are merged weight by weight: beside what is

@@ -12,8 +12,9 @@ from rlalign.core.locations import LocalPath
 from rlalign.core.records import Plan
 from rlalign.core.registry import Before, Recipe, UserError
 from rlalign.networks import lora
+from rlalign.networks.embeddings import Reader
 from rlalign.networks.precision import Precision, keep_frozen, settle
-from rlalign.policies._family import Family
+from rlalign.policies._family import WHOLE, Family, Part
 from rlalign.policies._policy import Policy
 
 
@@ -60,14 +61,33 @@ class PolicyRecipe(Recipe):
         missing, damaged or unknown one."""
         raise NotImplementedError
 
-    def load(self, device: str) -> Policy:
-        """The live policy on ``device``: the family, with its adapter, in its precision."""
+    def build_parts(
+        self, device: str, parts: frozenset[Part], reader: Reader | None = None
+    ) -> Family:
+        """The same with ``parts`` of the checkpoint alone, where the family can leave out others;
+        ``reader`` gives the words of prompts in place of text encoders."""
+        return self.build(device)
+
+    @property
+    def encodes_in_actor(self) -> bool:
+        """Whether one process of a run encodes prompts for all others."""
+        return False
+
+    def load_encoder(self, device: str) -> Family:
+        """The family of a process that encodes for others; where ``encodes_in_actor``."""
+        raise NotImplementedError
+
+    def load(
+        self, device: str, parts: frozenset[Part] = WHOLE, reader: Reader | None = None
+    ) -> Policy:
+        """The live policy on ``device``: the family, with its adapter, in its precision. ``parts``
+        and ``reader`` are as in ``build_parts``."""
         if self.adapter and not self.family.reads_adapters:
             raise UserError(
                 f"policy.adapter must be empty for {self.name}, which takes none, got"
                 f" {self.adapter!r}"
             )
-        return self.make_policy(self.build(device))
+        return self.make_policy(self.build_parts(device, parts, reader))
 
     def make_policy(self, family: Family) -> Policy:
         """The policy around a family that is loaded. Raises UserError for weights that are not

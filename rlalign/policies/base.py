@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from rlalign.diffusion.condition import Condition as Condition
 from rlalign.diffusion.condition import Words as Words
-from rlalign.policies._family import OWN_SIZE, Family, refuse_frames
+from rlalign.policies._family import LATENTS, OWN_SIZE, WHOLE, Family, Part, refuse_frames
 from rlalign.policies._pipeline import (
     ATTENTION_TARGETS,
     JOINT_TARGETS,
-    NegativePrompt,
     PipelineFamily,
-    PipelineRecipe,
 )
+from rlalign.policies._pipeline_recipe import NegativePrompt, PipelineRecipe
 from rlalign.policies._policy import Meter, Policy
 from rlalign.policies._recipe import PolicyRecipe
 
 __all__ = [
     "ATTENTION_TARGETS",
     "JOINT_TARGETS",
+    "LATENTS",
     "OWN_SIZE",
+    "WHOLE",
     "Family",
     "Meter",
     "NegativePrompt",
+    "Part",
     "PipelineFamily",
     "PipelineRecipe",
     "Policy",

@@ -98,6 +98,7 @@ class Flux(PipelineRecipe):
     """
 
     family = FluxFamily
+    beside_words: ClassVar[tuple[str, ...]] = ("embedded_guidance",)
 
     embedded_guidance: float | None = Field(
         default=3.5,

@@ -116,6 +116,7 @@ class Flux2(PipelineRecipe):
     """
 
     family = Flux2Family
+    beside_words: ClassVar[tuple[str, ...]] = ("embedded_guidance",)
 
     embedded_guidance: float = Field(
         default=4.0,

@@ -37,6 +37,7 @@ def reward_role(title: str) -> Role:
 
 ROLLOUT = plain_role("rollout")
 LEARNER = plain_role("learner")
+ENCODER = plain_role("encoder")
 COORDINATOR = plain_role("coordinator")
 DATA = plain_role("Ray Data")
 REPLICA = plain_role("replica")

@@ -25,13 +25,17 @@ from rlalign.runtime.pool import ObjectGone, PoolLost, UnitFailed
 from rlalign.runtime.reservation import sample_bundles
 from rlalign.runtime.rewards import RewardActors
 from rlalign.runtime.roles import ROLLOUT, reward_role
+from rlalign.runtime.words import create_encoder, reader_of
 from rlalign.runtime.workers import PolicySource
 from rlalign.sampling import Sample, run_sample
 from rlalign.sampling.compare import OnRecord
 
 
-def create_actors(sample: Sample) -> tuple[list[ActorHandle], RewardActors]:
-    """(rollout actors, the reward actors that they ask), owned by this process."""
+def create_actors(
+    sample: Sample,
+) -> tuple[list[ActorHandle], RewardActors, ActorHandle | None]:
+    """(rollout actors, the reward actors that they ask, the one that encodes for them where there
+    is one), owned by this process."""
     runtime = sample.runtime
     owner = name_owner(sample.name)
 
@@ -49,10 +53,13 @@ def create_actors(sample: Sample) -> tuple[list[ActorHandle], RewardActors]:
     )
 
     # found and located here: what names a run folder names that of the command
+    recipe = locate(sample.model.recipe, "policy", here=False)
+    encoder = create_encoder(owner, recipe, runtime)
     source = PolicySource(
-        model=replace(sample.model, recipe=locate(sample.model.recipe, "policy", here=False)),
+        model=replace(sample.model, recipe=recipe),
         runtime=runtime,
         interpolation=sample.interpolation,
+        reader=reader_of(encoder, runtime),
     )
 
     # each rollout worker prefers another reward worker
@@ -60,7 +67,7 @@ def create_actors(sample: Sample) -> tuple[list[ActorHandle], RewardActors]:
         create_policy_worker(owner, i, replace(source, rewards=asked.prefer(i)))
         for i in range(runtime.rollout.workers)
     ]
-    return workers, asked
+    return workers, asked, encoder
 
 
 def sample_on_ray(
@@ -84,14 +91,14 @@ def sample_on_ray(
             on_record(
                 {"note": f"Ray dashboard: {dashboard} (if it asks for a token: ray get-auth-token)"}
             )
-        workers, asked = create_actors(sample)
+        workers, asked, encoder = create_actors(sample)
         members = {ROLLOUT: workers, **{reward_role(t): a for t, a in asked.actors.items()}}
         engine = RayEngine(sample.runtime, members, sample.unit, rows=sample.rows)
         try:
             return run_sample(sample, folder, engine, on_record)
         finally:
             engine.close()
-            for actor in chain(*members.values()):
+            for actor in chain(*members.values(), [encoder] if encoder is not None else []):
                 ray.kill(actor)
     except (ObjectGone, PoolLost, UnitFailed) as error:
         raise RunFailed(str(error)) from error

@@ -21,6 +21,7 @@ from rlalign.core.registry import UserError
 from rlalign.engine import Work
 from rlalign.engine.local import LiveRewards, do_and_count
 from rlalign.networks.devices import usable
+from rlalign.networks.embeddings import Reader
 from rlalign.rewards.base import Reward
 from rlalign.runtime.began import BEGAN
 from rlalign.runtime.gauges import shown
@@ -104,6 +105,8 @@ class PolicySource:
     interpolation: float = 1.0
     rewards: RewardActors | None = None
     """None where its work asks for none."""
+    reader: Reader | None = None
+    """Gives the words of prompts; None where the policy has text encoders or a file."""
 
 
 class PolicyWorker(Worker):
@@ -115,7 +118,9 @@ class PolicyWorker(Worker):
         self.label = label
         with naming_the_node():
             device = usable(source.runtime.device, "runtime.device")
-            self._policy = ready_policy(source.model, device, source.interpolation)
+            self._policy = ready_policy(
+                source.model, device, source.interpolation, reader=source.reader
+            )
         self._rewards = LiveRewards(()) if source.rewards is None else RemoteRewards(source.rewards)
         self._tag: tuple[str, int] | None = None
         self.ready_at = time.time()

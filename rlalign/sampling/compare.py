@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from rlalign.alignment.models import ready_policy
+from rlalign.alignment.words import encoding_reader
 from rlalign.core.locations import locate
 from rlalign.core.media import as_uint8
 from rlalign.core.records import Unit
@@ -148,7 +149,8 @@ def sample_local(sample: Sample, folder: Path, on_record: OnRecord) -> dict[str,
     sample = locate(sample)
     runtime = sample.runtime
     device = usable(runtime.device, "runtime.device")
-    policy = ready_policy(sample.model, device, sample.interpolation)
+    reader = encoding_reader(sample.model.recipe, runtime)
+    policy = ready_policy(sample.model, device, sample.interpolation, reader=reader)
     scorers = {r.title: r.load(runtime.reward_device) for r in sample.rewards_for("evaluate")}
     engine = LocalEngine.with_lanes(
         policy,

@@ -174,7 +174,7 @@ def test_remembered_prompts_are_bounded(policy: Policy, monkeypatch: pytest.Monk
     """Long prompt lists do not fill the memory, and forgetting changes no bit."""
     first = policy.encode(PROMPTS)
     monkeypatch.setattr(
-        "rlalign.policies._pipeline.REMEMBERED_BYTES", 2 * first.caption["embeds_BLD"][0].nbytes
+        "rlalign.policies._words.REMEMBERED_BYTES", 2 * first.caption["embeds_BLD"][0].nbytes
     )
     policy.encode(["something else", "and more"])
     assert torch.equal(policy.encode(PROMPTS).caption["embeds_BLD"], first.caption["embeds_BLD"])

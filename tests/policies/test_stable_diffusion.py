@@ -216,7 +216,7 @@ def test_remembered_prompts_are_bounded(policy: Policy, monkeypatch: pytest.Monk
     """Long prompt lists do not fill the memory, and forgetting changes no bit."""
     first = policy.encode(PROMPTS)
     kept = first.caption["embeds_BLD"][0].nbytes
-    monkeypatch.setattr("rlalign.policies._pipeline.REMEMBERED_BYTES", 2 * kept)
+    monkeypatch.setattr("rlalign.policies._words.REMEMBERED_BYTES", 2 * kept)
     policy.encode(["something else", "and more", "and yet more"])
     again = policy.encode(PROMPTS)
     assert torch.equal(first.caption["embeds_BLD"], again.caption["embeds_BLD"])

@@ -35,7 +35,7 @@ FAULTY = reward_role("faulty")
 class DoubleToy(Toy):
     """The toy denoiser in float64. Source: none, a test's own."""
 
-    def load(self, device: str) -> ToyPolicy:
+    def load(self, device: str, **how: Any) -> ToyPolicy:
         return ToyPolicy(seed=self.seed, dtype=torch.float64)
 
 

@@ -13,10 +13,13 @@ import torch
 from rlalign.core.registry import UserError
 from rlalign.networks.pipelines.loading import (
     INDEX,
+    Held,
     broken,
     class_of,
     find_folder,
+    hold_all,
     is_network,
+    load_config,
     load_network,
     load_pipeline,
     one_file,
@@ -30,14 +33,15 @@ def load_checkpoint(
     path: str,
     classes: Sequence[str],
     dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    holds: Held = hold_all,
     **settings: Any,
 ) -> Any:
     """``load_pipeline``, or the pipeline of one file, in float32. Raises UserError with the way
     out."""
     file = one_file(path)
     if file is None:
-        return load_pipeline(path, classes, dtypes, **settings)
-    return _load_one_file(file, classes, settings)
+        return load_pipeline(path, classes, dtypes, holds, **settings)
+    return _load_one_file(file, classes, holds, settings)
 
 
 def read_network(path: str, classes: Sequence[str], part: str) -> Any:
@@ -67,7 +71,9 @@ def settings_folder(file: Path) -> Path:
     return folder
 
 
-def _load_one_file(file: Path, classes: Sequence[str], settings: Mapping[str, Any]) -> Any:
+def _load_one_file(
+    file: Path, classes: Sequence[str], holds: Held, settings: Mapping[str, Any]
+) -> Any:
     """The pipeline of weights in one file, as diffusers converts them. A network that the file
     lacks is read from the folder of its settings."""
     import diffusers
@@ -83,7 +89,9 @@ def _load_one_file(file: Path, classes: Sequence[str], settings: Mapping[str, An
         # some files hold the denoiser alone, or no text encoders
         parts: dict[str, Any] = {}
         for part, kind in networks.items():
-            if not _is_held(class_of(kind), held):
+            if not holds(part):
+                parts[part] = load_config(folder / part, kind, rule)
+            elif not _is_held(class_of(kind), held):
                 parts[part] = load_network(folder / part, kind, rule)
             elif kind[0] == "diffusers":
                 parts[part] = _convert(file, folder, part, class_of(kind))
@@ -97,7 +105,7 @@ def _load_one_file(file: Path, classes: Sequence[str], settings: Mapping[str, An
             raise broken(rule, error) from error
 
     # a weight of a text encoder that the file lacks is left empty; the others have its dtype
-    for part in networks:
+    for part in filter(holds, networks):
         network = getattr(pipeline, part)
         empty = [n for n, tensor in network.named_parameters() if tensor.is_meta]
         if empty:

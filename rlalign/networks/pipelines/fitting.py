@@ -94,7 +94,7 @@ def try_out(family: Any, path: str, plan: Plan, precision: Precision) -> None:
     of the size of ``plan``.
 
     ``family`` is one that is settled on its device (the libraries of a GPU keep what the first
-    product finds). Raises UserError.
+    product finds); an autoencoder that it does without is not tried. Raises UserError.
     """
     # one latent of zeros, which each part must be able to read or to give
     latents = torch.zeros(1, *family.latent_shape(plan), device=family.device)
@@ -109,14 +109,14 @@ def try_out(family: Any, path: str, plan: Plan, precision: Precision) -> None:
                 family.part,
                 lambda: family.predict(latents, timestep_B, condition.caption),
             )
-        media = _tried(path, "vae", lambda: family.decode(latents))
+        answers: list[tuple[str, Any, Sequence[int]]] = [(family.part, output, latents.shape)]
+        if family.has("vae"):
+            media = _tried(path, "vae", lambda: family.decode(latents))
+            answers.append(("vae", media, (1, plan.frames, 3, plan.height, plan.width)))
 
     # shapes first, then the numbers
     sides = " x ".join(str(side) for side in latents.shape[2:])
-    for part, found, shape in (
-        (family.part, output, latents.shape),
-        ("vae", media, (1, plan.frames, 3, plan.height, plan.width)),
-    ):
+    for part, found, shape in answers:
         if tuple(found.shape) != tuple(shape):
             raise _misfit(
                 path,

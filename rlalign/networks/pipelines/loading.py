@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from rlalign.core.registry import UserError
 from rlalign.networks import lora
+from rlalign.networks.pipelines.absent import read_empty
 
 INDEX = "model_index.json"
 WEIGHTS = re.compile(r"(?:model|diffusion_pytorch_model)(?P<words>[.-].+)?\.safetensors")
@@ -26,35 +27,41 @@ PREFERRED_VARIANTS = ("fp32", "fp16", "bf16")
 """Where a part has several variants and no plain weights; others follow in alphabetical order."""
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes of a pipeline's networks come from; code of a folder's own is never run."""
+Held = Callable[[str], bool]
+"""Whether a process needs the weights of a part. Of others it has the config alone."""
+
+
+def hold_all(part: str) -> bool:
+    """A process that needs every part."""
+    return True
 
 
 def load_pipeline(
     path: str,
     classes: Sequence[str] = ("StableDiffusionPipeline",),
     dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    holds: Held = hold_all,
     **settings: Any,
 ) -> Any:
     """The pipeline under ``path``, of the class that its index names, one of ``classes``.
 
-    ``dtypes`` says which parts are read in another type than float32; ``settings`` go to diffusers.
-    Weights are safetensors: plain ones or, where a part has none, a variant's (fp16). Raises
-    UserError with the way out.
+    ``dtypes`` says which parts are read in another type than float32; networks that ``holds`` is
+    false for are on the meta device; ``settings`` go to diffusers. Weights are safetensors: plain
+    ones or, where a part has none, a variant's (fp16). Raises UserError with the way out.
     """
     import diffusers
 
     folder = find_folder(path)
+    rule = f"policy.path: cannot load {path!r}"
     name, index = read_index(folder, path, classes)
     with quiet_libraries():
         # networks are loaded here, with checks that diffusers does not make
         absent = {name: None for name, kind in index.items() if kind == [None, None]}
         given = {**absent, **settings}
         networks = {
-            part: load_network(
-                folder / part,
-                kind,
-                f"policy.path: cannot load {path!r}",
-                dtypes.get(part, torch.float32),
-            )
+            part: load_network(folder / part, kind, rule, dtypes.get(part, torch.float32))
+            if holds(part)
+            else load_config(folder / part, kind, rule)
             for part, kind in index.items()
             if part not in given and is_network(kind)
         }
@@ -65,7 +72,7 @@ def load_pipeline(
                 str(folder), local_files_only=True, **networks, **given
             )
         except Exception as error:
-            raise broken(f"policy.path: cannot load {path!r}", error) from error
+            raise broken(rule, error) from error
 
 
 def find_folder(path: str) -> Path:
@@ -231,11 +238,7 @@ def load_network(
 
     ``rule`` begins the message of a UserError: the setting, and what cannot be done.
     """
-    # a missing folder has a message of its own
-    if not folder.is_dir():
-        raise UserError(
-            f"{rule}: it has no folder {folder.name}, which its {INDEX} names; name a complete one"
-        )
+    _refuse_no_folder(folder, rule)
 
     # the weights as they are stored
     try:
@@ -264,6 +267,22 @@ def load_network(
             " config.json asks for it; is the folder complete and undamaged?"
         )
     return network
+
+
+def load_config(folder: Path, kind: list[Any], rule: str) -> Any:
+    """The same network without weights, which need not be there."""
+    _refuse_no_folder(folder, rule)
+    try:
+        return read_empty(class_of(kind), folder)
+    except Exception as error:
+        raise broken(rule, error, folder.name) from error
+
+
+def _refuse_no_folder(folder: Path, rule: str) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"{rule}: it has no folder {folder.name}, which its {INDEX} names; name a complete one"
+        )
 
 
 def _restore_buffers(network: Any, files: Sequence[Path]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rlalign.core.registry import UserError
+from rlalign.networks.pipelines.absent import read_empty, takes_config
 from rlalign.networks.pipelines.loading import INDEX, LIBRARIES, quiet_libraries
 from rlalign.networks.random_models.records import Family, Network, Size
 
@@ -56,11 +57,11 @@ def count_folder(folder: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     parts = {part: kind for part, kind in index.items() if isinstance(kind, list)}
-    with quiet_libraries(), torch.device("meta"):
+    with quiet_libraries():
         for part, (library, name) in parts.items():
             kind = _class_of(library, name) if library in LIBRARIES else None
             if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
-                found[part] = count_parameters(_read(kind, folder / part))
+                found[part] = count_parameters(read_empty(kind, folder / part))
     return found
 
 
@@ -78,17 +79,4 @@ def _class_of(library: str, name: str) -> Any:
 
 def _make(kind: Any, settings: Mapping[str, Any]) -> Any:
     """An instance by arguments: transformers takes them in a config."""
-    return kind(kind.config_class(**settings)) if _takes_config(kind) else kind(**settings)
-
-
-def _read(kind: Any, folder: Path) -> Any:
-    """An instance by a folder's config.json."""
-    if _takes_config(kind):
-        return kind(kind.config_class.from_pretrained(folder))
-    return kind.from_config(kind.load_config(folder))
-
-
-def _takes_config(kind: type) -> bool:
-    import transformers
-
-    return issubclass(kind, transformers.PreTrainedModel)
+    return kind(kind.config_class(**settings)) if takes_config(kind) else kind(**settings)

@@ -29,6 +29,7 @@ from rlalign.runtime.actors import (
 )
 from rlalign.runtime.roles import COORDINATOR, ROLLOUT, Role, reward_role
 from rlalign.runtime.training.coordinator import Coordinator, Standing
+from rlalign.runtime.words import create_encoder, reader_of
 from rlalign.runtime.workers import PolicySource
 
 
@@ -58,6 +59,9 @@ class Fleet:
         # what the coordinator was last told
         self._told: tuple[Any, ...] = ()
         self._standing: Standing | None = None
+
+        # prompts are encoded by an actor of their own, where the policy asks for it
+        self.encoder = create_encoder(self.owner, run.policy, run.runtime)
 
         # the coordinator stays beside the learner, and takes no core
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -117,6 +121,8 @@ class Fleet:
             for actor in actors.values():
                 ray.kill(actor)
         ray.kill(self.coordinator)
+        if self.encoder is not None:
+            ray.kill(self.encoder)
 
     def _create(self) -> None:
         for role, members in self._members.items():
@@ -131,12 +137,17 @@ class Fleet:
     def _worker(self, role: Role, number: int) -> ActorHandle:
         counts = self._places_are_cores or number < self._first[role]
         if role == ROLLOUT:
-            return create_policy_worker(self.owner, number, policy_source(self._run), counts=counts)
+            source = policy_source(self._run, self.encoder)
+            return create_policy_worker(self.owner, number, source, counts=counts)
         return create_reward_worker(
             self.owner, number, self._rewards[role], self._run.runtime, counts=counts
         )
 
 
-def policy_source(run: Run) -> PolicySource:
-    """What a run's rollout workers load."""
-    return PolicySource(model=Model(title=run.policy.name, recipe=run.policy), runtime=run.runtime)
+def policy_source(run: Run, encoder: ActorHandle | None = None) -> PolicySource:
+    """What a run's rollout workers load, and whom they ask for words."""
+    return PolicySource(
+        model=Model(title=run.policy.name, recipe=run.policy),
+        runtime=run.runtime,
+        reader=reader_of(encoder, run.runtime),
+    )

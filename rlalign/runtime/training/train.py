@@ -81,7 +81,7 @@ def _supervise(
     crash = ""
     told = None
     try:
-        told = fit(run, folder, fleet.coordinator)
+        told = fit(run, folder, fleet.coordinator, fleet.encoder)
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
     except BaseException:
@@ -106,7 +106,7 @@ def _supervise(
         )
 
 
-def fit(run: Run, folder: Path, coordinator: Any) -> Failure | None:
+def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failure | None:
     """Runs the learner under Ray Train V2 until it returns; a killed one is started again
     ``max_attempts`` times.
 
@@ -124,7 +124,12 @@ def fit(run: Run, folder: Path, coordinator: Any) -> Failure | None:
     scratch = folder / ".train"
     trainer = TorchTrainer(
         learn,
-        train_loop_config={"run": run, "folder": str(folder), "coordinator": coordinator},
+        train_loop_config={
+            "run": run,
+            "folder": str(folder),
+            "coordinator": coordinator,
+            "encoder": encoder,
+        },
         scaling_config=ScalingConfig(
             num_workers=learner.workers,
             use_gpu=bool(learner.gpus),
@@ -153,6 +158,7 @@ def learn(config: dict[str, Any]) -> Failure | None:
     from rlalign.alignment.assemble import build_learner
     from rlalign.runtime.training.collect import CoordinatorLost, ask_until_answered
     from rlalign.runtime.training.coordinator import failure_of
+    from rlalign.runtime.words import reader_of
     from rlalign.runtime.workers import naming_the_node
 
     run = config["run"]
@@ -161,7 +167,7 @@ def learn(config: dict[str, Any]) -> Failure | None:
     learner = None
     try:
         with naming_the_node():
-            learner = build_learner(run)
+            learner = build_learner(run, reader_of(config.get("encoder"), run.runtime))
         return _align(run, Path(config["folder"]), coordinator, learner)
     except CoordinatorLost:  # Ray Train starts the group again, from the newest checkpoint
         raise

@@ -1,0 +1,110 @@
+"""The settings of families of diffusers' pipelines: which checkpoint, and which parts of it a
+process loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from rlalign.core.finite import refuse_weights
+from rlalign.core.locations import LocalPathOrHubId
+from rlalign.core.registry import Before
+from rlalign.networks.embeddings import EmbeddingsFile, Reader
+from rlalign.networks.pipelines.checkpoints import load_checkpoint
+from rlalign.networks.pipelines.schedulers import say_steps
+from rlalign.networks.precision import settle
+from rlalign.policies._family import WHOLE, Part
+from rlalign.policies._recipe import PolicyRecipe
+from rlalign.policies._words import ACTOR, Embeddings
+
+NegativePrompt = Annotated[
+    str,
+    Before(""),
+    Field(description="what plan.guidance goes away from, as a call's negative_prompt"),
+]
+
+
+class PipelineRecipe(PolicyRecipe):
+    """Base of the settings of a family whose checkpoints are diffusers' pipelines."""
+
+    family: ClassVar[Any]  # a class derived from PipelineFamily
+    beside_words: ClassVar[tuple[str, ...]] = ()
+    """Settings of a family's own that leave its words as they are."""
+
+    path: LocalPathOrHubId = Field(
+        description="pipeline folder, its weights in one .safetensors file, or hub id"
+    )
+    negative_prompt: NegativePrompt = ""
+    embeddings: Embeddings = ""
+    decode_rows: Annotated[int, Before(0)] = Field(
+        default=0, ge=0, description="pictures decoded at once, for less memory; 0 is a unit's all"
+    )
+    vae_tiling: Annotated[bool, Before(False)] = Field(
+        default=False,
+        description="decode in tiles that blend (diffusers): less memory, and other pixels",
+    )
+
+    @property
+    def location(self) -> str:
+        """What ``path`` means."""
+        return self.path
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Part -> in which it is read, where that is not float32."""
+        return {self.family.part: self.denoiser_dtype}
+
+    @property
+    def encodes_in_actor(self) -> bool:
+        return self.embeddings == ACTOR
+
+    @property
+    def word_settings(self) -> Mapping[str, str]:
+        """Settings that its words depend on, by dotted path, as JSON."""
+        shared = {*PipelineRecipe.model_fields, *self.beside_words}
+        own = self.model_dump(mode="json", exclude=shared)
+        return {f"policy.{name}": json.dumps(value) for name, value in own.items()}
+
+    def build(self, device: str) -> Any:
+        """A PipelineFamily; loads safetensors weights alone."""
+        return self.build_parts(device, WHOLE)
+
+    def build_parts(self, device: str, parts: frozenset[Part], reader: Reader | None = None) -> Any:
+        # text encoders are held where the words come from nowhere else
+        family = self.family
+        place = self.location
+        from_file = self.embeddings not in ("", ACTOR) and "words" in parts
+        held = parts - {"words"} if reader or from_file else parts
+        pipeline = load_checkpoint(
+            place,
+            family.pipeline_classes,
+            self.dtypes,
+            lambda part: family.role_of(part) in held,
+            **family.pipeline_settings,
+        )
+        family.check(pipeline, place)
+        say_steps(place, Path(pipeline.config["_name_or_path"]))
+
+        # where the words come from instead
+        found = family(self, pipeline, device)
+        if reader is None and from_file:
+            reader = EmbeddingsFile(Path(self.embeddings), found.makers_of_words())
+        found.reader = reader
+        return found
+
+    def load_encoder(self, device: str) -> Any:
+        """The family with its text encoders alone, for a process that encodes for others, as
+        ``load`` would have them."""
+        alone = self.model_copy(update={"embeddings": ""})
+        found = alone.build_parts(device, frozenset({"words"}))
+        refuse_weights(found.parts())
+        settle(device, self.precision, deterministic=self.deterministic)
+        return found
+
+    def announce(self) -> None:
+        say_steps(self.location)
