@@ -15,12 +15,49 @@ from tests.runs import final_tensors, metrics, quiet
 
 PATHS = {"epsilon": {"rule": "ddim", "eta": 1.0}, "flow": {"rule": "flow_sde", "eta": 0.7}}
 """Prediction type -> plan of a chain to learn from."""
+ODE = {"epsilon": {"rule": "ddim", "eta": 0.0}, "flow": {"rule": "flow_ode", "eta": 0.0}}
+"""The same of a chain without noise of its own."""
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "sdxl": ({}, "epsilon"),
+    "sd35": ({"name": "sd3", "t5_tokens": 16}, "flow"),
+    "flux": ({"text_tokens": 16}, "flow"),
+    # the template alone is 115 of the small tokenizer's letters
+    "qwen_image": ({"text_tokens": 144}, "flow"),
+}
+"""Random model -> settings of its policy, and its prediction type."""
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "ddpo": {"name": "ddpo"},
+    "grpo": {"name": "grpo"},
+    "nft": {"name": "diffusion_nft", "draws": 2},
+    "dpo": {"name": "diffusion_dpo", "draws": 2},
+    "dpok": {"name": "dpok", "value_lr": 0.001},
+    "draft": {"name": "reward_backprop", "last_steps": 1},
+}
+WITHOUT_LIKELIHOODS = ("nft", "dpo")
+"""Algorithms that learn from final pictures, however they were drawn."""
+
+
+def policy_of(name: str, folder: Path) -> dict[str, Any]:
+    """The policy that reads the random model of a name in ``folder``."""
+    return {"name": name, "path": str(folder), **SETTINGS[name][0]}
+
+
+def run_of_pair(name: str, algorithm: str, folder: Path) -> Run:
+    """The small run of a random model, which lies in ``folder``, with an algorithm."""
+    prediction = SETTINGS[name][1]
+    plan: dict[str, Any] = PATHS[prediction]
+    if algorithm in WITHOUT_LIKELIHOODS:
+        plan = {**ODE[prediction], "guidance": 1.0}
+    # gradients pass the shipped reward model
+    reward = "bradley_terry" if algorithm == "draft" else "jpeg"
+    return run_of(policy_of(name, folder), plan, ALGORITHMS[algorithm], reward)
 
 
 def run_of(
     policy: dict[str, Any], plan: dict[str, Any], algorithm: dict[str, Any], reward: str = "jpeg"
 ) -> Run:
-    """Two rounds of eight pictures of 16 x 16 pixels, two updates each; a LoRA is trained."""
+    """Two rounds of four pictures of 16 x 16 pixels, two updates each; a LoRA is trained."""
     return parse_run(
         {
             "name": "small",
@@ -30,14 +67,15 @@ def run_of(
             "prompts": {
                 "name": "list",
                 "prompts": ["a red circle", "blue", "a green square above two circles"],
-                "per_round": 4,
-                "per_unit": 2,
+                "per_round": 2,
+                "per_unit": 1,
                 "samples_per_prompt": 2,
             },
             "rewards": [{"name": reward}],
             "algorithm": algorithm,
-            "learner": {"lr": 0.01, "shards": 2, "updates_per_round": 2},
+            "learner": {"lr": 0.01, "updates_per_round": 2},
             "evaluate": {"prompts": 2, "grid": 2},
+            "runtime": {"rollout": {"workers": 1}},
         }
     )
 

@@ -1,5 +1,4 @@
-"""Families of diffusers' pipelines at work: they train, on Ray as here, and test-time samplers draw
-from them."""
+"""Families of diffusers' pipelines at work: they train, and test-time samplers draw from them."""
 
 from __future__ import annotations
 
@@ -9,28 +8,17 @@ from typing import Any
 import pytest
 
 from rlalign.networks.random_models import FAMILIES, write_pipeline
-from tests.policies.family_runs import PATHS, run_of, sample_of, train_two_rounds
-from tests.runs import assert_same_run, quiet
+from tests.policies.family_runs import (
+    ODE,
+    PATHS,
+    SETTINGS,
+    policy_of,
+    run_of_pair,
+    sample_of,
+    train_two_rounds,
+)
+from tests.runs import quiet
 
-SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "sdxl": ({}, "epsilon"),
-    "sd35": ({"name": "sd3", "t5_tokens": 16}, "flow"),
-    "flux": ({"text_tokens": 16}, "flow"),
-    # the template alone is 115 of the small tokenizer's letters
-    "qwen_image": ({"text_tokens": 144}, "flow"),
-}
-"""Random model -> settings of its policy, and its prediction type."""
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "ddpo": {"name": "ddpo"},
-    "grpo": {"name": "grpo"},
-    "nft": {"name": "diffusion_nft", "draws": 2},
-    "dpo": {"name": "diffusion_dpo", "draws": 2},
-    "dpok": {"name": "dpok", "value_lr": 0.001},
-    "draft": {"name": "reward_backprop", "last_steps": 1},
-}
-WITHOUT_LIKELIHOODS = ("nft", "dpo")
-"""Algorithms that learn from final pictures, however they were drawn."""
-ODE = {"epsilon": {"rule": "ddim", "eta": 0.0}, "flow": {"rule": "flow_ode", "eta": 0.0}}
 TRAINED = [
     ("sdxl", "ddpo"),
     ("sdxl", "grpo"),
@@ -40,19 +28,11 @@ TRAINED = [
     ("flux", "nft"),
     ("qwen_image", "grpo"),
 ]
-TRAINED_SLOWLY = [
-    ("sdxl", "dpok"),
-    ("sdxl", "nft"),
-    ("sdxl", "draft"),
-    ("sd35", "nft"),
-    ("sd35", "dpo"),
-    ("flux", "dpo"),
-    ("qwen_image", "nft"),
-    ("qwen_image", "dpo"),
-]
+"""Random model and algorithm; test_families_on_ray.py has the other pairs too."""
 SAMPLERS: list[dict[str, Any]] = [
     {"name": "fk_steering", "particles": 2},
     {"name": "best_of_n", "n": 2},
+    {"name": "demon", "candidates": 2},
 ]
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -72,65 +52,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def policy_of(name: str, folders: dict[str, Path]) -> dict[str, Any]:
-    return {"name": name, "path": str(folders[name]), **SETTINGS[name][0]}
-
-
-def plan_of(name: str, algorithm: str) -> dict[str, Any]:
-    prediction = SETTINGS[name][1]
-    if algorithm in WITHOUT_LIKELIHOODS:
-        return {**ODE[prediction], "guidance": 1.0}
-    return PATHS[prediction]
-
-
-@pytest.mark.parametrize(
-    ("name", "algorithm"),
-    [*TRAINED, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in TRAINED_SLOWLY)],
-)
+@pytest.mark.parametrize(("name", "algorithm"), TRAINED)
 def test_it_trains_two_rounds(
     name: str, algorithm: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    # gradients pass the shipped reward model
-    reward = "bradley_terry" if algorithm == "draft" else "jpeg"
-    settings = ALGORITHMS[algorithm]
-    run = run_of(policy_of(name, folders), plan_of(name, algorithm), settings, reward)
-    train_two_rounds(run, tmp_path)
+    train_two_rounds(run_of_pair(name, algorithm, folders[name]), tmp_path)
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sdxl", "flux", "qwen_image"])
-def test_on_ray_it_is_the_same_bit_for_bit(
-    name: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    from rlalign.runtime import train_on_ray
-
-    run = run_of(policy_of(name, folders), plan_of(name, "grpo"), ALGORITHMS["grpo"])
-    train_two_rounds(run, tmp_path / "here")
-    train_on_ray(run, tmp_path / "ray", resume=False, on_record=quiet)
-    assert_same_run(tmp_path / "here", tmp_path / "ray")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_edict_draws_from_it(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Its coupled chains run in float64, the denoiser too."""
-    sample_of(policy_of(name, folders), ODE[SETTINGS[name][1]], {"name": "edict"}, tmp_path)
+    plan = ODE[SETTINGS[name][1]]
+    sample_of(policy_of(name, folders[name]), plan, {"name": "edict"}, tmp_path)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize(
-    "sampler",
-    [*SAMPLERS, pytest.param({"name": "demon", "candidates": 2}, marks=pytest.mark.slow)],
-    ids=lambda sampler: sampler["name"],
-)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler["name"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_samplers_draw_from_it(
     name: str, sampler: dict[str, Any], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Two pictures, whose method has spent more than the plain sampler."""
     plan = PATHS[SETTINGS[name][1]]
-    result = sample_of(policy_of(name, folders), plan, sampler, tmp_path)
+    result = sample_of(policy_of(name, folders[name]), plan, sampler, tmp_path)
     method, plain, *_ = result["methods"]
     assert method["cost"]["denoiser_calls"] >= 2 * plain["cost"]["denoiser_calls"] > 0
     assert method["cost"]["reward_queries"] > 0
