@@ -66,6 +66,9 @@ PUBLISHED = {
     # apart. The steps and the guidance are those of evaluations, which nobody published
     "diffusion_dpo_sd15": Recipe(2048, 1, 2048, 1e-8 * 2048, 50, 7.5, 0, None, None),
     "diffusion_dpo_sdxl": Recipe(2048, 1, 2048, 1e-8 * 2048, 50, 5.0, 0, None, None),
+    # diffusers' research project: 16 x 2 and 8 x 2 pairs, one card
+    "diffusion_dpo_sd15_lora": Recipe(16 * 2, 1, 32, 1e-5, 50, 7.5, 8, None, None),
+    "diffusion_dpo_sdxl_lora": Recipe(8 * 2, 1, 16, 1e-5, 50, 5.0, 8, None, None),
     # yifan123/flow_grpo, config/grpo.py: two updates an epoch; ranks: scripts/train_*.py
     "flow_grpo_sd35_ocr": Recipe(24 * 48, 2, 576, 3e-4, 10, 4.5, 32, 1e-4, 0.04),
     "flow_grpo_sd35_ocr_4gpu": Recipe(16 * 16, 2, 128, 3e-4, 10, 4.5, 32, 1e-4, 0.04),
@@ -104,7 +107,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """Recipe -> what the run file has instead."""
 UNPUBLISHED = {"sdxl_ddpo_24gb", "sdxl_grpo_24gb", "sdxl_nft_24gb"}
-ALPHAS = {32: 64.0, 64: 128.0, 128: 256.0, 4: 0.0, 0: 0.0}
+ALPHAS = {32: 64.0, 64: 128.0, 128: 256.0, 8: 0.0, 4: 0.0, 0: 0.0}
 """Rank of a published LoRA -> its alpha; 0 is the rank."""
 
 
@@ -230,20 +233,25 @@ def test_its_algorithm_takes_the_plan_and_the_groups(
     )
 
 
-def test_the_preference_recipes() -> None:
-    for name, warmup, optimiser, size in (
-        ("diffusion_dpo_sd15", 500, "adamw", 512),
-        ("diffusion_dpo_sdxl", 200, "adafactor", 1024),
-    ):
-        run = load_run(FILES[name])
-        settings = run.algorithm.model_dump()
-        wanted = {"beta": 5000.0, "caption_dropout": 0.2, "flip": True, "posterior": "sample"}
-        assert {key: settings[key] for key in wanted} == wanted
-        learner = run.learner
-        assert (learner.warmup, learner.optimizer) == (warmup, optimiser)
-        assert (learner.weight_decay, run.rounds) == (1e-2, 2000)
-        assert run.preferences is not None
-        assert (run.preferences.size, run.preferences.resize) == (size, "crop")
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("diffusion_dpo_sd15", (5000.0, 0.2, 500, "adamw", 512, 2000)),
+        ("diffusion_dpo_sdxl", (5000.0, 0.2, 200, "adafactor", 1024, 2000)),
+        ("diffusion_dpo_sd15_lora", (2500.0, 0.0, 0, "adamw_8bit", 512, 10000)),
+        ("diffusion_dpo_sdxl_lora", (5000.0, 0.0, 0, "adamw_8bit", 1024, 2000)),
+    ],
+)
+def test_the_preference_recipes(name: str, wanted: tuple[Any, ...]) -> None:
+    """Beta, share of empty captions, warm-up, optimiser, size of the pictures, updates."""
+    run = load_run(FILES[name])
+    algorithm = run.algorithm.model_dump()
+    learner = run.learner
+    assert run.preferences is not None
+    found = (algorithm["beta"], algorithm["caption_dropout"], learner.warmup, learner.optimizer)
+    assert (*found, run.preferences.size, run.rounds) == wanted
+    assert (algorithm["flip"], algorithm["posterior"]) == (True, "sample")
+    assert (learner.weight_decay, run.preferences.resize) == (1e-2, "crop")
 
 
 def cps_factors(path: RectifiedFlow, plan: Plan) -> torch.Tensor:
