@@ -23,6 +23,7 @@ from rlalign.diffusion.paths import NoisePath, Tokens
 from rlalign.diffusion.predictions import PredictionType
 from rlalign.networks import comfyui, lora
 from rlalign.networks.pipelines.checkpoints import load_checkpoint, read_network
+from rlalign.networks.pipelines.files import check_files
 from rlalign.networks.pipelines.fitting import check_parts, default_size, try_out
 from rlalign.networks.pipelines.loading import empty_copy
 from rlalign.networks.pipelines.schedulers import read_flow, say_steps
@@ -68,6 +69,7 @@ class PipelineRecipe(PolicyRecipe):
         """Loads safetensors weights alone."""
         family = self.family
         place = self.location
+        check_files(place, family.pipeline_classes, family.part)
         pipeline = load_checkpoint(
             place, family.pipeline_classes, self.dtypes, **family.pipeline_settings
         )
@@ -76,6 +78,7 @@ class PipelineRecipe(PolicyRecipe):
         return family(self, pipeline, device)
 
     def announce(self) -> None:
+        check_files(self.location, self.family.pipeline_classes, self.family.part)
         say_steps(self.location)
 
 
