@@ -69,7 +69,7 @@ class PipelineRecipe(PolicyRecipe):
         """Loads safetensors weights alone."""
         family = self.family
         place = self.location
-        check_files(place, family.pipeline_classes, family.part)
+        self._check_files()
         pipeline = load_checkpoint(
             place, family.pipeline_classes, self.dtypes, **family.pipeline_settings
         )
@@ -78,8 +78,14 @@ class PipelineRecipe(PolicyRecipe):
         return family(self, pipeline, device)
 
     def announce(self) -> None:
-        check_files(self.location, self.family.pipeline_classes, self.family.part)
+        self._check_files()
         say_steps(self.location)
+
+    def _check_files(self) -> None:
+        """Refuses a folder whose files are damaged, or are not there."""
+        family = self.family
+        unread = family.pipeline_settings
+        check_files(self.location, family.pipeline_classes, family.part, unread)
 
 
 class PromptMemory:

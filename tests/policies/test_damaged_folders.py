@@ -179,6 +179,16 @@ def test_an_index_of_a_variant_that_was_left_out_is_none(
     assert not refusal_of(copy, loads=True)
 
 
+def test_what_is_not_read_need_not_be_there(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A safety checker that was left out of a download, and files that are hidden."""
+    copy = damage.copy_linked(folders["stable_diffusion"], tmp_path / "copy")
+    kind = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    damage.index_as(kind)(copy / "safety_checker")
+    (copy / "unet" / "._config.json").write_bytes(b"\x00\x05\x16\x07")
+    assert not refusal_of(copy, loads=False)
+    assert not refusal_of(copy, loads=True)
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 

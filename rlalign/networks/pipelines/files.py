@@ -4,7 +4,7 @@ once, where a worker would after minutes, and by name, which the libraries may l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.m
 """Files that the words of a tokenizer may come from."""
 
 
-def check_files(path: str, classes: Sequence[str], denoiser: str) -> None:
+def check_files(
+    path: str, classes: Sequence[str], denoiser: str, unread: Container[str] = ()
+) -> None:
     """Refuses a pipeline folder of none of ``classes``, without a part that its index names, or
     with a file that is damaged.
 
-    Headers of weights are read, and JSON. Weights must be there of the part ``denoiser`` alone:
-    others may not be asked for. What is no folder here is left to loading. Raises UserError.
+    Headers of weights are read, and JSON; nothing of the parts ``unread``. Weights must be there of
+    the part ``denoiser`` alone: others may not be asked for. What is no folder here is left to
+    loading. Raises UserError.
     """
     folder = Path(path)
     if not (folder / INDEX).is_file():
@@ -36,14 +39,14 @@ def check_files(path: str, classes: Sequence[str], denoiser: str) -> None:
     rule = f"policy.path: cannot load {path!r}"
     _, index = read_index(folder, path, classes)
     for part, kind in index.items():
-        if kind == [None, None]:
+        if kind == [None, None] or part in unread:
             continue
         inner = folder / part
         if not inner.is_dir():
             raise UserError(
                 f"{rule}: it has no folder {part}, which its {INDEX} names; name a complete one"
             )
-        names = sorted(file.name for file in inner.iterdir())
+        names = sorted(f.name for f in inner.iterdir() if not f.name.startswith("."))
         for name in names:
             if name.endswith(".json"):
                 _read_json(inner / name, rule)
@@ -68,7 +71,7 @@ def _read_json(file: Path, rule: str) -> Any:
 
 
 def _check_vocabulary(folder: Path, rule: str) -> None:
-    if any(True for pattern in VOCABULARIES for _ in folder.glob(pattern)):
+    if any(next(folder.glob(pattern), None) for pattern in VOCABULARIES):
         return
     raise UserError(
         f"{rule}: its {folder.name} is incomplete: it has none of {', '.join(VOCABULARIES)}; is the"
