@@ -85,9 +85,9 @@ def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) ->
     # what can be refused is refused before the run has a folder
     run = locate_run(run, begun=resume)
     if run.preferences is not None:
-        # refuses what is no set of pairs before the run has a folder
         first_pair(run.preferences)
     torch.set_num_threads(run.runtime.learner.threads)
+    collect, learner = local_parts(run)
     with folders.owned(folder, resume=resume):
         control.forget(folder)
         status = control.Status(folder, run.rounds, name=run.name)
@@ -97,7 +97,7 @@ def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) ->
             on_record(line)
 
         try:
-            align(run, folder, *local_parts(run), record)
+            align(run, folder, collect, learner, record)
         except BaseException as error:
             status.write(state="failed" if isinstance(error, Exception) else "stopped")
             raise

@@ -16,6 +16,7 @@ from rlalign.core.locations import LocalPathOrHubId
 from rlalign.core.registry import Before
 from rlalign.networks.embeddings import EmbeddingsFile, Reader
 from rlalign.networks.pipelines.checkpoints import load_checkpoint
+from rlalign.networks.pipelines.files import check_files
 from rlalign.networks.pipelines.schedulers import say_steps
 from rlalign.networks.precision import settle
 from rlalign.policies._family import WHOLE, Part
@@ -78,6 +79,7 @@ class PipelineRecipe(PolicyRecipe):
         # text encoders are held where the words come from nowhere else
         family = self.family
         place = self.location
+        self._check_files()
         from_file = self.embeddings not in ("", ACTOR) and "words" in parts
         held = parts - {"words"} if reader or from_file else parts
         pipeline = load_checkpoint(
@@ -107,4 +109,11 @@ class PipelineRecipe(PolicyRecipe):
         return found
 
     def announce(self) -> None:
+        self._check_files()
         say_steps(self.location)
+
+    def _check_files(self) -> None:
+        """Refuses a folder whose files are damaged, or are not there."""
+        family = self.family
+        unread = family.pipeline_settings
+        check_files(self.location, family.pipeline_classes, family.part, unread)

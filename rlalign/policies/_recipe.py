@@ -129,5 +129,5 @@ class PolicyRecipe(Recipe):
         return self.family.calls_per_look(plan)
 
     def announce(self) -> None:
-        """Says on stderr what a user should know of how the checkpoint is sampled; loads
-        nothing."""
+        """Says on stderr what a user should know of how the checkpoint is sampled; loads nothing.
+        Raises UserError for a checkpoint that is seen to be damaged."""

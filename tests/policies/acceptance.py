@@ -13,6 +13,7 @@ for the same picture), and takes the tests over::
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_flatten, tree_map
 
 from rlalign.algorithms._advantages import PromptStatistics
 from rlalign.algorithms.ddpo import DDPO
@@ -56,9 +58,9 @@ class Case:
     prepare: Callable[[Any], None] = lambda pipeline: None
     """What is changed in diffusers' pipeline before it is asked: a one-step scheduler in place of
     its solver of several."""
-    from_pipeline: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None
-    """The latents of ``output_type="latent"``, and the shape of ours -> ours, where they differ
-    otherwise than by packing."""
+    from_pipeline: Callable[[Any, torch.Tensor, Sequence[int]], torch.Tensor] | None = None
+    """diffusers' pipeline, its latents of ``output_type="latent"``, and the shape of ours -> ours,
+    where they differ otherwise than by packing."""
     unheard: int = 0
     """Adapted layers whose answer goes nowhere, as what the last block writes of the words."""
     instructed: bool = False
@@ -77,9 +79,13 @@ class Case:
 
     @functools.cached_property
     def pipeline(self) -> Any:
-        """Plain diffusers' own, with nothing of ours."""
+        """Plain diffusers' own, whose networks answer what they were asked before without
+        computing it again: latents and a picture are two calls."""
         pipeline = open_plain(self.recipe.path)
         self.prepare(pipeline)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                remember_answers(part)
         return pipeline
 
     def trained(self) -> Policy:
@@ -109,7 +115,7 @@ class Case:
     def unpacked(self, latents: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """The pipeline's final latents as ours."""
         if self.from_pipeline is not None:
-            return self.from_pipeline(latents, shape)
+            return self.from_pipeline(self.pipeline, latents, shape)
         return unpack(latents, shape) if self.packed else latents
 
 
@@ -123,6 +129,29 @@ def open_plain(folder: str | Path) -> Any:
         if isinstance(part, torch.nn.Module):
             part.eval()
     return pipeline
+
+
+def remember_answers(network: torch.nn.Module) -> None:
+    """A question of the same numbers, bit for bit, is computed once."""
+    forward = network.forward
+    known: dict[bytes, Any] = {}
+
+    def told(value: Any) -> bytes:
+        if not isinstance(value, torch.Tensor):
+            return repr(value).encode()
+        flat = value.detach().contiguous().flatten().view(torch.uint8)
+        return f"{value.dtype} {tuple(value.shape)}".encode() + flat.numpy().tobytes()
+
+    @functools.wraps(forward)
+    def remembering(*args: Any, **more: Any) -> Any:
+        leaves, form = tree_flatten((args, more))
+        key = hashlib.sha256(b"|".join([repr(form).encode(), *map(told, leaves)])).digest()
+        if key not in known:
+            known[key] = forward(*args, **more)
+        # whoever asked may write into what it gets
+        return tree_map(lambda one: one.clone() if torch.is_tensor(one) else one, known[key])
+
+    network.forward = remembering
 
 
 def asked(policy: Policy, case: Case) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -207,7 +236,8 @@ class Acceptance:
     def test_a_prompts_rows_do_not_depend_on_its_neighbours(self, case: Case) -> None:
         """Bit for bit, and the empty caption is a prompt as any other."""
         together = case.policy.encode(PROMPTS)
-        other = case.varied()
+        other = case.trained()
+        other.family.memory.rows.clear()
         for row, prompt in reversed(list(enumerate(PROMPTS))):
             alone = other.encode([prompt])
             for name, tensor in together.caption.tensors.items():
@@ -216,12 +246,12 @@ class Acceptance:
         for name, tensor in together.empty.tensors.items():
             assert torch.equal(empty[name][0], tensor[1])
 
-    @pytest.mark.parametrize("lora_rank", [0, 2])
+    @pytest.mark.parametrize("lora_rank", [0, RANK])
     def test_the_ratio_is_exactly_one_before_the_first_update(
         self, case: Case, lora_rank: int
     ) -> None:
         """float32, one step a pass: max |ratio - 1| is 0, not small."""
-        policy = case.varied(lora_rank=lora_rank) if lora_rank else case.policy
+        policy = case.trained() if lora_rank else case.policy
         units = make_units(2, per_unit=2, plan=stochastic(policy, case))
         scored = collect(policy, units)
         assert np.isfinite(scored[0].trajectory.log_prob_BK).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.flux2 import Flux2
-from tests.policies.acceptance import PROMPTS, Acceptance, Case, asked, open_plain
+from tests.policies.acceptance import PROMPTS, Acceptance, Case, asked
 
 TEXT_TOKENS = 64
 """A klein's template and the longer prompt are fewer of the small tokenizer's letters; dev's system
@@ -23,23 +24,17 @@ LAYERS = 8 + 2
 """Of a joint block, and of a single one."""
 
 
-def from_tokens(tokens_BND: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def from_tokens(pipeline: Any, tokens_BND: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """dev's final latents, which are the transformer's tokens, row by row."""
     return tokens_BND.transpose(1, 2).reshape(*shape)
 
 
-def from_autoencoders(folder: Path) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+def from_autoencoders(pipeline: Any, latents: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """klein's final latents, which are the autoencoder's own."""
-    pipeline = open_plain(folder)
-    norm = pipeline.vae.bn
-
-    def normalise(latents: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        with torch.no_grad():
-            found = norm(pipeline._patchify_latents(latents))
-        assert found.shape == torch.Size(shape)
-        return found
-
-    return normalise
+    with torch.no_grad():
+        found = pipeline.vae.bn(pipeline._patchify_latents(latents))
+    assert found.shape == torch.Size(shape)
+    return found
 
 
 def klein(folder: Path) -> Case:
@@ -48,7 +43,7 @@ def klein(folder: Path) -> Case:
         recipe=Flux2(path=str(folder), text_tokens=TEXT_TOKENS),
         adapted=LAYERS,
         call=lambda w: {"guidance_scale": w, "max_sequence_length": TEXT_TOKENS},
-        from_pipeline=from_autoencoders(folder),
+        from_pipeline=from_autoencoders,
     )
 
 
@@ -60,7 +55,7 @@ def klein_distilled(folder: Path) -> Case:
         # a call of a distilled one leaves its guidance unused
         call=lambda w: {"guidance_scale": 4.0, "max_sequence_length": TEXT_TOKENS},
         guidance=1.0,
-        from_pipeline=from_autoencoders(folder),
+        from_pipeline=from_autoencoders,
     )
 
 

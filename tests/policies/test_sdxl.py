@@ -49,17 +49,10 @@ def edit(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("sdxl") / "pipeline"
-    write_pipeline(made, FAMILIES["sdxl"], seed=1)
-    return made
-
-
 @pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
+def copy(case: Case, tmp_path: Path) -> Path:
     """A folder to change."""
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
+    return Path(shutil.copytree(case.recipe.path, tmp_path / "copy"))
 
 
 def rows(words: Words) -> torch.Tensor:
@@ -67,10 +60,10 @@ def rows(words: Words) -> torch.Tensor:
     return torch.cat([tensor.flatten(1) for tensor in words.tensors.values()], dim=1)
 
 
-def test_it_has_two_empties(folder: Path) -> None:
+def test_it_has_two_empties(case: Case) -> None:
     """Guidance goes away from zeros; a dropped caption is the encoded "", as in Diffusion-DPO's
     published training."""
-    policy = StableDiffusionXL(path=str(folder)).load("cpu")
+    policy = case.policy
     condition = policy.encode(["a red circle", "two"])
     assert condition.against is not None
     assert not rows(condition.against).any()
@@ -119,9 +112,9 @@ def test_where_sampling_ends_is_the_schedulers(
     assert (path.sigma(last) == 0.0) == clean
 
 
-def test_it_is_told_the_size_that_is_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_told_the_size_that_is_drawn(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Original size, corner of the cut, size that is drawn: a row for each sample, in float32."""
-    policy = StableDiffusionXL(path=str(folder)).load("cpu")
+    policy = case.policy
     told: list[torch.Tensor] = []
 
     def hear(x: torch.Tensor, *rest: Any, **more: Any) -> tuple[torch.Tensor]:

@@ -83,7 +83,7 @@ def check_transformer(pipeline: Any, path: str) -> None:
 def check_parts(pipeline: Any, path: str, needs: Mapping[str, Sequence[str]]) -> None:
     """Refuses a pipeline that lacks a part of ``needs`` (part -> the classes that it may be of;
     none is any), or has one of another class."""
-    _check_present(pipeline, path, tuple(needs))
+    _check_present(pipeline, path, (*needs, "scheduler"))
     for part, classes in needs.items():
         if classes:
             _check_class(pipeline, path, part, classes)
@@ -157,6 +157,23 @@ def _check_present(pipeline: Any, path: str, names: Sequence[str]) -> None:
                 f"policy.path: cannot load {path!r}: it has no {name}, which"
                 f" {type(pipeline).__name__} needs; name a complete folder"
             )
+        if name.startswith("tokenizer"):
+            _check_vocabulary(pipeline, path, name)
+
+
+def _check_vocabulary(pipeline: Any, path: str, name: str) -> None:
+    """A tokenizer with words in it: transformers makes an empty one where its files are missing,
+    and every prompt would read the same."""
+    part = getattr(pipeline, name)
+    # of a processor of texts and pictures, the one for texts
+    tokenizer = getattr(part, "tokenizer", part)
+    words = len(tokenizer) - len(tokenizer.get_added_vocab())
+    # a T5 without files keeps its mark of a space
+    if words < 2:
+        raise UserError(
+            f"policy.path: cannot load {path!r}: its {name} is incomplete: it has no words; is the"
+            " folder complete and undamaged?"
+        )
 
 
 def _check_class(pipeline: Any, path: str, part: str, classes: Sequence[str]) -> None:
@@ -202,19 +219,10 @@ def _check_channels(pipeline: Any, path: str, part: str, *, latents: int = 1) ->
 
 
 def _check_tokens(pipeline: Any, path: str, numbers: Sequence[str], length: Any) -> None:
-    """Tokenizers with words in them, and prompts no longer than the encoders read."""
+    """Prompts no longer than the encoders read."""
     for number in numbers:
         tokenizer = getattr(pipeline, f"tokenizer{number}")
         encoder = getattr(pipeline, f"text_encoder{number}")
-
-        # the words must be there
-        if len(tokenizer) <= 2:
-            # transformers makes an empty tokenizer where its files are missing: prompts would read
-            # the same
-            raise UserError(
-                f"policy.path: cannot load {path!r}: its tokenizer{number} is incomplete; is the"
-                " folder complete and undamaged?"
-            )
 
         # the number of words must suit the text encoder
         marks = tokenizer.num_special_tokens_to_add()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from logging import CRITICAL
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -331,8 +332,8 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No progress bars, which would tear the run's own, and no warnings: what matters is
-    refused."""
+    """No progress bars, which would tear the run's own, and no messages of their own: what matters
+    is refused."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
@@ -342,7 +343,7 @@ def quiet_libraries() -> Iterator[None]:
     libraries = (diffusers_logging, transformers_logging, hub_logging)
     before = [library.get_verbosity() for library in libraries]
     for library in libraries:
-        library.set_verbosity_error()
+        library.set_verbosity(CRITICAL)
     try:
         yield
     finally:
