@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rlalign.runtime.placement import Bundle
     from rlalign.sampling import Sample
 
+SMALL = 1_000_000
+"""Bytes beside a policy's parts that are not worth a row."""
 NOT_READ = "not read"
 """The row that says what was counted and not loaded."""
 
@@ -36,7 +38,7 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
         run = locate_run(run, begun=False, here=address is None)
         parts = load_parts(run)
     else:
-        parts = count_parts(run, source)
+        parts = count_parts(run, source, here=address is None)
 
     # say what they come to
     runtime = run.runtime
@@ -96,27 +98,39 @@ def load_parts(run: Run) -> RunParts:
         passes, flops = work.count_passes(run, empty.load_empty(run.policy, source))
     kept = sum(memory.weights_of(LEARNER, policy).values())
     kept += memory.trained(policy) if policy.reference else 0
-    other = loaded - kept if loaded - kept > 0.01 * loaded else 0
+    other = loaded - kept if loaded - kept > max(SMALL, 0.01 * loaded) else 0
     return RunParts(
         policy=policy, rewards=rewards, passes=passes, flops=flops, told=told, other=other
     )
 
 
-def count_parts(run: Run, source: empty.Source) -> RunParts:
-    """The same of a run whose policy's weights are not at hand: sizes alone. Raises UserError for a
-    plan that the policy cannot follow."""
+def count_parts(run: Run, source: empty.Source, *, here: bool) -> RunParts:
+    """The same of a run whose policy's weights are not at hand: sizes alone. What else is not at
+    hand is told. Raises UserError for a plan that the policy cannot follow."""
+    from rlalign.alignment.assemble import check_plan
+    from rlalign.config import locate_run
+
     policy = empty.load_empty(run.policy, source)
     policy.latent_shape(run.plan)
     passes, flops = work.count_passes(run, policy)
     rewards, unread = count_rewards(run)
-    told = f"weights of the policy: its sizes are those of {source.sizes}"
-    unread = [told, *unread, "the prompts, and what of the run depends on them"]
+    unread.insert(0, f"weights of the policy: its sizes are those of {source.sizes}")
+
+    # what algorithm and plan are checked with
+    told: Mapping[str, str] = {}
+    try:
+        located = locate_run(run, begun=False, here=here)
+        told = read_prompts_and_pairs(located)
+    except UserError as error:
+        unread.append(f"what a run would be refused for ({error})")
+    else:
+        check_plan(located, policy)
     return RunParts(
         policy=policy,
         rewards=rewards,
         passes=passes,
         flops=flops,
-        told={NOT_READ: "; ".join(unread)},
+        told={**told, NOT_READ: "; ".join(unread)},
     )
 
 

@@ -91,8 +91,9 @@ def load_empty(recipe: PolicyRecipe, source: Source) -> Policy:
         dtypes: Mapping[str, torch.dtype] = maker.dtypes
         for part, dtype in dtypes.items():
             getattr(pipeline, part).to(dtype)
+        whole = family_class(recipe, pipeline, "meta")
         with torch.device("meta"):
-            policy = recipe.assemble(family_class(recipe, pipeline, "meta"))
+            policy = recipe.assemble(whole)
     # autocast knows no such device; who counts says in what is computed
     policy.precision = "float32"
     return policy

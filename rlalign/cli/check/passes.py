@@ -182,7 +182,8 @@ class _Kernels(TorchFunctionMode):
             args = tuple(self._cast(a, torch.float32) for a in args)
             kwargs = {n: self._cast(a, torch.float32) for n, a in kwargs.items()}
         if func is F.scaled_dot_product_attention:
-            query, key, value = args[:3]
+            names = ("query", "key", "value")[len(args) :]
+            query, key, value = [*args, *(kwargs[name] for name in names)][:3]
             self._counter.flops += 4 * query.numel() * key.shape[-2]
             return _Attention.apply(query, key, value)
         return func(*args, **kwargs)

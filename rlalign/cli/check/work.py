@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rlalign.policies.base import Policy
 
 NOTHING = Taken(peak=0, flops=0)
-CONVOLUTIONS = 2
+CONVOLUTIONS = 1.7
 """What an autoencoder took on a GPU, as a multiple of what is counted: convolutions have scratch
-memory of their own (10.1 and 11.1 GB for 5.4, eight pictures of 512 x 512, docs/performance.md)."""
+memory of their own (10.1 and 11.1 GB for 6.5, eight pictures of 512 x 512, docs/performance.md)."""
 
 
 def count_passes(run: Run, policy: Policy) -> tuple[Passes, Arithmetic | None]:
@@ -34,52 +34,57 @@ def count_passes(run: Run, policy: Policy) -> tuple[Passes, Arithmetic | None]:
 
 
 def _count(run: Run, policy: Policy) -> tuple[Passes, Arithmetic]:
-    plan = run.plan
-    precision = run.policy.precision
-    words = _encode(policy, plan)
-    shape = policy.latent_shape(plan)
-    level = policy.path.at(plan).levels(plan.steps)[0]
-
-    def look(rows: int, *, guided: bool) -> torch.Tensor:
-        x = torch.empty(rows, *shape, device="meta")
-        condition = _repeat(words, rows)
-        clean, noise = policy.denoise(x, level, condition, plan.guidance if guided else 1.0)
-        return clean.mean() + noise.mean()
-
-    # an update looks at a unit's steps, or at noised samples without guidance
-    learner = NOTHING
-    rows = run.samples_per_unit
-    by_steps = run.algorithm.eats.per_step
-    if run.preferences is not None:
-        rows = 2 * run.preferences.pairs_per_pass
-    elif by_steps:
-        rows *= run.learner.steps_per_pass
+    words = _encode(policy, run.plan)
     scratch = 1 if run.runtime.device == "cpu" else CONVOLUTIONS
-    encode = NOTHING
-    if run.preferences is not None:
-        height, width = policy.drawn_size(plan)
-        media = torch.empty(rows // 2, 1, 3, height, width, device="meta")
-        with torch.no_grad():
-            encode = count(lambda: policy.encode_media(media))
-    if not run.algorithm.eats.sampled_by_loss:
-        with _gradients(policy):
-            learner = count(
-                lambda: look(rows, guided=by_steps).backward(), precision, policy.network
-            )
+    learner = _count_learner(run, policy, words, scratch)
 
     # a rollout looks at a unit, and decodes it
     unit = run.samples_per_unit
     with torch.no_grad():
-        rollout = count(lambda: look(unit, guided=True), precision)
-        latents = torch.empty(unit, *shape, device="meta")
+        rollout = count(lambda: _look(run, policy, words, unit, guided=True), run.policy.precision)
+        latents = torch.empty(unit, *policy.latent_shape(run.plan), device="meta")
         decode = count(lambda: policy.decode(latents))
-    passes = Passes(
-        learner=max(learner.peak, scratch * encode.peak),
-        rollout=max(rollout.peak, scratch * decode.peak),
-    )
+    passes = Passes(learner=learner, rollout=max(rollout.peak, int(scratch * decode.peak)))
+
+    # an update without guidance takes one of a look's passes
     forward = rollout.flops / unit
-    calls = 1 if by_steps else run.policy.calls_per_look(plan)
+    calls = 1 if run.algorithm.eats.per_step else run.policy.calls_per_look(run.plan)
     return passes, Arithmetic(rollout=forward, learner=forward / calls, decode=decode.flops / unit)
+
+
+def _look(run: Run, policy: Policy, words: Condition, rows: int, *, guided: bool) -> torch.Tensor:
+    """What the policy sees in so many latents, as one number."""
+    plan = run.plan
+    x = torch.empty(rows, *policy.latent_shape(plan), device="meta")
+    level = policy.path.at(plan).levels(plan.steps)[0]
+    guidance = plan.guidance if guided else 1.0
+    clean, noise = policy.denoise(x, level, _repeat(words, rows), guidance)
+    return clean.mean() + noise.mean()
+
+
+def _count_learner(run: Run, policy: Policy, words: Condition, scratch: float) -> int:
+    """The most bytes that a pass of an update takes: of a unit's steps, or of noised samples
+    without guidance, whose pictures are encoded where they come from a set."""
+    by_steps = run.algorithm.eats.per_step
+    rows = run.samples_per_unit * (run.learner.steps_per_pass if by_steps else 1)
+    encode = NOTHING
+    if run.preferences is not None:
+        rows = 2 * run.preferences.pairs_per_pass
+        height, width = policy.drawn_size(run.plan)
+        media = torch.empty(rows // 2, 1, 3, height, width, device="meta")
+        with torch.no_grad():
+            encode = count(lambda: policy.encode_media(media))
+
+    # a loss that samples by itself goes through a chain of its own length
+    if run.algorithm.eats.sampled_by_loss:
+        return 0
+    with _gradients(policy):
+        learner = count(
+            lambda: _look(run, policy, words, rows, guided=by_steps).backward(),
+            run.policy.precision,
+            policy.network,
+        )
+    return max(learner.peak, int(scratch * encode.peak))
 
 
 @contextlib.contextmanager
