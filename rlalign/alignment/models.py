@@ -53,7 +53,13 @@ class Model:
         return policy
 
 
-OF_A_RUN = ("precision", "deterministic", "gradient_checkpointing")
+OF_A_RUN = (
+    "precision",
+    "deterministic",
+    "gradient_checkpointing",
+    "decode_rows",
+    "vae_tiling",
+)
 """Settings of a policy that leave a run's weights what they are."""
 
 

@@ -37,7 +37,7 @@ def card_rows(run: Run, needs: Needs) -> dict[str, str]:
         sizes["rewards"] = sum(needs.rewards.values())
     told = [f"{name} {_smallest(size)}" for name, size in sizes.items()]
     if len(sizes) > 1:
-        told.append(f"all of them on one {_smallest(sum(sizes.values()), len(sizes))}")
+        told.append(f"all of them together {_smallest(sum(sizes.values()), len(sizes))}")
     counted = "" if PASS in needs.learner or STEP in needs.learner else "; passes are not counted"
     return {
         "fits on cards of": (
@@ -49,7 +49,7 @@ def card_rows(run: Run, needs: Needs) -> dict[str, str]:
 
 def _smallest(size: int, processes: int = 1) -> str:
     found = fitting(size, processes)
-    return f"{found[0]} GB" if found else f"none, it takes {megabytes(size)}"
+    return f"{found[0]} GB" if found else f"on none ({megabytes(size)})"
 
 
 def advice_rows(run: Run, policy: Policy, needs: Needs, has: float) -> dict[str, str]:

@@ -176,10 +176,10 @@ def size_of_towers(architecture: str) -> int:
 
 def advice(run: Run, policy: Policy, needs: memory.Needs) -> dict[str, str]:
     """What takes less memory, where a role does not fit: on this machine's GPU or, without one, on
-    the largest card that people have."""
+    a card of 80 GB."""
     from rlalign.networks import devices
 
-    has = devices.gpu_memory() if devices.gpus() else max(cards.CARDS) * 1e9
+    has = devices.gpu_memory() if devices.gpus() else 80e9
     return cards.advice_rows(run, policy, needs, has)
 
 

@@ -104,11 +104,11 @@ def round_rows(run: Run, policy: Policy, flops: Arithmetic | None) -> dict[str, 
         rollout /= runtime.rollout.workers
     step = figure.update_ms * flops.learner / kind.flops
     update = learned_looks(run) * step / 1e3 / runtime.learner.workers
+    sampled = f"rollouts {seconds(rollout)}, " if run.rolls_out else ""
     workers = f"{runtime.rollout.workers} rollout, {runtime.learner.workers} learner"
     return {
         name: (
-            f"about {seconds(rollout + update)}: rollouts {seconds(rollout)}, updates"
-            f" {seconds(update)}; by {kind.title} on {CARD} ({PAGE}) and the"
+            f"about {seconds(rollout + update)}: {sampled}updates {seconds(update)}; by {kind.title} on {CARD} ({PAGE}) and the"
             f" arithmetic of this run, an estimate for a card a worker ({workers}); rewards,"
             " a reference's passes and evaluations come on top"
         )
