@@ -108,8 +108,8 @@ def round_rows(run: Run, policy: Policy, flops: Arithmetic | None) -> dict[str, 
     workers = f"{runtime.rollout.workers} rollout, {runtime.learner.workers} learner"
     return {
         name: (
-            f"about {seconds(rollout + update)}: {sampled}updates {seconds(update)}; by {kind.title} on {CARD} ({PAGE}) and the"
-            f" arithmetic of this run, an estimate for a card a worker ({workers}); rewards,"
+            f"about {seconds(rollout + update)}: {sampled}updates {seconds(update)}; by"
+            f" {kind.title} on {CARD} ({PAGE}) and the arithmetic of this run, an estimate for a card a worker ({workers}); rewards,"
             " a reference's passes and evaluations come on top"
         )
     }
