@@ -109,8 +109,8 @@ def round_rows(run: Run, policy: Policy, flops: Arithmetic | None) -> dict[str, 
     return {
         name: (
             f"about {seconds(rollout + update)}: {sampled}updates {seconds(update)}; by"
-            f" {kind.title} on {CARD} ({PAGE}) and the arithmetic of this run, an estimate for a card a worker ({workers}); rewards,"
-            " a reference's passes and evaluations come on top"
+            f" {kind.title} on {CARD} ({PAGE}) and the arithmetic of this run, an estimate for a"
+            f" card a worker ({workers}); rewards, a reference's passes and evaluations come on top"
         )
     }
 
