@@ -54,7 +54,14 @@ class Model:
         return policy
 
 
-OF_A_RUN = ("precision", "deterministic", "gradient_checkpointing", "embeddings")
+OF_A_RUN = (
+    "precision",
+    "deterministic",
+    "gradient_checkpointing",
+    "embeddings",
+    "decode_rows",
+    "vae_tiling",
+)
 """Settings of a policy that leave a run's weights what they are."""
 
 

@@ -14,7 +14,7 @@ convert.py  convert: a published pickle of a reward as safetensors
 encode.py   encode: a run's prompts as embeddings in a file
 random_model.py  random-model: a pipeline folder of random weights
 look.py     list, check and schema: what starts nothing
-memory.py   what check says of memory
+check/      what check says: memory by part, cards, the time of a round
 rllib.py    rllib: a run file under RLlib's PPO
 serve.py    serve-reward: a reward behind HTTP
 operate.py  submit, status, logs, stop and scale: runs that are under way

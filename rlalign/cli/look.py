@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlalign.cli import memory
 from rlalign.cli.common import Overrides, file_argument, print_columns
 from rlalign.core.registry import (
     SHELVES,
@@ -25,10 +22,6 @@ from rlalign.core.registry import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from rlalign.config import Run, RuntimeSettings
-    from rlalign.policies.base import Policy
-    from rlalign.runtime.placement import Bundle
-    from rlalign.sampling import Sample
 
 _WIDE = 1000
 """Columns where nobody looks at a terminal: one line per plug-in."""
@@ -111,6 +104,7 @@ def check(
     Prints what follows from it. Loads the policy, the rewards and the prompts once, so that what
     they lack shows here and not in the run.
     """
+    from rlalign.cli.check.describe import NOT_READ, describe_run, describe_sample
     from rlalign.config import load_mapping
 
     data = load_mapping(config, overrides or [])
@@ -119,203 +113,9 @@ def check(
 
         answering(address)  # before what takes long
     describe_file = describe_sample if "sampler" in data else describe_run
-    print_columns(describe_file(data, address))
-    print("ok")
-
-
-def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]:
-    """What a run file comes to. Raises UserError for what its parts lack, once they are loaded."""
-    from rlalign.alignment.assemble import check_plan, differentiable_scorer
-    from rlalign.alignment.words import encoding_reader
-    from rlalign.config import locate_run, parse_run, summarise_run
-    from rlalign.runtime.reservation import run_bundles
-
-    # load every part once
-    run = locate_run(parse_run(data), begun=False, here=address is None)
-    pairs = read_prompts_and_pairs(run)
-    rewards = load_rewards(run)
-    on_cpu = run.runtime.model_copy(update={"device": "cpu"})
-    reader, encoder = memory.measure_load(partial(encoding_reader, run.policy, on_cpu))
-    policy, loaded = memory.measure_load(partial(run.policy.load, "cpu", reader=reader))
-    check_plan(run, policy)
-    if run.algorithm.eats.sampled_by_loss:
-        differentiable_scorer(run, "cpu")
-
-    # say what they come to
-    runtime = run.runtime
-    needs = memory.needs_of(run, policy, loaded, rewards, encoder)
-    bundles = run_bundles(run)
-    serving = (runtime.reward.workers + runtime.reward.spares) * len(rewards)
-    return {
-        "run": f"{run.name}: {run.policy.name} with {run.algorithm.name} on {weighted_sum(run)}",
-        **summarise_run(run),
-        **pairs,
-        "parameters": parameters(policy),
-        **memory.rows(needs),
-        **memory.encoder_rows(policy),
-        "workers": (
-            f"{runtime.rollout.workers} rollout, {serving} reward, {runtime.learner.workers}"
-            f" learner; {on_which_devices(runtime)}"
-        ),
-        "Ray reserves": reserved(bundles),
-        "run folder": str(Path("runs") / run.name),
-        **where(bundles, runtime.device, needs, address),
-    }
-
-
-def read_prompts_and_pairs(run: Run) -> dict[str, str]:
-    """Reads the prompts of a round and of an evaluation, and the set of preferences, of which it
-    says how many pairs there are. Raises UserError for what cannot be read."""
-    from rlalign.data.pairs.reader import PairReader, first_pair
-
-    run.prompts.units(run.seed, 1, run.plan)
-    run.prompts.held_out(run.evaluate.prompts)
-    if run.preferences is None:
-        return {}
-    first_pair(run.preferences)
-    reader = PairReader(run.preferences, run.seed)
-    return {"preferences": "; ".join(filter(None, [f"{len(reader):,} pairs", reader.note]))}
-
-
-def load_rewards(run: Run | Sample) -> dict[str, int]:
-    """Reward title -> bytes of the tensors that loading it leaves in memory."""
-    rewards = run.rewards_for("evaluate")
-    return {r.title: memory.measure_load(partial(r.load, "cpu"))[1] for r in rewards}
-
-
-def weighted_sum(run: Run | Sample) -> str:
-    """The rewards that are followed, with their weights."""
-    return ", ".join(f"{reward.weight:g} x {reward.title}" for reward in run.rewards)
-
-
-def reserved(wanted: Sequence[Bundle]) -> str:
-    """What every role reserves for each of its workers, and the sum."""
-    count = Counter(bundle.role for bundle in wanted)
-    each = {bundle.role: str(bundle) for bundle in wanted}
-    total: dict[str, float] = {}
-    for bundle in wanted:
-        for name, amount in bundle.needs.items():
-            total[name] = total.get(name, 0.0) + amount
-    roles = "; ".join(f"{n} {role} of {each[role]}" for role, n in count.items())
-    return f"{roles}; in all {', '.join(f'{amount:g} {name}' for name, amount in total.items())}"
-
-
-def on_which_devices(runtime: RuntimeSettings) -> str:
-    """Where policies and rewards compute, in words."""
-    policies = runtime.device
-    rewards = runtime.reward_device
-    return (
-        f"policies and rewards on {policies}"
-        if policies == rewards
-        else f"policies on {policies}, rewards on {rewards}"
-    )
-
-
-def where(
-    bundles: Sequence[Bundle], device: str, needs: memory.Needs, address: str | None
-) -> dict[str, str]:
-    """Where workers with these bundles would be: on this machine, or the cluster at ``address``."""
-    if address is None:
-        return on_this_machine(bundles, device, needs)
-    return places(bundles, device, needs, address)
-
-
-def on_this_machine(bundles: Sequence[Bundle], device: str, needs: memory.Needs) -> dict[str, str]:
-    """Memory, and whether it can be run here. Raises UserError with the reason where it can neither
-    be run here nor on Ray."""
-    from rlalign.networks.devices import gpus, lacking
-    from rlalign.runtime import cluster, placement
-
-    local = lacking(device, "runtime.device")
-    rows = memory.here(bundles, needs)
-    try:
-        cluster.refuse_device(device, bundles)
-    except UserError as error:
-        if local:
-            raise UserError(f"{local}; on a cluster {error}") from error
-        return {**rows, "on Ray": f"refused: {error}"}
-    try:
-        cluster.refuse_what_is_not_here(bundles, placement.this_machine(bundles, gpus()))
-    except UserError as error:
-        return {**rows, "on Ray": f"on a cluster; here it is refused: {error}"}
-    return rows
-
-
-def places(
-    bundles: Sequence[Bundle], device: str, needs: memory.Needs, address: str
-) -> dict[str, str]:
-    """Which node gets what. Raises UserError with what is short; joins the cluster and starts
-    nothing there."""
-    from rlalign.runtime import placement
-    from rlalign.runtime.cluster import connect, leave
-
-    connect(bundles, device, address)
-    try:
-        nodes = placement.cluster_nodes()
-        placement.place(bundles, nodes)
-        beside = [memory.on_node(node, needs) for node in nodes if node.exists or node.holds]
-        table = placement.table(nodes).items()
-        return {
-            f"at {title}": f"{told}{more}"
-            for (title, told), more in zip(table, beside, strict=True)
-        }
-    finally:
-        leave()
-
-
-def describe_sample(data: Mapping[str, Any], address: str | None) -> dict[str, str]:
-    """What a sample file comes to. Raises UserError for what its parts lack, once they are
-    loaded."""
-    from rlalign.core.locations import locate
-    from rlalign.runtime.reservation import sample_bundles
-    from rlalign.sampling import check as check_sample
-    from rlalign.sampling import parse_sample, ready_policy
-
-    # load every part once
-    sample = locate(parse_sample(data), here=address is None)
-    sample.sampler.check(sample.unit)
-    rewards = load_rewards(sample)
-    load_policy = partial(ready_policy, sample.model, "cpu", sample.interpolation)
-    policy, loaded = memory.measure_load(load_policy)
-    check_sample(sample, policy.path)
-
-    # say what they come to
-    needs = memory.Needs(rollout=loaded, rewards=rewards, on_gpu=memory.on_gpu(sample.runtime))
-    bundles = sample_bundles(sample)
-    method = sample.method
-    runtime = sample.runtime
-    plan = sample.plan
-    settings = method.model_dump(exclude={"name"}, exclude_defaults=True)
-    title = sample.model.title
-    each = sample.calls_per_look * method.looks(plan)
-    back = sample.calls_per_look * method.looks_back(plan)
-    calls = f"{sample.pictures * each:,} denoiser calls"
-    more = ", and as much again for best-of-N" if sample.compare else ""
-    return {
-        "sample": f"{sample.name}: {title} with {method.name} on {weighted_sum(sample)}",
-        "method": ", ".join(f"{n} {v}" for n, v in settings.items()) or "as it is by default",
-        "plan": f"{plan.steps} steps, {plan.rule}, eta {plan.eta:g}, guidance {plan.guidance:g}",
-        "denoiser calls a picture": f"about {each:,}, {back:,} of them with a gradient",
-        "in all": f"{sample.pictures:,} pictures, about {calls}{more}",
-        "pieces": f"of {sample.rows} rows",
-        **memory.rows(needs),
-        "workers": (
-            f"{runtime.rollout.workers} rollout, {runtime.reward.workers * len(rewards)} reward;"
-            f" {on_which_devices(runtime)}"
-        ),
-        "Ray reserves": reserved(bundles),
-        "folder": str(Path("runs") / sample.name),
-        **where(bundles, runtime.device, needs, address),
-    }
-
-
-def parameters(policy: Policy) -> str:
-    """How many numbers are trained, of how many."""
-    count = sum(p.numel() for p in policy.trainable().values())
-    return (
-        f"{count:,} trained of {sum(p.numel() for p in policy.network.parameters()):,} in the"
-        " denoiser"
-    )
+    rows = describe_file(data, address)
+    print_columns(rows)
+    print("ok" if NOT_READ not in rows else "ok, as far as it was read")
 
 
 def schema() -> None:

@@ -35,11 +35,15 @@ def all_finite(values: Any) -> bool:
     """Whether all tensors in ``values`` are finite: a tensor, tuples of such, or objects with them
     as attributes.
 
-    Arrays of NumPy are let through: scores, of which a missing one is NaN. One synchronisation for
-    each tensor on a GPU.
+    Arrays of NumPy are let through: scores, of which a missing one is NaN. So are tensors on the
+    meta device, which have no numbers. One synchronisation for each tensor on a GPU.
     """
     if isinstance(values, torch.Tensor):
-        return not values.is_floating_point() or bool(torch.isfinite(values.detach()).all())
+        return (
+            values.is_meta
+            or not values.is_floating_point()
+            or bool(torch.isfinite(values.detach()).all())
+        )
     if isinstance(values, tuple | list):
         return all(all_finite(one) for one in values)
     return (

@@ -90,6 +90,8 @@ class PipelineFamily(Family):
     def parts(self) -> Mapping[str, torch.nn.Module]:
         components = self.pipeline.components.items()
         networks = {name: part for name, part in components if isinstance(part, torch.nn.Module)}
+        if self.device == "meta":  # a policy to count with, of which nothing has weights
+            return networks
         return {name: network for name, network in networks.items() if not is_absent(network)}
 
     def has(self, role: Part) -> bool:
@@ -187,7 +189,7 @@ class PipelineFamily(Family):
         return latents, rest[0] if rest else None
 
     def _refuse_no_autoencoder(self) -> None:
-        if is_absent(self.vae):
+        if not self.has("vae"):
             raise UserError(
                 "the policy's autoencoder is not in this process: an algorithm whose loss decodes"
                 " latents or encodes pictures must say so with sees_media = True"

@@ -92,6 +92,15 @@ class PolicyRecipe(Recipe):
     def make_policy(self, family: Family) -> Policy:
         """The policy around a family that is loaded. Raises UserError for weights that are not
         finite, and for parts that do not fit."""
+        refuse_weights(family.parts())
+        settle(family.device, self.precision, deterministic=self.deterministic)
+        policy = self.assemble(family)
+        family.try_out(self.precision)
+        return policy
+
+    def assemble(self, family: Family) -> Policy:
+        """The policy around a family, of which nothing is tried out: with its adapter, in its
+        precision. Raises UserError for an adapter that the family does not take."""
         # what is trained
         network = family.network
         rank = self.lora_rank
@@ -106,15 +115,12 @@ class PolicyRecipe(Recipe):
             lora.attach(network, rank=rank, alpha=alpha, targets=family.lora_targets)
 
         # how it computes
-        refuse_weights(family.parts())
-        settle(family.device, self.precision, deterministic=self.deterministic)
         policy = Policy(family, precision=self.precision)
         if self.adapter:
             policy.reference = policy.weights()
         keep_frozen(network, self.precision)
         if self.gradient_checkpointing:
             family.checkpoint_gradients()
-        family.try_out(self.precision)
         return policy
 
     @property

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import psutil
 import pytest
 import torch
@@ -9,9 +14,12 @@ import torch
 from rlalign.algorithms._memory import Memory
 from rlalign.alignment.assemble import build_learner
 from rlalign.alignment.collect import LocalCollect
-from rlalign.cli import main, memory
-from rlalign.config import Run
+from rlalign.cli import main
+from rlalign.cli.check import cards, empty, memory, work
+from rlalign.config import Run, dump, load_run
+from rlalign.learning.optimisers import pack_state
 from rlalign.networks import devices
+from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.runtime.placement import Bundle, Node
 from rlalign.runtime.reservation import run_bundles
 from rlalign.runtime.roles import LEARNER, ROLLOUT, reward_role
@@ -64,8 +72,7 @@ def test_what_a_reward_holds() -> None:
 def test_what_an_update_holds_is_within_the_estimate(
     settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted when the optimiser steps in the second update: moments, flat gradients of all shards,
-    kept copies."""
+    """Counted when the optimiser steps in the second update: moments, the gradient, kept copies."""
     run = small_run(
         *settings,
         "learner.updates_per_round=2",
@@ -75,19 +82,23 @@ def test_what_an_update_holds_is_within_the_estimate(
     run = run.model_copy(
         update={"policy": run.policy.model_copy(update={"hidden": 512})}
     )  # larger than all the rest
-    policy, loaded = memory.measure_load(lambda: run.policy.load("cpu"))
-    expected, gradient = loaded + memory.learning(run, policy), memory.trained(policy)
+    policy = run.policy.load("cpu")
+    needs = memory.needs_of(run, policy, {"centroid": 0}, memory.Passes())
+    expected = sum(needs.learner.values()) - memory.step_scratch(run, policy)
+    gradient = memory.trained(policy)
     collect = LocalCollect(run)
     learner = build_learner(run)
     scored = collect.gather(
         collect.order(run.prompts.units(run.seed, 1, run.plan), learner.weights())
     )
     batch = run.algorithm.make_batch(scored, Memory())
-    before = sum(memory._tensors().values()) - _of_learner(learner)
+    before = sum(memory.live_tensors().values()) - _of_learner(learner)
     most: list[int] = []
     step = learner.optimiser.step
     monkeypatch.setattr(
-        learner.optimiser, "step", lambda: (step(), most.append(sum(memory._tensors().values())))[0]
+        learner.optimiser,
+        "step",
+        lambda: (step(), most.append(sum(memory.live_tensors().values())))[0],
     )
     learner.update(batch, round=1)
     found = max(most) - before
@@ -105,30 +116,73 @@ def _of_learner(learner) -> int:
         learner.policy.reference,
         *learner._snapshots.values(),
     ]
-    copies = sum(t.numel() * t.element_size() for one in kept for t in one.values())
+    # what two of them share counts once
+    tensors = {t.data_ptr(): t for one in kept for t in one.values()}.values()
+    copies = sum(t.numel() * t.element_size() for t in tensors)
     network = learner._lanes[0].critic
     critic = bytes_of(network) if network is not None else 0
     return bytes_of(learner.policy.network) + copies + critic
+
+
+def test_the_start_weights_are_kept_once() -> None:
+    """The policy's reference is what the learner calls its base; a new LoRA has no reference."""
+    learner = build_learner(small_run())
+    mine, theirs = learner.base_weights().tensors, learner.policy.reference
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name].data_ptr() == theirs[name].data_ptr() for name in mine)
+    moved = learner.policy.weights()
+    learner.policy.set_weights({name: tensor + 1 for name, tensor in moved.items()})
+    assert all(torch.equal(mine[name], tensor) for name, tensor in moved.items())
+    adapters = build_learner(small_run("policy.lora_rank=2"))
+    assert adapters.policy.reference == {}
+    assert adapters.base_weights().tensors.keys() == adapters.policy.trainable().keys()
 
 
 def test_several_learners_hold_a_table_of_all_shards_and_its_sum() -> None:
     def gradients(*settings: str) -> int:
         run = small_run(*settings)
         policy = run.policy.load("cpu")
-        return (
-            memory.learning(run, policy) // memory.trained(policy) - 3
-        )  # base weights and moments
+        return memory.learning(run, policy)["gradients"] // memory.trained(policy)
 
-    assert gradients("learner.shards=4") == 4 + 4
-    assert gradients("learner.shards=4", "runtime.learner.workers=2") == 2 + 2 * 4
-    assert gradients("learner.shards=4", "runtime.device=cuda") == 4 + 2
-    assert gradients("learner.shards=1") == 2
+    assert gradients("learner.shards=4") == 4  # a lane each
+    assert gradients("learner.shards=4", "runtime.learner.workers=2") == 4 + 4
+    assert gradients("learner.shards=4", "runtime.device=cuda") == 2  # the sum, and the next one
+    assert gradients("learner.shards=1") == 1
+
+
+def test_shards_one_after_the_other_hold_the_sum_and_the_next_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where there is one lane: while a shard's gradient is made only the sum is held
+    beside it, whatever the number of shards."""
+    run = small_run("policy={name: points}", "rewards=[{name: centroid}]", "learner.shards=4")
+    learner = build_learner(run)
+    learner._lanes = learner._lanes[:1]
+    collect = LocalCollect(run)
+    units = run.prompts.units(run.seed, 1, run.plan)
+    scored = collect.gather(collect.order(units, learner.weights()))
+    batch = run.algorithm.make_batch(scored, Memory())
+    held: list[int] = []
+    shard = learner._shard
+
+    def watched(passes: Any, lane: Any) -> Any:
+        found = shard(passes, lane)
+        held.append(sum(memory.live_tensors().values()))
+        return found
+
+    monkeypatch.setattr(learner, "_shard", watched)
+    learner.update(batch, round=1)
+    gradient = memory.trained(learner.policy)
+    first, second, third, fourth = held[:4]
+    assert second - first == pytest.approx(gradient, rel=0.1)
+    assert third - second == pytest.approx(0, abs=0.1 * gradient)
+    assert fourth - third == pytest.approx(0, abs=0.1 * gradient)
 
 
 def needs(run: Run, size: int) -> memory.Needs:
     return memory.Needs(
-        learner=size,
-        rollout=size,
+        learner={"all": size},
+        rollout={"all": size},
         rewards={"shapes": 0, "jpeg": 0},
         on_gpu=memory.on_gpu(run.runtime),
     )
@@ -165,11 +219,176 @@ def test_a_node_says_what_its_workers_take_of_its_memory() -> None:
     )
 
 
+def told_by(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The rows that a check has printed."""
+    lines = capsys.readouterr().out.splitlines()
+    columns = [re.split(r"  +", line.strip(), maxsplit=1) for line in lines]
+    return {row[0]: row[1] for row in columns if len(row) > 1}
+
+
 def test_check_speaks_of_every_worker(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(CONFIGS / "tiny_draft.yaml")]) == 0
-    told = {
-        key: value.strip()
-        for key, _, value in (line.partition("  ") for line in capsys.readouterr().out.splitlines())
-    }
-    assert "fitted worker about 3.5 MB, shapes worker about 0.0 MB" in told["memory"]
+    told = told_by(capsys)
+    assert told["fitted worker"] == "3.5 MB"
+    assert told["shapes worker"] == "0.0 MB"
+    assert told["learner: reward fitted"] == "3.5 MB"
+    assert told["learner: unet"] == told["learner: start weights"] == "6.8 MB"
     assert "of memory, " in told["this machine"]
+
+
+# --- part by part, against a real run ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pipeline of SDXL's classes."""
+    folder = tmp_path_factory.mktemp("sdxl") / "pipeline"
+    write_pipeline(folder, FAMILIES["sdxl"])
+    return folder
+
+
+def sdxl_run(folder: Path, *settings: str) -> Run:
+    """All weights with Adafactor."""
+    policy = f"policy={{name: sdxl, path: {folder}, gradient_checkpointing: true}}"
+    plan = "plan={steps: 3, guidance: 3.0, height: 32, width: 32}"
+    more = ("learner.optimizer=adafactor", "learner.shards=1", "rewards=[{name: jpeg}]")
+    return small_run(policy, plan, *more, *settings)
+
+
+def test_each_part_is_what_a_real_update_holds(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights of a small SDXL with Adafactor: weights, start weights, gradients and the
+    optimiser's state to the byte, a pass within 15 % of what torch's allocator hands out."""
+    run = sdxl_run(sdxl)
+    source = empty.folder_source(run.policy)
+    assert source is not None
+    passes, _ = work.count_passes(run, empty.load_empty(run.policy, source))
+    parts = memory.needs_of(run, run.policy.load("cpu"), {"jpeg": 0}, passes).learner
+
+    # an update, in this thread
+    learner = build_learner(run)
+    collect = LocalCollect(run)
+    units = run.prompts.units(run.seed, 1, run.plan)
+    scored = collect.gather(collect.order(units, learner.weights()))
+    batch = run.algorithm.make_batch(scored, Memory())
+    gradients: list[int] = []
+    step = learner.optimiser.step
+    own = learner.policy.trainable().values()
+
+    def watched() -> None:
+        found = [p.grad for p in own if p.grad is not None]
+        gradients.append(sum(g.numel() * g.element_size() for g in found))
+        step()
+
+    monkeypatch.setattr(learner.optimiser, "step", watched)
+    learner.update(batch, round=1)
+    for name, module in learner.policy.family.parts().items():
+        assert parts[name] == bytes_of(module)
+    base = learner.base_weights().tensors.values()
+    assert parts["start weights"] == sum(t.numel() * t.element_size() for t in base)
+    assert parts["gradients"] == gradients[0]
+    state = pack_state(learner.optimiser, learner._parameters).values()
+    kept = sum(t.numel() * t.element_size() for t in state if t.is_floating_point() and t.ndim)
+    assert parts["adafactor state"] == kept
+
+    # a pass whose gradients are there already
+    one = next(batch.passes(1))
+    lane = learner._lanes[0]
+    lane.loss_of(one, learner.loss).value.backward()
+    assert passes.learner == pytest.approx(
+        allocated(lambda: lane.loss_of(one, learner.loss).value.backward()), rel=0.15
+    )
+    assert passes.rollout == pytest.approx(allocated(lambda: rolled_out(run, learner)), rel=0.15)
+
+
+def allocated(run: Callable[[], Any]) -> int:
+    """The most bytes that torch's allocator has handed out at once while this ran."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    results: Any = profile.profiler
+    events = results.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = most = 0
+    for _, size in sorted(changes, key=lambda change: change[0]):
+        now += size
+        most = max(most, now)
+    return most
+
+
+@torch.no_grad()
+def rolled_out(run: Run, learner: Any) -> None:
+    unit = run.prompts.units(run.seed, 1, run.plan)[0]
+    policy = learner.policy
+    condition = policy.encode(unit.prompts, run.plan)
+    x = torch.zeros(len(unit.prompts), *policy.latent_shape(run.plan))
+    policy.denoise(x, policy.path.levels(3)[0], condition, run.plan.guidance)
+    policy.decode(x)
+
+
+def test_without_weights_check_says_the_same(
+    sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of configs alone is counted, not loaded: every size is that of the folder with its
+    weights, for adapters too."""
+    bare = tmp_path / "bare"
+    write_pipeline(bare, FAMILIES["sdxl"], with_weights=False)
+    for rank in ("0", "4"):
+        found = []
+        for folder in (sdxl, bare):
+            file = tmp_path / "run.yaml"
+            run = sdxl_run(folder, f"policy.lora_rank={rank}", "policy.precision=bfloat16")
+            file.write_text(dump(run))
+            assert main(["check", str(file)]) == 0
+            found.append(told_by(capsys))
+        whole, counted = found
+        assert counted.pop("not read").startswith(
+            f"weights of the policy: its sizes are those of the configs in {bare}, which has no"
+        )
+        apart = {name for name in whole if whole[name] != counted.get(name)}
+        assert apart <= {"this machine"}
+        assert "learner: a pass" in whole
+
+
+def test_a_published_checkpoint_is_counted_where_it_is_not_in_the_cache() -> None:
+    """SDXL, all weights, Adafactor, bfloat16: four bytes a parameter for weights, start weights and
+    gradients, and next to nothing for the state. It fits a card of 80 GB."""
+    run = load_run(CONFIGS / "published/diffusion_dpo_sdxl.yaml")
+    source = empty.find_source(run.policy)
+    assert source is not None
+    assert source.sizes.startswith("SDXL base 1.0 as published: stabilityai/stable-diffusion-xl")
+    policy = empty.load_empty(run.policy, source)
+    passes = memory.Passes(learner=3_000_000_000)
+    needs = memory.needs_of(run, policy, {"pickscore": 0}, passes)
+    count = 2_567_463_684
+    for part in ("unet", "start weights", "gradients"):
+        assert needs.learner[part] == 4 * count
+    assert needs.learner["adafactor state"] < 0.1 * 4 * count
+    assert 30e9 < needs.of(LEARNER) < 45e9
+    assert cards.fitting(needs.of(LEARNER)) == [40, 48, 80, 141]
+    told = cards.card_rows(run, needs)["fits on cards of"]
+    assert told.startswith("learner 40 GB; rollout 40 GB; ")
+    rows = memory.rows(needs)
+    assert rows["  learner: gradients"] == "10.3 GB"
+
+
+def test_what_takes_less_is_said_where_no_card_is_large_enough() -> None:
+    run = small_run("runtime.device=cuda", "runtime.rollout.gpus=1", "runtime.learner.gpus=1")
+    policy = run.policy.load("cpu")
+    needs = memory.needs_of(run, policy, {}, memory.Passes(learner=10_000_000, rollout=1))
+    assert cards.advice_rows(run, policy, needs, 24e9) == {}
+    told = cards.advice_rows(run, policy, needs, 1e9)["to take less"]
+    smaller = memory.learning(small_run("learner.optimizer=adafactor"), policy)
+    small = memory.megabytes(smaller["adafactor state"])
+    assert f"learner.optimizer=adafactor (state 13.5 MB -> {small})" in told
+    # start weights, the gradients of two shards, and two moments
+    lasting = memory.megabytes(5 * memory.trained(policy))
+    assert f"policy.lora_rank=16 (most of {lasting} of start weights" in told
+    assert "policy.gradient_checkpointing=true (most of 10.0 MB of a pass" in told
+    assert "policy.decode_rows=1" in told
+
+
+def test_a_card_offers_its_bytes_less_one_for_each_process() -> None:
+    assert cards.fitting(23_000_000_000) == [24, 40, 48, 80, 141]
+    assert cards.fitting(23_000_000_001) == [40, 48, 80, 141]
+    assert cards.fitting(23_000_000_000, processes=2) == [40, 48, 80, 141]
+    assert cards.fitting(141_000_000_000) == []

@@ -119,7 +119,7 @@ def test_pictures_are_decoded_so_many_at_once(kind: Any) -> None:
     _, recipe = kind
     policy = recipe.model_copy(update={"decode_rows": 2}).load("cpu")
     plain = recipe.load("cpu")
-    shape = policy.latent_shape(Plan())
+    shape = policy.latent_shape(Plan(height=16, width=16))
     latents = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     asked = [latents.clone().requires_grad_(True) for _ in range(2)]
     media = policy.decode(asked[0])
@@ -138,7 +138,7 @@ def test_tiles_are_those_of_plain_diffusers(kind: Any) -> None:
     plain = recipe.load("cpu")
     vae = policy.family.vae
     assert vae.use_tiling and not plain.family.vae.use_tiling
-    shape = policy.latent_shape(Plan())
+    shape = policy.latent_shape(Plan(height=16, width=16))
     generator = torch.Generator().manual_seed(0)
     small = torch.randn(1, *shape, generator=generator)
     large = torch.randn(1, shape[0], 4 * shape[1], 4 * shape[2], generator=generator)

@@ -21,13 +21,16 @@ from rlalign.networks.random_models.empty import (
     count_folder,
     count_parameters,
     empty_networks,
+    empty_pipeline,
+    empty_pipeline_of,
 )
-from rlalign.networks.random_models.families import FAMILIES, find_family
+from rlalign.networks.random_models.families import FAMILIES, HUB_IDS, find_family
 from rlalign.networks.random_models.folder import disk_bytes, refuse_small_disk, write_pipeline
 from rlalign.networks.random_models.records import Family, Network, Size
 
 __all__ = [
     "FAMILIES",
+    "HUB_IDS",
     "Family",
     "Network",
     "Size",
@@ -36,6 +39,8 @@ __all__ = [
     "count_parameters",
     "disk_bytes",
     "empty_networks",
+    "empty_pipeline",
+    "empty_pipeline_of",
     "find_family",
     "refuse_small_disk",
     "write_pipeline",

@@ -34,6 +34,25 @@ FAMILIES: Mapping[str, Family] = {
 """Name -> family."""
 
 
+HUB_IDS: Mapping[str, str] = {
+    "CompVis/stable-diffusion-v1-4": "stable_diffusion",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "stable_diffusion",
+    "stabilityai/stable-diffusion-2-1": "stable_diffusion_2",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35",
+    "stabilityai/stable-diffusion-3.5-large": "sd35_large",
+    "black-forest-labs/FLUX.1-dev": "flux",
+    "black-forest-labs/FLUX.1-schnell": "flux_schnell",
+    "black-forest-labs/FLUX.2-dev": "flux2",
+    "Qwen/Qwen-Image": "qwen_image",
+    "Tongyi-MAI/Z-Image-Turbo": "z_image",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart",
+}
+"""Hub id of a published checkpoint -> the family of its sizes."""
+
+
 def find_family(name: str) -> Family:
     """The family of a name, in which a hyphen is as good as an underscore. Raises UserError with
     all names."""

@@ -13,7 +13,6 @@ from rlalign.core.registry import UserError
 from rlalign.networks.pipelines.loading import quiet_libraries
 from rlalign.networks.random_models import empty, weights
 from rlalign.networks.random_models.records import Family, Network, Size
-from rlalign.networks.random_models.tokenizers import make_tokenizer
 
 DTYPES = {"tiny": torch.float32, "published": torch.bfloat16}
 """Size -> in which type weights are written."""
@@ -76,20 +75,11 @@ def write_pipeline(
 
 def _write_index(folder: Path, family: Family, size: Size) -> None:
     """Writes what is no network: the index, the tokenizers and the scheduler."""
-    import diffusers
-
-    tokenizers = {name: make_tokenizer(spec) for name, spec in family.tokenizers.items()}
-    scheduler = getattr(diffusers, family.scheduler.kind)(**family.scheduler.settings)
-    pipeline = getattr(diffusers, family.pipeline)(
-        **empty.empty_networks(family, size),
-        **tokenizers,
-        **family.facts,
-        scheduler=scheduler,
-    )
+    pipeline = empty.empty_pipeline(family, size)
     pipeline.save_config(folder)
-    scheduler.save_pretrained(folder / "scheduler")
-    for name, tokenizer in tokenizers.items():
-        tokenizer.save_pretrained(folder / name)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    for name in family.tokenizers:
+        getattr(pipeline, name).save_pretrained(folder / name)
 
 
 def _write_config(folder: Path, network: Any, spec: Network, dtype: torch.dtype) -> None:

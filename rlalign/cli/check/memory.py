@@ -1,0 +1,363 @@
+"""How much memory a run's workers hold, part by part, and whether there is so much.
+
+Counted for ``rlalign check``. A worker's process has libraries beside its tensors, and kernels take
+scratch memory while they work.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from rlalign.core.records import kept_latents, moved_latents
+from rlalign.diffusion.noise import noise_masks
+from rlalign.policies.base import WHOLE
+from rlalign.runtime.roles import ENCODER, LEARNER, ROLLOUT, Role
+
+if TYPE_CHECKING:
+    from rlalign.config import Run, RuntimeSettings
+    from rlalign.policies.base import Policy
+    from rlalign.runtime.placement import Bundle, Node
+
+Loaded = TypeVar("Loaded")
+Parts = Mapping[str, int]
+"""Name -> bytes, in the order in which they are told."""
+
+LIBRARIES = 900_000_000
+"""Bytes of a worker's process beside its tensors: torch, diffusers and their like (measured on
+Linux, torch 2.15)."""
+WORTH_LEAVING_OUT = 10**8
+"""Bytes of text encoders that are worth a hint."""
+START = "start weights"
+PASS = "a pass"
+STEP = "the optimiser's step"
+
+
+def measure_load(load: Callable[[], Loaded]) -> tuple[Loaded, int]:
+    """(what was loaded, bytes of the tensors that this has left in memory, whatever holds them)."""
+    before = live_tensors()
+    found = load()
+    return found, sum(size for place, size in live_tensors().items() if place not in before)
+
+
+def live_tensors() -> dict[int, int]:
+    """Address -> bytes of what every tensor in this process stands on."""
+    # a process has a million objects of some thousand types
+    gc.collect()
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, torch.Tensor)}
+    found: dict[int, int] = {}
+    for thing in (one for one in objects if type(one) in kinds):
+        if thing.layout == torch.strided and not thing.is_meta:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Bytes that a worker of each role holds, by part."""
+
+    rollout: Parts
+    rewards: Mapping[str, int]
+    """Title -> bytes."""
+    learner: Parts = field(default_factory=dict)
+    """Empty where there is none."""
+    encoder: Parts = field(default_factory=dict)
+    """Empty where no process encodes for others."""
+    round: int = 0
+    """Of a round's samples at the learner, in the memory of its machine."""
+    on_gpu: frozenset[str] = field(default_factory=frozenset)
+    """Roles whose tensors are on a GPU; ``reward`` is all rewards."""
+
+    def parts_of(self, role: Role) -> Parts:
+        """A worker's tensors by part; of a reward its own name alone."""
+        if role.reward:
+            return {role.reward: self.rewards.get(role.reward, 0)}
+        held = {LEARNER: self.learner, ROLLOUT: self.rollout, ENCODER: self.encoder}
+        return held.get(role, {})
+
+    def of(self, role: Role) -> int:
+        """A worker's tensors."""
+        return sum(self.parts_of(role).values())
+
+    def computes_on_gpu(self, role: Role) -> bool:
+        """Whether a worker's tensors are on a GPU."""
+        return ("reward" if role.reward else role.label) in self.on_gpu
+
+    def in_machine(self, roles: Iterable[Role]) -> int:
+        """Memory of a machine that these workers take, a process each: tensors that are not on a
+        GPU, and the libraries."""
+        found = 0
+        for role in roles:
+            found += LIBRARIES + (self.round if role == LEARNER else 0)
+            found += 0 if self.computes_on_gpu(role) else self.of(role)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """The most bytes that passes take beside the weights; 0 where they are not counted."""
+
+    learner: int = 0
+    """Of a pass forward and backward."""
+    rollout: int = 0
+    """Of the larger of a look and of decoding."""
+
+
+def loaded_parts(role: Role, run: Run, policy: Policy) -> list[str]:
+    """Names of the family's parts that a worker of this role loads."""
+    family = policy.family
+    roles = {ROLLOUT: WHOLE, ENCODER: {"words"}, LEARNER: run.learner_parts}[role]
+    wanted = set(roles)
+    if role != ENCODER and getattr(run.policy, "embeddings", ""):
+        wanted.discard("words")
+    return [name for name in family.parts() if family.role_of(name) in wanted]
+
+
+def weights_of(policy: Policy, names: Iterable[str] | None = None) -> dict[str, int]:
+    """Part -> bytes of its weights, of these parts or of all that are loaded."""
+    modules = policy.family.parts()
+    return {name: _bytes_of(modules[name]) for name in (modules if names is None else names)}
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    """Of parameters and buffers; one that stands in two places counts once."""
+    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def needs_of(
+    run: Run,
+    policy: Policy,
+    rewards: Mapping[str, int],
+    passes: Passes,
+    *,
+    other: int = 0,
+    encoder: Parts = MappingProxyType({}),
+) -> Needs:
+    """The needs of a run, of its policy, of what its rewards hold, and of the process that encodes
+    for all others; ``other`` are bytes that loading the policy has left beside its parts."""
+    gpu = on_gpu(run.runtime)
+
+    # the learner's worst moment is in a pass, or in the optimiser's step
+    learner = {
+        **weights_of(policy, loaded_parts(LEARNER, run, policy)),
+        **_own("other tensors", other),
+    }
+    if run.algorithm.eats.sampled_by_loss:
+        learner |= {f"reward {r.title}": rewards[r.title] for r in run.rewards}
+    learner |= learning(run, policy)
+    step = step_scratch(run, policy)
+    lanes = _lanes(run)
+    learner |= _own(*max((PASS, passes.learner * lanes), (STEP, step), key=lambda one: one[1]))
+
+    # new weights come as a copy of their own, in the machine's memory
+    rollout = {
+        **weights_of(policy, loaded_parts(ROLLOUT, run, policy)),
+        **_own("other tensors", other),
+    }
+    rollout |= _own(START, trained(policy) if policy.reference else 0)
+    rollout |= _own("new weights", 0 if "rollout" in gpu else trained(policy))
+    rollout |= _own(PASS, passes.rollout)
+    return Needs(
+        learner=learner,
+        rollout=rollout,
+        rewards=rewards,
+        encoder=encoder,
+        round=of_a_round(run, policy),
+        on_gpu=gpu,
+    )
+
+
+def _own(name: str, size: int) -> dict[str, int]:
+    """A part of its own, where there is something."""
+    return {name: size} if size else {}
+
+
+def on_gpu(runtime: RuntimeSettings) -> frozenset[str]:
+    """The roles that compute on a GPU."""
+    policies = {"learner", "rollout"} if runtime.device != "cpu" else set[str]()
+    rewards = {"reward"} if runtime.reward_device != "cpu" else set[str]()
+    encoders = {"encoder"} if runtime.encoder_device != "cpu" else set[str]()
+    return frozenset(policies | rewards | encoders)
+
+
+def trained(policy: Policy) -> int:
+    """Bytes of the trained weights."""
+    return sum(p.numel() * p.element_size() for p in policy.trainable().values())
+
+
+def _critic(run: Run, policy: Policy) -> list[torch.Tensor]:
+    """The weights of a value network that the algorithm trains beside the policy."""
+    critic = run.algorithm.critic(policy, run.plan)
+    return list(critic[0].parameters()) if critic else []
+
+
+def _lanes(run: Run) -> int:
+    """Shards that a learner computes at once."""
+    own = run.learner.shards // run.runtime.learner.workers
+    return own if run.runtime.device == "cpu" else 1
+
+
+def learning(run: Run, policy: Policy) -> dict[str, int]:
+    """What a learner holds beside its policy in every update: copies, gradients, the optimiser's
+    state."""
+    from rlalign.learning.optimisers import bytes_of_state
+
+    algorithm = run.algorithm
+    settings = run.learner
+    weights = trained(policy)
+    of_critic = _critic(run, policy)
+    values = sum(p.numel() * p.element_size() for p in of_critic)
+    state = bytes_of_state(settings, [*policy.trainable().values(), *of_critic])
+
+    # one gradient is the sum; others are computed beside it, one a lane. Several learners have a
+    # table of all shards, and the sum of all tables
+    lanes = _lanes(run)
+    own = settings.shards // run.runtime.learner.workers
+    gradients = max(lanes, min(2, own))
+    if run.runtime.learner.workers > 1:
+        gradients = settings.shards + max(lanes, settings.shards)
+    return {
+        START: weights,  # before the first update: the policy's reference and the run's base
+        **{f"copy {kind}": weights for kind in algorithm.copies},
+        **_own("average", weights if settings.ema_decay else 0),
+        **_own("value network", values),
+        "gradients": gradients * (weights + values),
+        f"{settings.optimizer} state": state,
+    }
+
+
+def step_scratch(run: Run, policy: Policy) -> int:
+    """What the optimiser takes while it steps: on a GPU AdamW computes all weights at once, with a
+    root of every second moment; otherwise a weight at a time, three tensors of its size."""
+    tensors = [*policy.trainable().values(), *_critic(run, policy)]
+    sizes = [t.numel() * t.element_size() for t in tensors]
+    if run.learner.optimizer == "adamw" and run.runtime.device != "cpu":
+        return sum(sizes)
+    return 3 * max(sizes, default=0)
+
+
+def of_a_round(run: Run, policy: Policy) -> int:
+    """Latents (float32) and pictures of the larger of a round and an evaluation; a learner of steps
+    copies the latents that it learns from, and those of an update's passes again."""
+    plan = run.plan
+    latent = 4
+    for size in policy.latent_shape(plan):
+        latent *= size
+    noisy = noise_masks(plan)[0]
+    kept = len(kept_latents(plan, noisy)) * latent
+    copies = 0.0
+    if run.algorithm.eats.per_step:
+        learned = len(moved_latents(noisy)) if plan.window else plan.steps + 1
+        copies = latent * (learned + 2 * sum(noisy) / run.learner.updates_per_round)
+    height, width = policy.drawn_size(plan)
+    picture = 3 * plan.frames * height * width
+    samples = run.samples_per_round if run.rolls_out else 0
+    return int(max(samples * (kept + copies + picture), run.evaluate.prompts * (kept + picture)))
+
+
+def rows(needs: Needs) -> dict[str, str]:
+    """What each worker holds, by part."""
+    found: dict[str, str] = {}
+    if needs.learner:
+        found |= _role_rows("learner", needs.learner, "at the worst moment of an update")
+        found["learner's machine"] = f"{megabytes(needs.round)} of a round's samples"
+    found |= _role_rows("rollout worker", needs.rollout, "")
+    if needs.encoder:
+        found |= _role_rows("encoder", needs.encoder, "")
+    for title, size in needs.rewards.items():
+        found[f"{title} worker"] = megabytes(size)
+    found["beside that"] = (
+        f"{megabytes(LIBRARIES)} of libraries a process, and what kernels take while they work"
+    )
+    return found
+
+
+def encoder_rows(run: Run, policy: Policy) -> dict[str, str]:
+    """What the text encoders in every process hold, where that is worth a setting."""
+    family = policy.family
+    names = [n for n in loaded_parts(ROLLOUT, run, policy) if family.role_of(n) == "words"]
+    held = sum(weights_of(policy, names).values())
+    if held < WORTH_LEAVING_OUT:
+        return {}
+    return {
+        "text encoders": (
+            f"{megabytes(held)} in every worker that encodes prompts; rlalign encode CONFIG FILE"
+            " and policy.embeddings=FILE leave them out"
+        )
+    }
+
+
+def _role_rows(role: str, parts: Parts, when: str) -> dict[str, str]:
+    """A worker's sum, then its parts."""
+    found = {role: f"{megabytes(sum(parts.values()))} {when}".strip()}
+    return found | {f"  {role}: {name}": megabytes(size) for name, size in parts.items()}
+
+
+def here(bundles: Sequence[Bundle], needs: Needs) -> dict[str, str]:
+    """What this machine has, and what it would take: in one process, and with every worker in one
+    of its own."""
+    import psutil
+
+    roles = [bundle.role for bundle in bundles]
+    once = list(dict.fromkeys(roles))
+    alone = needs.in_machine(once) - LIBRARIES * (len(once) - 1)
+    memory = psutil.virtual_memory()
+    found = {
+        "this machine": (
+            f"{megabytes(memory.total)} of memory, {megabytes(memory.available)} of it free;"
+            f" --local takes about {megabytes(alone)}{_short(alone, memory.total)}, Ray about"
+            f" {megabytes(needs.in_machine(roles))}{_short(needs.in_machine(roles), memory.total)}"
+        )
+    }
+    return found | _gpu_here(bundles, needs, once)
+
+
+def _gpu_here(bundles: Sequence[Bundle], needs: Needs, roles: Iterable[Role]) -> dict[str, str]:
+    """The same of this machine's GPU, where there is one and something is to be on it; a worker may
+    fill its share of one."""
+    from rlalign.networks import devices
+
+    used = [role for role in roles if needs.computes_on_gpu(role)]
+    if not used or not devices.gpus():
+        return {}
+    # all of them on one card, and each on its share
+    size = devices.gpu_memory()
+    alone = sum(needs.of(role) for role in used)
+    share = {b.role: b.needs.get("GPU", 0.0) for b in bundles}
+    each = [
+        f"{r} {megabytes(needs.of(r))}{_short(needs.of(r), min(share[r], 1.0) * size)}"
+        for r in used
+        if share[r]
+    ]
+    return {
+        "this machine's GPU": (
+            f"{megabytes(size)}; --local takes about {megabytes(alone)}{_short(alone, size)}"
+            + (f", on Ray {', '.join(each)}" if each else "")
+        )
+    }
+
+
+def on_node(node: Node, needs: Needs) -> str:
+    """What a node's workers take of its memory, where Ray says how much that is."""
+    total = node.total.get("memory", 0.0)
+    if not total or not node.holds:
+        return ""
+    taken = needs.in_machine(bundle.role for bundle in node.holds)
+    return f"; about {megabytes(taken)} of {megabytes(total)} of memory{_short(taken, total)}"
+
+
+def _short(needed: float, has: float) -> str:
+    return f" (short by {megabytes(needed - has)})" if needed > has else ""
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people: 1 MB is 10^6."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
