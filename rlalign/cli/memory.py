@@ -178,8 +178,8 @@ def rows(needs: Needs) -> dict[str, str]:
     return {
         "memory": (
             f"{learner if needs.learner else ''}rollout worker about"
-            f" {megabytes(needs.rollout)}{rewards}{encoder}; activations, and {megabytes(LIBRARIES)} of"
-            " libraries a process, come on top"
+            f" {megabytes(needs.rollout)}{rewards}{encoder}; activations, and"
+            f" {megabytes(LIBRARIES)} of libraries a process, come on top"
         ),
     }
 
