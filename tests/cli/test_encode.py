@@ -75,6 +75,11 @@ def test_a_run_on_the_file_is_the_run_with_text_encoders(
             one.write_bytes(content)
     assert_same_run(tmp_path / "encoders", tmp_path / "file")
 
+    # what comes out has no need of the words
+    file.rename(tmp_path / "kept.safetensors")
+    assert call("export", tmp_path / "file", tmp_path / "exported")[0] == 0
+    (tmp_path / "kept.safetensors").rename(file)
+
     # where the words come from may change where a run goes on
     more = load_run(config, ["rounds=3"])
     train_local(more, tmp_path / "file", resume=True, on_record=quiet)
