@@ -41,6 +41,12 @@ def test_it_gives_back_what_was_written(tmp_path: Path) -> None:
             assert torch.equal(row[name], tensor)
 
 
+def test_a_row_holds_no_other_rows(tmp_path: Path) -> None:
+    """The file is mapped, and what is kept of it is a row's own memory."""
+    found = EmbeddingsFile(write(tmp_path / "words.safetensors"), MODEL)(TEXTS[1])
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in found.values())
+
+
 def test_it_is_a_file_of_safetensors(tmp_path: Path) -> None:
     """As the library itself reads it: a row for each text."""
     tensors = load_file(write(tmp_path / "words.safetensors"))

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from rlalign.alignment.assemble import build_learner
 from rlalign.alignment.encode import encode_prompts
 from rlalign.alignment.words import encoding_reader
+from rlalign.cli.memory import bytes_without, measure_load
 from rlalign.config import RuntimeSettings
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, build
 from rlalign.diffusion.rollout import rollout
 from rlalign.networks.random_models import FAMILIES, write_pipeline
-from rlalign.policies.base import LATENTS, Policy
+from rlalign.policies.base import LATENTS, WHOLE, Policy
 from tests.policies.family_runs import PATHS, run_of
 from tests.toy import PROMPTS, make_units
 
@@ -155,6 +156,19 @@ def test_a_process_without_the_other_parts_saves_them_too(
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)
     for file in ("model_index.json", "vae/config.json", "text_encoder/config.json"):
         assert mine[Path(file)].read_text() == theirs[Path(file)].read_text()
+
+
+def test_what_parts_hold_is_counted(folders: dict[str, Path], files: dict[str, Path]) -> None:
+    """What loading without parts leaves in memory is what loading leaves, less the parts."""
+    recipe = recipe_of("flux", folders["flux"])
+    whole, loaded = measure_load(lambda: recipe.load("cpu"))
+    assert bytes_without(whole, WHOLE) == 0
+    from_file = recipe.model_copy(update={"embeddings": str(files["flux"])})
+    _, held = measure_load(lambda: from_file.load("cpu", parts=LATENTS))
+    without = bytes_without(whole, {"denoiser"})
+    assert without > 100_000
+    # words that are remembered, and tables of positions, differ by little
+    assert abs(loaded - without - held) < 0.1 * without
 
 
 # --- what is refused -----------------------------------------------------------------------------
