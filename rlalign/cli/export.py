@@ -54,7 +54,7 @@ def export(
     """
     _refuse_mistakes(target, merged, format, dtype)
     model = find_model(run)
-    policy = model.load("cpu")
+    policy = model.load("cpu", parts=frozenset({"denoiser"}))
     note = note_of(model)
     if format == "comfyui":
         rounding = _write_file(policy, target, dtype, note)

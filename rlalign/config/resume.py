@@ -93,8 +93,7 @@ def _reason(path: str, before: Run, after: Run) -> str:
     if path == "runtime.encoder.gpus" and _kind(old.encoder_device) != _kind(new.encoder_device):
         return f"prompts would be encoded on {new.encoder_device}, and {_DEVICE}"
     in_actor = before.policy.encodes_in_actor or after.policy.encodes_in_actor
-    other_device = _kind(new.encoder_device) != _kind(new.device)
-    if path == "policy.embeddings" and in_actor and other_device:
+    if path == "policy.embeddings" and in_actor and _kind(new.encoder_device) != _kind(new.device):
         return f"an actor encodes on {new.encoder_device}, and {_DEVICE}"
     if path == "checkpoint.every" and (old.max_staleness or new.max_staleness):
         return "with runtime.max_staleness no round is ordered ahead across a checkpoint"

@@ -99,7 +99,9 @@ class EmbeddingsFile:
     def row(self, key: str) -> Row:
         """The words of the text with this hash."""
         row = self._rows[key]
-        return {name: self._opened.get_slice(name)[row : row + 1] for name in self._names}
+        # a slice is a view of the whole tensor in the file; what is kept is a copy of the row
+        slices = {name: self._opened.get_slice(name) for name in self._names}
+        return {name: one[row : row + 1].clone() for name, one in slices.items()}
 
     def __call__(self, text: str) -> Row:
         """The words of a text, on the CPU. Raises UserError for one that the file lacks."""
