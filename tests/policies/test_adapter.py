@@ -21,8 +21,9 @@ from rlalign.networks import lora
 from rlalign.policies.base import Policy
 from rlalign.policies.sd3 import StableDiffusion3
 from rlalign.policies.stable_diffusion import StableDiffusion
+from tests.pipelines import write_sound
 from tests.runs import CONFIGS, metrics
-from tests.toy import make_units, save_flow_pipeline, save_pipeline
+from tests.toy import make_units
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([901, 401])
@@ -32,9 +33,7 @@ FAMILIES = {"sd": StableDiffusion, "sd3": StableDiffusion3}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A pipeline of each family, of random weights."""
-    folder = tmp_path_factory.mktemp("pipelines")
-    return {"sd": save_pipeline(folder / "sd"), "sd3": save_flow_pipeline(folder / "sd3")}
+    return write_sound(tmp_path_factory.mktemp("pipelines"))
 
 
 def trained(recipe: Any, folder: Path) -> Policy:
