@@ -55,6 +55,12 @@ def ray_cluster() -> Iterator[None]:
     shared_ray.clear()
 
 
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's page takes as long as its rounds: tests of something else leave it out."""
+    monkeypatch.setattr("rlalign.report.write_report", lambda _: None)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Only where tests are run: not in the process that hands them to others (pytest-xdist)."""
     if not session.config.getoption("numprocesses", None):
