@@ -12,9 +12,10 @@ CPUS = 8
 
 
 class _Shared:
-    """Whether the Ray of this process is the one that files share."""
+    """Whether the Ray of this process is the one that files share, and whether a file has it."""
 
     runs = False
+    in_use = False
 
 
 def start() -> None:
@@ -25,6 +26,7 @@ def start() -> None:
     if not _Shared.runs:
         ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
         _Shared.runs = True
+    _Shared.in_use = True
 
 
 def clear() -> None:
@@ -39,6 +41,7 @@ def clear() -> None:
         remove_placement_group,
     )
 
+    _Shared.in_use = False
     worker: Any = global_worker
     for name, group in placement_group_table().items():
         if group["state"] != "REMOVED":
@@ -51,7 +54,7 @@ def clear() -> None:
 
 
 def end() -> None:
-    """Ends it where it runs."""
-    if _Shared.runs:
+    """Ends it where it runs and no file has it."""
+    if _Shared.runs and not _Shared.in_use:
         sys.modules["ray"].shutdown()
         _Shared.runs = False
