@@ -66,6 +66,8 @@ demo: $(VENV)/.installed
 	echo "next:   $(BIN)/rlalign train --resume $$out rounds=40   (goes on from here; docs/rewards.md: other rewards)"
 
 # A file goes whole to one process, in the order of tests/conftest.py: those that start a Ray come first.
+# What the processes compile, each other one finds, also where the environment says not to write it.
+unexport PYTHONDONTWRITEBYTECODE
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 4
 
 test: $(VENV)/.installed-dev

@@ -3,6 +3,7 @@ an end for what a test process leaves running."""
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 
@@ -19,16 +20,22 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - as Ray spells it
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is wrong
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests import orphans
+from tests import orphans, shared_ray
 
 pytest_plugins = ["tests.whole_files"]
 
 torch.set_num_threads(1)
+
+gc.disable()  # until all is collected: what is imported stays
+
+shares_ray: set[Path] = set()
+"""Files whose every test of Ray asks for ``ray_cluster``."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +48,17 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray for a module (a run starts and ends its own): eight logical CPUs, loopback
-    only, no dashboard."""
-    import ray
-
-    assert not ray.is_initialized(), "a test started Ray by itself; ask for the fixture ray_cluster"
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    """A local Ray on which nothing runs: eight logical CPUs, loopback only, no dashboard. Files
+    that follow one another in a process have it in turn."""
+    shared_ray.start()
     yield
-    ray.shutdown()
+    shared_ray.clear()
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's page takes as long as its rounds: tests of something else leave it out."""
+    monkeypatch.setattr("rlalign.report.write_report", lambda _: None)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -59,6 +69,39 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files whose tests take longest come first, so that processes that share the tests end
-    together: those that train whole runs, then those that start a Ray."""
-    starts_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: ("end_to_end" not in item.path.parts, item.path not in starts_ray))
+    together: those that train whole runs, then those that need a Ray, and of these first the ones
+    that share it."""
+    of_ray = [item for item in items if item.get_closest_marker("ray")]
+    needs_ray = {item.path for item in of_ray}
+    starts_own = {item.path for item in of_ray if "ray_cluster" not in fixtures_of(item)}
+    shares_ray.update(needs_ray - starts_own)
+    items.sort(
+        key=lambda item: (
+            "end_to_end" not in item.path.parts,
+            item.path not in needs_ray,
+            item.path not in shares_ray,
+        )
+    )
+
+
+def fixtures_of(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
+
+
+def pytest_collection_finish() -> None:
+    """The million objects of what has been imported stay until the end: no look for garbage need
+    pass over them."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A file that starts its own Ray, or none, finds none."""
+    if item.path not in shares_ray:
+        shared_ray.end()
+
+
+def pytest_sessionfinish() -> None:
+    shared_ray.end()
+    gc.unfreeze()

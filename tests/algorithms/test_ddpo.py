@@ -92,12 +92,12 @@ class ChainPolicy(Policy):
         super().__init__(self.kind())
 
 
-UNITS, PER_UNIT = 32, 512
+UNITS, PER_UNIT = 32, 256
 
 
 @pytest.fixture(scope="module")
 def chain() -> tuple[ChainPolicy, list[Scored]]:
-    """16 384 samples of the chain, seed 0."""
+    """8 192 samples of the chain, seed 0."""
     policy = ChainPolicy()
     return policy, collect(policy, make_units(UNITS, per_unit=PER_UNIT, plan=policy.plan, seed=0))
 
@@ -115,7 +115,7 @@ def estimates(policy: Policy, batch: StepBatch, algorithm: DDPO) -> np.ndarray:
 
 
 def test_chain_steps_are_the_affine_ones(chain: tuple[ChainPolicy, list[Scored]]) -> None:
-    """What was rolled out has E[x_0] of the closed form (16 384 samples, 4 standard errors)."""
+    """What was rolled out has E[x_0] of the closed form (8 192 samples, 4 standard errors)."""
     policy, scored = chain
     mean = 0.0
     for a, b in zip(A_K, policy.network.bias_K.tolist(), strict=True):
@@ -129,13 +129,13 @@ def test_chain_steps_are_the_affine_ones(chain: tuple[ChainPolicy, list[Scored]]
 def test_policy_gradient_converges_to_the_closed_form(
     chain: tuple[ChainPolicy, list[Scored]], algorithm: DDPO
 ) -> None:
-    """16 384 samples, seed 0: within 4 standard errors of every partial derivative, each below
-    0.03."""
+    """8 192 samples, seed 0: within 4 standard errors of every partial derivative, each below
+    0.05."""
     policy, scored = chain
     reward_B = np.concatenate([s.total_B for s in scored])
     per_unit = estimates(policy, step_batch(scored, reward_B), algorithm)
     error_K = per_unit.std(0, ddof=1) / np.sqrt(UNITS)
-    assert error_K.max() < 0.03
+    assert error_K.max() < 0.05
     assert np.all(np.abs(per_unit.mean(0) - CLOSED_FORM_K) < 4 * error_K)
 
 

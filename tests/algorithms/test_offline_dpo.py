@@ -238,6 +238,7 @@ def test_a_crop_is_torchvisions_resize_and_centre_crop(
         assert not np.array_equal(decode(blob, 32), wanted)
 
 
+@pytest.mark.promise
 def test_a_published_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
     """Every option at once, on pictures of several sizes: two rounds in a row, with two threads
     that decode and two shards, against one, a stop, and the other."""

@@ -158,6 +158,7 @@ def test_a_run_refuses_to_learn_where_its_samples_replay_to_other_numbers(tmp_pa
     assert not (tmp_path / "other" / "checkpoints").exists()
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_run_that_replays_is_held_to_it_in_its_first_round_alone(tmp_path: Path) -> None:
     """From the second round on the batch holds steps of an earlier policy, whose ratios are rightly
     not 1."""

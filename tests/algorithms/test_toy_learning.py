@@ -43,7 +43,7 @@ CASES: dict[str, tuple[Algorithm, type[ToyPolicy], Plan, dict[str, Any]]] = {
     "diffusion_nft": (DiffusionNFT(draws=2, kl_weight=0.0), FlowToy, FLOW, {}),
     "draft": (RewardBackprop(last_steps=2), ToyPolicy, SDE, {}),
 }
-ROUNDS, UNITS, PER_UNIT = 12, 4, 16
+ROUNDS, UNITS, PER_UNIT = 12, 2, 32
 
 BUDGETS = {"ddpo": 12.0, "dpok": 0.85, "rwr": 16.0, "diffusion_dpo": 10.0}
 """Largest KL to the reference after the last round, nats per step and element: half as much again
@@ -101,7 +101,7 @@ def learn(name: str, seed: int) -> tuple[float, float, float]:
     policy.reference = policy.weights()
     chosen = LearnerSettings(**{"lr": 1e-2, "updates_per_round": 2, **settings})
     learner = Learner(policy, algorithm.loss, chosen, seed=seed, copies=algorithm.copies)
-    fixed = make_units(8, per_unit=32, plan=plan, seed=99, round=0)
+    fixed = make_units(1, per_unit=256, plan=plan, seed=99, round=0)
     before = np.mean([s.total_B.mean() for s in looked_at(policy, fixed)])
     for round in range(1, ROUNDS + 1):
         units = make_units(UNITS, per_unit=PER_UNIT, plan=plan, seed=seed, round=round)

@@ -16,7 +16,7 @@ from rlalign.cli import main
 from rlalign.learning.metrics import round_line
 from tests.runs import CONFIGS, SMALL, metrics
 
-QUICKSTART = str(CONFIGS / "quickstart.yaml")
+QUICKSTART, POINTS = (str(CONFIGS / f"{name}.yaml") for name in ("quickstart", "points"))
 ONE_ROUND = [
     *SMALL,
     "rewards=[{name: jpeg}]",
@@ -56,7 +56,7 @@ def stand_in_for_stdout(monkeypatch):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16-le"])
 def test_train_says_what_the_encoding_can(stand_in_for_stdout, tmp_path, encoding):
     stream, folder = stand_in_for_stdout(encoding), tmp_path / "läuft"
-    assert main(["train", QUICKSTART, *ONE_ROUND, EMOJI, "--local", "--out", str(folder)]) == 0
+    assert main(["train", POINTS, *ONE_ROUND, EMOJI, "--local", "--out", str(folder)]) == 0
     stream.flush()
     said = stream.buffer.getvalue().decode(encoding)
     spread = f"{metrics(folder)[0]['reward/total/std']:.3f}"

@@ -3,6 +3,7 @@ draws, learns or reads pictures."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from rlalign.alignment.environment import Denoising
 from rlalign.cli import main
@@ -24,16 +24,16 @@ from rlalign.core.registry import UserError, build
 from rlalign.diffusion.rollout import rollout
 from rlalign.engine import NoScore
 from rlalign.learning.learner import Learner, LearnerSettings
+from rlalign.policies.base import Policy
 from rlalign.policies.sd3 import StableDiffusion3
 from rlalign.policies.stable_diffusion import StableDiffusion
 from rlalign.samplers.base import Sampler
 from rlalign.sampling import LiveRewards, LocalEngine
+from tests.pipelines import LARGE, spoil, write_sound
 from tests.samplers.helpers import engine_of
 from tests.samplers.test_every_sampler import SMALL, toy
-from tests.toy import ToyPolicy, make_units, save_flow_pipeline, save_pipeline
+from tests.toy import ToyPolicy, make_units
 
-LARGE = 3e38
-"""A weight that is finite and makes an answer infinite: no look at a file finds it."""
 PARTS = {
     "unet": ("conv_out.weight", "the policy's denoiser gives values that are not finite"),
     "text_encoder": (
@@ -50,39 +50,38 @@ FLOW_PARTS = {
 }
 
 
-def weights_of(folder: Path, part: str) -> Path:
-    return next((folder / part).glob("*.safetensors"))
-
-
-def spoil(folder: Path, part: str, name: str, value: float, *, whole: bool = True) -> Path:
-    """Overwrites a weight, or its first number."""
-    file = weights_of(folder, part)
-    tensors = load_file(file)
-    known = name if name in tensors else name.removeprefix("text_model.")
-    if whole:
-        tensors[known] = torch.full_like(tensors[known], value)
-    else:
-        tensors[known].view(-1)[0] = value
-    save_file(tensors, file, metadata={"format": "pt"})
-    return folder
-
-
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Undamaged pipelines of random weights: Stable Diffusion, and Stable Diffusion 3."""
-    folder = tmp_path_factory.mktemp("sound")
-    return save_pipeline(folder / "sd"), save_flow_pipeline(folder / "sd3")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_sound(tmp_path_factory.mktemp("sound"))
 
 
 @pytest.fixture
-def damaged(sound: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
+def damaged(sound: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """(part, weight, value) -> a copy of one of the pipelines with that weight."""
 
     def make(part: str, name: str, value: float, *, whole: bool = True, flow: bool = False) -> Path:
-        copy = Path(shutil.copytree(sound[flow], tmp_path / "damaged"))
+        copy = Path(shutil.copytree(sound["sd3" if flow else "sd"], tmp_path / "damaged"))
         return spoil(copy, part, name, value, whole=whole)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def damaged_policy(
+    sound: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Policy]:
+    """Part of a Stable Diffusion pipeline -> the policy with its weight that spoils the answer,
+    loaded once, for those that change nothing in it."""
+
+    @functools.cache
+    def load(part: str) -> Policy:
+        folder = shutil.copytree(sound["sd"], tmp_path_factory.mktemp("damaged") / "sd")
+        spoil(folder, part, PARTS[part][0], LARGE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rlalign.policies._pipeline.try_out", lambda *given: None)
+            return StableDiffusion(path=str(folder)).load("cpu")
+
+    return load
 
 
 @pytest.fixture
@@ -137,10 +136,9 @@ def test_what_is_watched_is_so_in_this_thread_alone() -> None:
     assert watched_place() == ""
 
 
-@pytest.mark.usefixtures("without_trial")
 @pytest.mark.parametrize("part", PARTS)
-def test_a_rollout_names_the_part(damaged: Any, part: str) -> None:
-    policy = StableDiffusion(path=str(damaged(part, PARTS[part][0], LARGE))).load("cpu")
+def test_a_rollout_names_the_part(damaged_policy: Callable[[str], Policy], part: str) -> None:
+    policy = damaged_policy(part)
     (unit,) = make_units(1, plan=Plan(steps=3, guidance=2.0))
     with pytest.raises(NotFinite, match=PARTS[part][1]) as refusal:
         rollout(policy, unit, 0)
@@ -219,13 +217,14 @@ def test_evaluate_and_sample_end_with_one_message(
     assert not list(tmp_path.glob("out/*.json"))
 
 
-@pytest.mark.usefixtures("without_trial")
 @pytest.mark.parametrize("part", ["unet", "vae"])
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_every_sampler_names_the_part(damaged: Any, name: str, part: str) -> None:
+def test_every_sampler_names_the_part(
+    damaged_policy: Callable[[str], Policy], name: str, part: str
+) -> None:
     """On rewards with gradients, also where the result is what a gradient through the damaged part
     is made of."""
-    policy = StableDiffusion(path=str(damaged(part, PARTS[part][0], LARGE))).load("cpu")
+    policy = damaged_policy(part)
     rewards = LiveRewards([build("rewards", {"name": "centroid"})])  # type: ignore[list-item]
     engine = LocalEngine(policy, [rewards], rows=2, parallel=False)
     (unit,) = make_units(1, per_unit=2, plan=Plan(steps=3))
@@ -239,11 +238,11 @@ def test_every_sampler_names_the_part(damaged: Any, name: str, part: str) -> Non
     assert watched_place() == ""
 
 
-@pytest.mark.usefixtures("without_trial")
-def test_an_environment_has_no_reward_for_a_picture_that_is_not_finite(damaged: Any) -> None:
-    policy = StableDiffusion(path=str(damaged("vae", PARTS["vae"][0], LARGE))).load("cpu")
+def test_an_environment_has_no_reward_for_a_picture_that_is_not_finite(
+    damaged_policy: Callable[[str], Policy],
+) -> None:
     made = Denoising(
-        policy,
+        damaged_policy("vae"),
         lambda media, prompts: np.zeros(1),
         ["a red circle"],
         Plan(steps=2),
@@ -379,11 +378,11 @@ def test_a_run_names_the_part_and_not_the_learning_rate(
 
 
 def test_a_run_that_diverges_still_names_the_learning_rate(
-    sound: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sound: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights of 1e37 after the first update: the next round's pictures are not finite, and the
     first evaluation's were."""
-    run = settings_of(sound[0], learner={"updates_per_round": 1, "lr": 1e37}, rounds=3)
+    run = settings_of(sound["sd"], learner={"updates_per_round": 1, "lr": 1e37}, rounds=3)
     assert train(run, tmp_path / "out") == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert (

@@ -211,9 +211,10 @@ def propagate(path, levels, *, rule, eta, mean=0.7, std=0.5, start=None):
         )
 
     for k in range(len(levels) - 1):
-        at_zero, at_one = gaussian(zero, k), gaussian(one, k)
-        slope = at_one.mean - at_zero.mean
-        m, variance = slope * m + at_zero.mean, slope**2 * variance + at_zero.std**2
+        found = gaussian(torch.cat([zero, one]), k)
+        at_zero, at_one = found.mean[:1], found.mean[1:]
+        slope = at_one - at_zero
+        m, variance = slope * m + at_zero, slope**2 * variance + found.std[:1] ** 2
     return m.item(), variance.sqrt().item()
 
 

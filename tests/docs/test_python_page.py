@@ -54,6 +54,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(folder, names, printed.getvalue().splitlines())
 
 
+@pytest.mark.promise
 def test_what_the_cells_print_is_what_the_page_says(ran: Ran) -> None:
     assert ran.printed[0] == "torch.Size([3, 1, 3, 32, 32]) torch.uint8"
     assert len(list(ran.folder.glob("picture-*.png"))) == 3
@@ -63,6 +64,7 @@ def test_what_the_cells_print_is_what_the_page_says(ran: Ran) -> None:
     assert (ran.names["again"] != ran.names["media"]).any()
 
 
+@pytest.mark.promise
 def test_the_round_by_hand_is_a_runs_first(ran: Ran) -> None:
     """Its metrics are those of the first line that ``train_local`` writes."""
     lines = Path(ran.folder, ran.names["folder"], "metrics.jsonl").read_text().splitlines()

@@ -38,9 +38,3 @@ def local_run(small: Callable[..., Run], tmp_path_factory: pytest.TempPathFactor
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An override: a Stable Diffusion pipeline of random weights, small enough for seconds."""
     return f"policy.path={save_pipeline(tmp_path_factory.mktemp('models') / 'pipeline')}"
-
-
-@pytest.fixture
-def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page, which takes as long as the rounds, is written by ``local_run`` alone."""
-    monkeypatch.setattr("rlalign.report.write_report", quiet)

@@ -169,7 +169,7 @@ def test_a_run_that_starts_from_an_adapter_equals_the_local_loop(tmp_path: Path)
 @pytest.mark.slow
 def test_a_denoiser_that_is_not_finite_ends_the_run_in_one_message(tmp_path: Path) -> None:
     """Found where a checkpoint is loaded and tried out; the learner's rate is not blamed."""
-    from tests.core.test_finite import LARGE, spoil
+    from tests.pipelines import LARGE, spoil
     from tests.toy import save_pipeline
 
     folder = spoil(save_pipeline(tmp_path / "pipeline"), "unet", "conv_out.weight", LARGE)

@@ -3,7 +3,10 @@ and what is refused."""
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,9 @@ from rlalign.networks import lora
 from rlalign.policies.base import Policy
 from rlalign.policies.sd3 import StableDiffusion3
 from rlalign.policies.stable_diffusion import StableDiffusion
+from tests.pipelines import write_sound
 from tests.runs import CONFIGS, metrics
-from tests.toy import make_units, save_flow_pipeline, save_pipeline
+from tests.toy import make_units
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([901, 401])
@@ -32,9 +36,7 @@ FAMILIES = {"sd": StableDiffusion, "sd3": StableDiffusion3}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A pipeline of each family, of random weights."""
-    folder = tmp_path_factory.mktemp("pipelines")
-    return {"sd": save_pipeline(folder / "sd"), "sd3": save_flow_pipeline(folder / "sd3")}
+    return write_sound(tmp_path_factory.mktemp("pipelines"))
 
 
 def trained(recipe: Any, folder: Path) -> Policy:
@@ -46,6 +48,22 @@ def trained(recipe: Any, folder: Path) -> Policy:
             parameter.copy_(0.2 * drawn)
     policy.save(folder)
     return policy
+
+
+@pytest.fixture(scope="module")
+def saved(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Policy, Path]]:
+    """Family and settings of its LoRA -> a trained policy, which nobody changes, and the folder of
+    its adapter; made once."""
+
+    @functools.cache
+    def make(family: str, **settings: float) -> tuple[Policy, Path]:
+        folder = tmp_path_factory.mktemp("adapter")
+        recipe = FAMILIES[family](path=str(folders[family]), **settings)
+        return trained(recipe, folder), folder
+
+    return make
 
 
 @torch.no_grad()
@@ -61,36 +79,34 @@ def prediction(policy: Policy) -> torch.Tensor:
 @pytest.mark.parametrize("alpha", [0.0, 10.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_starts_as_the_policy_that_was_saved(
-    folders: dict[str, Path], tmp_path: Path, family: str, alpha: float, as_file: bool
+    folders: dict[str, Path], saved: Any, family: str, alpha: float, as_file: bool
 ) -> None:
     """Weights, scale and what is trained, bit for bit."""
     recipe, path = FAMILIES[family], str(folders[family])
-    saved = trained(recipe(path=path, lora_rank=4, lora_alpha=alpha), tmp_path)
-    found = recipe(path=path, adapter=str(tmp_path / lora.FILE if as_file else tmp_path)).load(
-        "cpu"
-    )
-    mine, theirs = found.weights(), saved.weights()
+    policy, adapter = saved(family, lora_rank=4, lora_alpha=alpha)
+    found = recipe(path=path, adapter=str(adapter / lora.FILE if as_file else adapter)).load("cpu")
+    mine, theirs = found.weights(), policy.weights()
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert torch.equal(prediction(found), prediction(saved))
+    assert torch.equal(prediction(found), prediction(policy))
     assert {p.dtype for p in found.trainable().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_diffusers_makes_of_the_file(
-    folders: dict[str, Path], tmp_path: Path, family: str
+    folders: dict[str, Path], saved: Any, family: str
 ) -> None:
     from diffusers import DiffusionPipeline
 
     recipe, path = FAMILIES[family], str(folders[family])
-    trained(recipe(path=path, lora_rank=4, lora_alpha=6.0), tmp_path)
-    found = recipe(path=path, adapter=str(tmp_path)).load("cpu")
+    _, adapter = saved(family, lora_rank=4, lora_alpha=10.0)
+    found = recipe(path=path, adapter=str(adapter)).load("cpu")
     absent = {} if family == "sd" else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = DiffusionPipeline.from_pretrained(
         path, **({"safety_checker": None} if family == "sd" else absent)
     )
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(adapter)
     plan = Plan(steps=4, rule="ddim" if family == "sd" else "flow_ode", eta=0.0, guidance=3.0)
     (unit,) = make_units(1, per_unit=2, plan=plan)
     trajectory, media = rollout(found, unit, 0)
@@ -153,12 +169,12 @@ def moved(policy: Policy) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_is_the_adapter_that_training_began_with(
-    folders: dict[str, Path], tmp_path: Path, family: str
+    folders: dict[str, Path], saved: Any, family: str
 ) -> None:
     """For KL, for interpolation and for replicas; not the model without an adapter."""
     recipe, path = FAMILIES[family], str(folders[family])
-    trained(recipe(path=path, lora_rank=2), tmp_path)
-    policy = recipe(path=path, adapter=str(tmp_path)).load("cpu")
+    _, adapter = saved(family, lora_rank=2)
+    policy = recipe(path=path, adapter=str(adapter)).load("cpu")
     start, bare = prediction(policy), prediction(recipe(path=path).load("cpu"))
     moved(policy)
     now = prediction(policy)
@@ -307,7 +323,7 @@ def test_evaluate_takes_an_adapter_beside_its_model(
 
 
 def spoilt(file: Path, kind: str) -> Path:
-    """A copy of an adapter's file with one thing wrong."""
+    """Makes one thing wrong in an adapter's file."""
     tensors = load_file(file)
     first = next(n for n in tensors if "lora" in n)
     if kind == "truncated":
@@ -349,9 +365,9 @@ def spoilt(file: Path, kind: str) -> Path:
     ],
 )
 def test_a_file_that_does_not_fit_is_one_message(
-    folders: dict[str, Path], tmp_path: Path, kind: str, message: str
+    folders: dict[str, Path], saved: Any, tmp_path: Path, kind: str, message: str
 ) -> None:
-    trained(StableDiffusion(path=str(folders["sd"]), lora_rank=2), tmp_path)
+    shutil.copy(saved("sd", lora_rank=2)[1] / lora.FILE, tmp_path)
     file = spoilt(tmp_path / lora.FILE, kind)
     with pytest.raises(
         UserError, match=r"^policy\.adapter: .*pytorch_lora_weights\.safetensors"
@@ -361,13 +377,13 @@ def test_a_file_that_does_not_fit_is_one_message(
     assert str(file) in str(refusal.value)
 
 
-def test_an_adapter_of_another_family_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    trained(StableDiffusion3(path=str(folders["sd3"]), lora_rank=2), tmp_path)
+def test_an_adapter_of_another_family_is_refused(folders: dict[str, Path], saved: Any) -> None:
+    _, adapter = saved("sd3", lora_rank=2)
     with pytest.raises(
         UserError,
         match=r"^policy\.adapter: .* must hold LoRA matrices of the unet alone, and 0 of its",
     ):
-        StableDiffusion(path=str(folders["sd"]), adapter=str(tmp_path)).load("cpu")
+        StableDiffusion(path=str(folders["sd"]), adapter=str(adapter)).load("cpu")
 
 
 @pytest.mark.parametrize(
@@ -388,11 +404,11 @@ def test_an_adapter_of_another_family_is_refused(folders: dict[str, Path], tmp_p
     ],
 )
 def test_rank_and_alpha_are_the_files(
-    folders: dict[str, Path], tmp_path: Path, settings: dict[str, float], message: str
+    folders: dict[str, Path], saved: Any, settings: dict[str, float], message: str
 ) -> None:
     path = str(folders["sd"])
-    trained(StableDiffusion(path=path, lora_rank=2, lora_alpha=3.0), tmp_path)
-    recipe = StableDiffusion(path=path, adapter=str(tmp_path), **settings)  # type: ignore[arg-type]
+    _, adapter = saved("sd", lora_rank=2, lora_alpha=3.0)
+    recipe = StableDiffusion(path=path, adapter=str(adapter), **settings)  # type: ignore[arg-type]
     if not message:
         recipe.load("cpu")
         return
@@ -401,10 +417,10 @@ def test_rank_and_alpha_are_the_files(
 
 
 def test_what_names_an_adapter_where_a_model_is_wanted_says_so(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], saved: Any, tmp_path: Path
 ) -> None:
-    trained(StableDiffusion(path=str(folders["sd"]), lora_rank=2), tmp_path)
-    for name in (tmp_path, tmp_path / lora.FILE):
+    _, adapter = saved("sd", lora_rank=2)
+    for name in (adapter, adapter / lora.FILE):
         with pytest.raises(
             UserError,
             match=(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -33,6 +34,20 @@ T = torch.tensor([999.0, 500.0, 3.0])
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_flow_pipeline(tmp_path_factory.mktemp("pipeline") / "small")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Policy, Any]]:
+    """Settings of a pipeline, and how many rows of T5 (the recipe's default where they are not
+    given) -> the policy and plain diffusers, each loaded once."""
+
+    @functools.cache
+    def load(shift: float, t5: bool, **ours: int) -> tuple[Policy, Any]:
+        folder = save_flow_pipeline(tmp_path_factory.mktemp("pipeline") / "of", shift=shift, t5=t5)
+        policy = StableDiffusion3(path=str(folder), **ours).load("cpu")
+        return policy, diffusers_pipeline(folder)
+
+    return load
 
 
 @pytest.fixture
@@ -81,7 +96,7 @@ def predicted(policy: Policy) -> torch.Tensor:
     ],
 )
 def test_rollout_equals_diffusers(
-    tmp_path: Path,
+    both: Callable[..., tuple[Policy, Any]],
     guidance: float,
     shift: float,
     t5: bool,
@@ -91,19 +106,20 @@ def test_rollout_equals_diffusers(
     """Our default is that of a call which is told prompts, steps, guidance and latents alone;
     ``t5_tokens`` is its ``max_sequence_length``. Euler's ODE, ten steps: final latents within 1e-4,
     pictures within one grey level."""
-    folder = save_flow_pipeline(tmp_path / "pipeline", shift=shift, t5=t5)
-    policy = StableDiffusion3(path=str(folder), **ours).load("cpu")
+    policy, pipeline = both(shift, t5, **ours)
     trajectory, media = rollout(
         policy, unit_of(Plan(steps=10, rule="flow_ode", eta=0.0, guidance=guidance)), 0
     )
     assert not trajectory.stochastic_K.any()
-    pipeline, start = diffusers_pipeline(folder), torch.from_numpy(trajectory.latents_BK1[:, 0])
-    settings = {"num_inference_steps": 10, "guidance_scale": guidance, **told}
-    latents = pipeline(
-        list(PROMPTS), latents=start.clone(), output_type="latent", **settings
+    settings = {"num_inference_steps": 10, "guidance_scale": guidance, "output_type": "np", **told}
+    start, seen = torch.from_numpy(trajectory.latents_BK1[:, 0]), {}
+    pictures = pipeline(
+        list(PROMPTS),
+        latents=start.clone(),
+        callback_on_step_end=lambda _, k, t, state: seen.update(state) or state,
+        **settings,
     ).images
-    assert np.abs(trajectory.latents_BK1[:, -1] - latents.numpy()).max() < 1e-4
-    pictures = pipeline(list(PROMPTS), latents=start.clone(), output_type="np", **settings).images
+    assert np.abs(trajectory.latents_BK1[:, -1] - seen["latents"].numpy()).max() < 1e-4
     assert media.shape == (3, 1, 3, 16, 16)
     grey = pictures.transpose(0, 3, 1, 2) * 255.0
     assert np.abs(media[:, 0].astype(np.float64) - grey).max() < 0.5 + 1e-2

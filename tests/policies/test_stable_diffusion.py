@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,18 @@ PROMPTS = ("a red circle", "blue", "a green square")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pipeline(tmp_path_factory.mktemp("pipeline") / "small")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Policy, Any]]:
+    """Settings of a pipeline -> the policy and plain diffusers, each loaded once."""
+
+    @functools.cache
+    def load(**settings: str) -> tuple[Policy, Any]:
+        folder = save_pipeline(tmp_path_factory.mktemp("pipeline") / "of", **settings)
+        return StableDiffusion(path=str(folder)).load("cpu"), diffusers_pipeline(folder)
+
+    return load
 
 
 @pytest.fixture
@@ -59,25 +72,26 @@ def diffusers_pipeline(folder: Path) -> Any:
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_rollout_equals_diffusers(
-    tmp_path: Path, guidance: float, scheduler: str, prediction: str
+    both: Callable[..., tuple[Policy, Any]], guidance: float, scheduler: str, prediction: str
 ) -> None:
     """A call that is told prompts, steps, guidance and latents alone, ten DDIM steps: final latents
     and pictures within 1e-5 (uint8: one grey level)."""
-    folder = save_pipeline(tmp_path / "pipeline", prediction=prediction, scheduler=scheduler)
-    policy = StableDiffusion(path=str(folder)).load("cpu")
+    policy, pipeline = both(prediction=prediction, scheduler=scheduler)
     assert policy.prediction == prediction
     unit = unit_of(Plan(steps=10, eta=0.0, guidance=guidance))
     trajectory, media = rollout(policy, unit, 0)
     assert not trajectory.stochastic_K.any()
-    pipeline = diffusers_pipeline(folder)
-    settings = {"num_inference_steps": 10, "guidance_scale": guidance}
-    start = torch.from_numpy(trajectory.latents_BK1[:, 0])
-    latents = pipeline(
-        list(PROMPTS), latents=start.clone(), output_type="latent", **settings
+    settings = {"num_inference_steps": 10, "guidance_scale": guidance, "output_type": "np"}
+    start, seen = torch.from_numpy(trajectory.latents_BK1[:, 0]), {}
+    pictures = pipeline(
+        list(PROMPTS),
+        latents=start.clone(),
+        callback_on_step_end=lambda _, k, t, state: seen.update(state) or state,
+        **settings,
     ).images
+    latents = seen["latents"]
     scale = latents.abs().max().item()
     assert np.abs(trajectory.latents_BK1[:, -1] - latents.numpy()).max() < 1e-5 * max(scale, 1.0)
-    pictures = pipeline(list(PROMPTS), latents=start.clone(), output_type="np", **settings).images
     assert media.shape == (3, 1, 3, 16, 16)
     grey = pictures.transpose(0, 3, 1, 2) * 255.0
     assert np.abs(media[:, 0].astype(np.float64) - grey).max() < 0.5 + 1e-2

@@ -54,10 +54,10 @@ def test_it_draws_32_pixels(policy: Policy) -> None:
 @pytest.mark.parametrize("lora_rank", [0, 4])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_ratio_is_exactly_one_before_the_first_update(lora_rank: int, guidance: float) -> None:
-    """float32, ten steps, one step a pass: max |ratio - 1| is 0, not small."""
+    """float32, five steps, one step a pass: max |ratio - 1| is 0, not small."""
     policy = Tiny(lora_rank=lora_rank).load("cpu")
     algorithm = DDPO(advantage="global")
-    scored = collect(policy, make_units(2, per_unit=4, plan=Plan(steps=10, guidance=guidance)))
+    scored = collect(policy, make_units(2, per_unit=2, plan=Plan(steps=5, guidance=guidance)))
     for one in algorithm.make_batch(scored, Memory()).passes(1):
         assert algorithm.loss(one, policy).maxima["ratio/max_deviation"].item() == 0.0
 
@@ -74,31 +74,30 @@ def test_a_replica_computes_the_same_bits(policy: Policy) -> None:
     assert np.array_equal(mine.media_BFCHW, other.media_BFCHW)
 
 
-def test_it_draws_what_the_caption_says(policy: Policy) -> None:
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_it_draws_what_the_caption_says(policy: Policy, seed: int) -> None:
     """Twelve captions, ten steps, guidance 2: the verifier likes the pictures better under their
     own captions.
 
-    Seeds 0 and 1. Under the next picture's caption the mean score is about 0.6 less; 0.3 is asked
-    for.
+    Under the next picture's caption the mean score is about 0.6 less; 0.3 is asked for.
     """
     colours = ("red", "green", "blue", "yellow")
     shapes = ("circle", "square", "triangle")
     prompts = tuple(f"a {colours[i % 4]} {shapes[i % 3]}" for i in range(12))
     scorer = Shapes().load("cpu")
-    for seed in (0, 1):
-        unit = Unit(
-            key=UnitKey("evaluate", 0, 0),
-            prompts=prompts,
-            prompt_ids=tuple(range(12)),
-            sample_ids=(0,) * 12,
-            seed=seed,
-            plan=Plan(steps=10, guidance=2.0),
-        )
-        (scored,) = collect(policy, [unit])
-        media = torch.from_numpy(np.asarray(scored.media_BFCHW)).float() / 255.0
-        right = float(np.mean(np.asarray(scorer(media, prompts))))
-        wrong = float(np.mean(np.asarray(scorer(media, prompts[1:] + prompts[:1]))))
-        assert right - wrong > 0.3, (seed, right, wrong)
+    unit = Unit(
+        key=UnitKey("evaluate", 0, 0),
+        prompts=prompts,
+        prompt_ids=tuple(range(12)),
+        sample_ids=(0,) * 12,
+        seed=seed,
+        plan=Plan(steps=10, guidance=2.0),
+    )
+    (scored,) = collect(policy, [unit])
+    media = torch.from_numpy(np.asarray(scored.media_BFCHW)).float() / 255.0
+    right = float(np.mean(np.asarray(scorer(media, prompts))))
+    wrong = float(np.mean(np.asarray(scorer(media, prompts[1:] + prompts[:1]))))
+    assert right - wrong > 0.3, (right, wrong)
 
 
 def test_another_folder_of_the_format_may_take_its_place(tmp_path: Path) -> None:

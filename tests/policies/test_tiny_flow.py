@@ -92,11 +92,11 @@ def test_the_sde_draws_what_the_caption_says_too(policy: Policy, seed: int) -> N
 @pytest.mark.parametrize("lora_rank", [0, 4])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_ratio_is_exactly_one_before_the_first_update(lora_rank: int, guidance: float) -> None:
-    """float32, ten Flow-SDE steps down to 0, one step a pass: max |ratio - 1| is 0, not small."""
+    """float32, five Flow-SDE steps down to 0, one step a pass: max |ratio - 1| is 0, not small."""
     policy = TinyFlow(lora_rank=lora_rank, t5_tokens=0).load("cpu")
     algorithm = DDPO(advantage="global")
     units = make_units(
-        2, per_unit=3, plan=Plan(steps=10, rule="flow_sde", eta=0.7, guidance=guidance)
+        2, per_unit=2, plan=Plan(steps=5, rule="flow_sde", eta=0.7, guidance=guidance)
     )
     scored = collect(policy, units)
     assert all(

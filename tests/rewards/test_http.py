@@ -9,8 +9,6 @@ import json
 import pickle
 import ssl
 import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from rlalign.web.front import Front, bound, listen, url_of
 from rlalign.web.token import TOKEN_ENV, digest
 from tests.certificates import write_certificate
 from tests.runs import metrics, small_run
+from tests.servers import scripted
 
 TOKEN = "a-token-of-a-test-0123456789"
 
@@ -75,42 +74,6 @@ class Server:
 
     def __exit__(self, *_):
         self.end()
-
-
-@contextlib.contextmanager
-def scripted(*answers):
-    """A server that gives these (status, headers, body) in turn, the last one for ever; yields
-    (url, what it was sent)."""
-    sent = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self):
-            sent.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
-            given = answers[min(len(sent), len(answers)) - 1]
-            if given is None:  # hangs up
-                self.close_connection = True
-                return
-            status, headers, body = given
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                for piece in (bytes([b]) for b in body) if "Drips" in headers else [body]:
-                    self.wfile.write(piece)
-                    time.sleep(0.05 if "Drips" in headers else 0)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", sent
-    server.shutdown()
-    server.server_close()
 
 
 def good(count=2):
@@ -253,19 +216,19 @@ def test_the_token_is_neither_shown_nor_sent_elsewhere(tmp_path, monkeypatch):
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
     (tmp_path / ".netrc").chmod(0o600)
     with (
-        scripted(good()) as (other, seen_there),
-        scripted((307, {"Location": other + "/score"}, b"")) as (url, seen),
+        scripted(good()) as other,
+        scripted((307, {"Location": other.url + "/score"}, b"")) as server,
     ):
-        monkeypatch.setenv("HTTP_PROXY", other)
-        monkeypatch.setenv("http_proxy", other)
-        reward = client(url)
+        monkeypatch.setenv("HTTP_PROXY", other.url)
+        monkeypatch.setenv("http_proxy", other.url)
+        reward = client(server.url)
         with pytest.raises(
             UserError,
             match="answered 307; it is a redirect, and the token goes to no other address",
         ):
             ask(reward)
-        assert seen[0][0]["Authorization"] == f"Bearer {TOKEN}"
-        assert seen_there == []
+        assert server.sent[0][0]["Authorization"] == f"Bearer {TOKEN}"
+        assert other.sent == []
     scorer = reward.load("cpu")
     assert TOKEN not in f"{reward!r} {scorer!r} {reward.model_dump_json()}"
     assert TOKEN.encode() not in pickle.dumps(reward)
@@ -332,10 +295,10 @@ def test_https_trusts_only_who_is_named(tmp_path):
     ],
 )
 def test_a_failure_that_passes_is_tried_again(first):
-    with scripted(first, first, good()) as (url, sent):
-        assert ask(client(url)).tolist() == [0.0, 1.0]
-    assert len(sent) == 3
-    assert sent[0][1] == sent[2][1], "the same request"
+    with scripted(first, first, good()) as server:
+        assert ask(client(server.url)).tolist() == [0.0, 1.0]
+    assert len(server.sent) == 3
+    assert server.sent[0][1] == server.sent[2][1], "the same request"
 
 
 @pytest.mark.parametrize("seconds", [1.0, pytest.param(60.0, marks=pytest.mark.slow)])
@@ -363,15 +326,15 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(seconds):
 
 @pytest.mark.parametrize("down", [None, (503, {}, b'{"error": "too many requests"}')])
 def test_patience_has_an_end_and_then_the_policy_decides(down):
-    with scripted(down) as (url, sent):
+    with scripted(down) as server:
         with pytest.raises(
             UserError,
             match=r"rewards\.http: http://127.* times in \d+ seconds \(patience_seconds\); is it",
         ):
-            ask(client(url, patience_seconds=0.5))
-        assert len(sent) > 1
-        assert np.isnan(ask(client(url, patience_seconds=0.1, on_error="drop"))).all()
-        assert ask(client(url, patience_seconds=0.1, on_error=-1.0)).tolist() == [-1.0, -1.0]
+            ask(client(server.url, patience_seconds=0.5))
+        assert len(server.sent) > 1
+        assert np.isnan(ask(client(server.url, patience_seconds=0.1, on_error="drop"))).all()
+        assert ask(client(server.url, patience_seconds=0.1, on_error=-1.0)).tolist() == [-1.0, -1.0]
 
 
 def test_nobody_at_the_address():
@@ -398,11 +361,11 @@ def test_an_answer_that_does_not_come_is_given_up():
         ):
             ask(client(server.url, timeout_seconds=0.3, patience_seconds=0))
         hold.set()
-    with scripted((200, {"Drips": "yes"}, b" " * 100)) as (url, _):
+    with scripted((200, {"Drips": "yes"}, b" " * 100)) as server:
         with pytest.raises(
             UserError, match=r"did not answer within 0\.3 s \(timeout_seconds\), 1 times"
         ):
-            ask(client(url, timeout_seconds=0.3, patience_seconds=0))
+            ask(client(server.url, timeout_seconds=0.3, patience_seconds=0))
 
 
 @pytest.mark.parametrize(
@@ -424,8 +387,10 @@ def test_an_answer_that_does_not_come_is_given_up():
     ],
 )
 def test_an_answer_that_makes_no_sense_names_the_url_and_the_rule(answer, rule):
-    with scripted(answer) as (url, sent):
-        with pytest.raises(UserError, match=rf"^rewards\.http: {url}/score:? .*{rule}") as refused:
-            ask(client(url))
-    assert len(sent) == 1, "asking again would not help"
+    with scripted(answer) as server:
+        with pytest.raises(
+            UserError, match=rf"^rewards\.http: {server.url}/score:? .*{rule}"
+        ) as refused:
+            ask(client(server.url))
+    assert len(server.sent) == 1, "asking again would not help"
     assert "secret" not in str(refused.value)

@@ -143,7 +143,7 @@ def test_a_denoiser_that_is_not_finite_is_one_message(
     tmp_path: Path, value: float, message: str
 ) -> None:
     """Refused when a worker begins."""
-    from tests.core.test_finite import spoil
+    from tests.pipelines import spoil
     from tests.toy import save_pipeline
 
     folder = spoil(save_pipeline(tmp_path / "pipeline"), "unet", "conv_out.weight", value)

@@ -3,10 +3,6 @@ they saw."""
 
 from __future__ import annotations
 
-import http.server
-import ssl
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import requests
 from rlalign.web.client import Client, keep_from_proxies, proxy_of
 from tests.certificates import write_certificate
 from tests.proxies import Seen, name_proxy, proxy, web
+from tests.servers import scripted
 
 TOKEN = "a-token-of-a-test-0123456789"
 
@@ -80,38 +77,14 @@ def test_which_addresses_are_asked_through_a_proxy(
     assert proxy_of(url) == (through and "http://proxy.example.org:3128")
 
 
-@pytest.fixture
-def secure(tmp_path: Path) -> Iterator[tuple[int, Path, list[str | None]]]:
-    """(port, certificate, the Authorization headers that it got) of a server for
-    https://scores.example.org."""
-    pem, key = write_certificate(tmp_path, "DNS:scores.example.org")
-    got: list[str | None] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            got.append(self.headers.get("Authorization"))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            """Quiet."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem, key)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server.server_port, pem, got
-    server.shutdown()
-    server.server_close()
-
-
 def test_https_to_another_machine_goes_through_the_proxy_which_cannot_read_it(
-    secure: tuple[int, Path, list[str | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port, pem, got = secure
-    with proxy(target=port) as between:
+    pem, key = write_certificate(tmp_path, "DNS:scores.example.org")
+    with (
+        scripted((200, {}, b""), certificate=(pem, key)) as server,
+        proxy(target=server.port) as between,
+    ):
         name_proxy(monkeypatch, between.url, tmp_path)
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(pem))
         with Client("https://scores.example.org", TOKEN, 30) as client:
@@ -121,7 +94,7 @@ def test_https_to_another_machine_goes_through_the_proxy_which_cannot_read_it(
         ]
         assert between.asked[0][2] is None
         assert TOKEN.encode() not in between.carried and len(between.carried) > 1000
-    assert got == [f"Bearer {TOKEN}"]
+    assert [headers["Authorization"] for headers, _ in server.sent] == [f"Bearer {TOKEN}"]
 
 
 def test_other_clients_are_kept_from_the_proxy_too(

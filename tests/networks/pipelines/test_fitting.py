@@ -17,6 +17,7 @@ from rlalign.core.registry import UserError
 from rlalign.policies.sd3 import StableDiffusion3
 from rlalign.policies.stable_diffusion import StableDiffusion
 from tests.networks.pipelines.helpers import copy_of, edit
+from tests.pipelines import LARGE, spoil
 from tests.toy import save_flow_pipeline
 
 UNET: dict[str, Any] = {
@@ -80,14 +81,6 @@ def test_a_unet_that_is_told_more_than_a_prompt_is_refused_by_name(
         StableDiffusion(path=str(copy)).load("cpu")
 
 
-def spoil(file: Path, tensor: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(file)
-    weights[tensor].fill_(3e38)  # finite by itself: what it makes is not
-    save_file(weights, file)
-
-
 MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no text encoder": (
         lambda f: edit(f / "model_index.json", text_encoder=[None, None]),
@@ -106,7 +99,7 @@ MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"vae: cannot be asked \(",
     ),
     "a unet of weights that are too large": (
-        lambda f: spoil(f / "unet" / "diffusion_pytorch_model.safetensors", "conv_out.weight"),
+        lambda f: spoil(f, "unet", "conv_out.weight", LARGE),
         "unet: gives numbers that are not finite",
     ),
     "a size in words": (
