@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rlalign.cli.memory import bytes_without, measure_load
 from safetensors.torch import load_file
 
 from rlalign.alignment.assemble import build_learner
 from rlalign.alignment.encode import encode_prompts
 from rlalign.alignment.words import encoding_reader
-from rlalign.cli.memory import bytes_without, measure_load
 from rlalign.config import RuntimeSettings
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, build
