@@ -54,6 +54,7 @@ class FakeFleet:
         self.ready = ready
         self.looks = 0
         self.wanted = {ROLLOUT: 2}
+        self.encoder = None
 
     def scale(self, asked: control.Asked) -> bool:
         return False
@@ -144,7 +145,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(tmp_path: Path, actor: Any, learner: Any, on_record: Any = lambda _: None) -> None:
         monkeypatch.setattr(fleet, "Fleet", lambda *_, **__: FakeFleet(actor))
         monkeypatch.setattr(
-            train, "fit", lambda run, folder, coordinator: learner(run, folder, coordinator)
+            train, "fit", lambda run, folder, coordinator, _: learner(run, folder, coordinator)
         )
         train._supervise(small_run(), tmp_path, on_record, dashboard="", places_are_cores=True)
 
@@ -161,7 +162,7 @@ def test_a_failure_outlives_the_coordinator_that_was_told(
     from rlalign.alignment import assemble
     from rlalign.runtime.training import train
 
-    def refuse(run: Any) -> None:
+    def refuse(run: Any, reader: Any) -> None:
         raise UserError("policy.path must be a folder, got 'nowhere'")
 
     monkeypatch.setattr(assemble, "build_learner", refuse)
