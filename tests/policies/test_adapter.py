@@ -437,6 +437,8 @@ def test_runs_without_an_adapter_are_the_runs_that_they_were() -> None:
     run = load_run(CONFIGS / "quickstart.yaml")
     before = resolved(run)
     assert before["policy"].pop("adapter") == before["policy"].pop("negative_prompt") == ""
+    assert before["policy"].pop("decode_rows") == 0
+    assert before["policy"].pop("vae_tiling") is False
     assert before["learner"].pop("optimizer") == "adamw"
     assert before["learner"].pop("warmup") == 0
     assert identity_of(run) == checkpoint.identity(before) == "c4c621d302faa380"
