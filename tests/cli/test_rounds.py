@@ -111,6 +111,7 @@ def test_counted_memory_is_that_of_a_gpu(
     run = small_run(
         "runtime.device=cuda",
         "learner.shards=1",
+        "learner.updates_per_round=1",
         "prompts.per_round=8",
         "prompts.per_unit=8",
         "prompts.samples_per_prompt=1",

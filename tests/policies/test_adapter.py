@@ -454,6 +454,8 @@ def test_runs_without_an_adapter_are_the_runs_that_they_were() -> None:
     before = resolved(run)
     for name in ("adapter", "negative_prompt", "embeddings"):
         assert before["policy"].pop(name) == ""
+    assert before["policy"].pop("decode_rows") == 0
+    assert before["policy"].pop("vae_tiling") is False
     assert before["learner"].pop("optimizer") == "adamw"
     assert before["learner"].pop("warmup") == 0
     assert identity_of(run) == checkpoint.identity(before) == "c4c621d302faa380"
