@@ -63,10 +63,14 @@ class Reserved(BaseModel):
         return self
 
 
-class Workers(Reserved):
-    """The workers of one role: how many there are, and what Ray reserves for each."""
+class Counted(BaseModel):
+    """How many workers there are."""
 
     workers: int = Field(default=1, ge=1, description="actors of this role")
+
+
+class Workers(Reserved, Counted):
+    """The workers of one role: how many there are, and what Ray reserves for each."""
 
 
 class RolloutWorkers(Workers):
