@@ -70,7 +70,7 @@ def fisher(
 
     Source: D-optimal design; Chaloner & Verdinelli 1995, doi:10.1214/ss/1177009939, section 4.
     """
-    reach_N = np.einsum("nd,de,ne->n", features_ND, inverse_DD, features_ND)
+    reach_N = (features_ND @ inverse_DD * features_ND).sum(axis=1)
     return uncertain(margin_N, threshold) * reach_N
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlalign.ballots._dealing import WINDOW
 from rlalign.ballots.choose import Information, fisher, pick, uncertain
 
 PRIOR = 1.0
@@ -26,13 +27,13 @@ class World:
 
 
 def make_world(
-    rng: np.random.Generator, *, decay: float, people_agree: float, dimensions: int = 12
+    rng: np.random.Generator, *, decay: float, people_agree: float, dimensions: int = 8
 ) -> World:
-    """600 pairs whose features have standard deviations 1, 2^-decay, 3^-decay ... (0: all alike),
+    """1,500 pairs whose features have standard deviations 1, 2^-decay, 3^-decay ... (0: all alike),
     with votes so noisy that two people agree on about ``people_agree`` of pairs."""
     spread_D = np.arange(1.0, dimensions + 1) ** -decay
-    pairs_ND = rng.normal(size=(600, dimensions)) * spread_D
-    held_out_TD = rng.normal(size=(2000, dimensions)) * spread_D
+    pairs_ND = rng.normal(size=(1500, dimensions)) * spread_D
+    held_out_TD = rng.normal(size=(1000, dimensions)) * spread_D
     weights_D = rng.normal(size=dimensions)
     gap_T = held_out_TD @ weights_D
 
@@ -53,20 +54,19 @@ def accuracies(
     dimensions = len(world.weights_D)
     fitted_D = np.zeros(dimensions)
     information = Information(dimensions, PRIOR)
-    waiting = np.arange(len(world.pairs_ND))
+    waiting = np.arange(len(world.pairs_ND))  # the first of them are chosen among
     asked: list[np.ndarray] = []
     said: list[float] = []
     right = world.held_out_TD @ world.weights_D > 0
     found = []
     for number in range(votes):
-        pairs_ND = world.pairs_ND[waiting]
+        pairs_ND = world.pairs_ND[waiting[:WINDOW]]
         margin_N = pairs_ND @ fitted_D
-        scores = {
-            "random": np.zeros(len(waiting)),
-            "uncertain": uncertain(margin_N),
-            "fisher": fisher(margin_N, pairs_ND, information.inverse_DD),
-        }
-        index = pick(scores[rule], rule, rng).index
+        if rule == "fisher":
+            score_N = fisher(margin_N, pairs_ND, information.inverse_DD)
+        else:
+            score_N = uncertain(margin_N) if rule == "uncertain" else np.zeros(len(pairs_ND))
+        index = pick(score_N, rule, rng).index
         information.add(pairs_ND[index], float(uncertain(margin_N[index])))
         asked.append(pairs_ND[index])
         said.append(float(rng.random() < _sigmoid(pairs_ND[index] @ world.weights_D)))
@@ -100,6 +100,17 @@ def fit(
         if abs(step_D).max() < 1e-4:
             break
     return weights_D, inverse_DD
+
+
+def mean_curve(
+    rule: str, *, decay: float, people_agree: float, votes: int, simulations: int
+) -> np.ndarray:
+    """``accuracies`` in the mean over simulations, each with a world of its own."""
+    curves = []
+    for seed in range(simulations):
+        world = make_world(np.random.default_rng(seed), decay=decay, people_agree=people_agree)
+        curves.append(accuracies(world, rule, np.random.default_rng(1000 + seed), votes))
+    return np.mean(curves, axis=0)
 
 
 def votes_to_reach(accuracy: np.ndarray, goal: float, every: int = 10) -> float:
