@@ -156,9 +156,6 @@ class Page:
         if not isinstance(annotator, str) or not annotator:
             raise Declined(401, "join", "join first")
         self._take(self.by_person, annotator)
-        if not await run_in_threadpool(self.desk.knows, annotator):
-            request.session.clear()
-            raise Declined(401, "join", "join first")
         return annotator
 
     def _take_address(self, request: Request) -> None:
@@ -174,6 +171,10 @@ class Page:
     # --- ballots ----------------------------------------------------------------------------------
 
     async def _ballot(self, request: Request) -> Response:
+        # who has not joined is told so without an error, which a browser would write down
+        if not request.session.get("annotator"):
+            self._take_address(request)
+            return JSONResponse({"waiting": "join"}, status_code=202)
         annotator = await self._person(request)
         return self._answer(await run_in_threadpool(self._following, annotator))
 
@@ -187,8 +188,8 @@ class Page:
 
     async def _undo(self, request: Request) -> Response:
         annotator = await self._person(request)
-        messages.read_nothing(await _body(request))
-        undone = await run_in_threadpool(self.desk.undo, annotator)
+        nonce = messages.read_undo(await _body(request))
+        undone = await run_in_threadpool(self.desk.undo, annotator, nonce)
         if not undone:
             raise Declined(409, "undo", "there is no choice to take back")
         self.desk.notice.ring()
@@ -246,7 +247,11 @@ class Page:
         # a ring comes from any thread
         loop = asyncio.get_running_loop()
         rung = asyncio.Event()
-        leave = self.desk.notice.listen(lambda: loop.call_soon_threadsafe(rung.set))
+
+        def ring() -> None:
+            loop.call_soon_threadsafe(rung.set)
+
+        leave = self.desk.notice.listen(ring)
         self._ends.add(rung)
         self._streams[annotator] = self._streams.get(annotator, 0) + 1
         try:
@@ -282,9 +287,7 @@ class Page:
             html = self.templates.admin(language, accepted, theme)
             return _html(html, status=401)
         results = await run_in_threadpool(self.desk.results)
-        return _html(
-            self.templates.results(self.desk.about, results, language, accepted, theme)
-        )
+        return _html(self.templates.results(self.desk.about, results, language, accepted, theme))
 
     async def _results_json(self, request: Request) -> Response:
         self._ask_admin(request)

@@ -168,8 +168,9 @@ class Desk(Protocol):
         """Has the vote on disk when it returns."""
         ...
 
-    def undo(self, annotator: str) -> bool:
-        """Opens the person's last ballot again; False where there is none to open."""
+    def undo(self, annotator: str, nonce: str) -> bool:
+        """Opens the person's last ballot again; False where there is none to open. The same nonce
+        again changes nothing."""
         ...
 
     def prompt(self, annotator: str, text: str) -> None:

@@ -90,7 +90,9 @@ class Guard:
         if len(hosts) != 1:
             raise Declined(400, "malformed", "the header Host must be there once")
         if not self._serves(hosts[0]):
-            raise Declined(421, "host", f"this page is not served under the name {hosts[0][:100]!r}")
+            raise Declined(
+                421, "host", f"this page is not served under the name {hosts[0][:100]!r}"
+            )
         if scope["method"] in ("GET", "HEAD"):
             return
         if scope["method"] != "POST":

@@ -81,9 +81,10 @@ def read_prompt(body: bytes) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def read_nothing(body: bytes) -> None:
-    """The body of a request that says all by its address."""
-    _object(body, needed=set(), possible=set())
+def read_undo(body: bytes) -> str:
+    """The nonce of an undo."""
+    found = _object(body, needed={"nonce"}, possible=set())
+    return _text(found["nonce"], "nonce", MAX_ID_CHARACTERS)
 
 
 def _object(body: bytes, *, needed: set[str], possible: set[str]) -> dict[str, Any]:

@@ -32,7 +32,9 @@ def _read_language(file: Path, own: Mapping[str, str]) -> dict[str, str]:
     try:
         texts = parse_strict_json(read_text(file))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: a language must be a JSON object of texts, got {error}") from error
+        raise UserError(
+            f"{file}: a language must be a JSON object of texts, got {error}"
+        ) from error
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise UserError(f"{file}: a language must be a JSON object whose values are texts")
 
@@ -40,7 +42,9 @@ def _read_language(file: Path, own: Mapping[str, str]) -> dict[str, str]:
     missing = sorted(set(own) - set(texts))
     unknown = sorted(set(texts) - set(own))
     if missing or unknown:
-        lists = f"missing: {', '.join(missing) or 'none'}; not known: {', '.join(unknown) or 'none'}"
+        lists = (
+            f"missing: {', '.join(missing) or 'none'}; not known: {', '.join(unknown) or 'none'}"
+        )
         raise UserError(f"{file}: a language must have the keys of {FALLBACK}.json ({lists})")
     for key, text in texts.items():
         if _places(text) != _places(own[key]):
@@ -89,7 +93,7 @@ class Blocked:
     def holds(self, prompt: str) -> bool:
         """Whether a prompt has one of them."""
         plain = _plain(prompt)
-        padded = f" {' '.join(re.findall(r'\w+', plain))} "
+        padded = " " + " ".join(re.findall(r"\w+", plain)) + " "
         return any(f" {word} " in padded for word in self.words) or any(
             part in plain for part in self.parts
         )
