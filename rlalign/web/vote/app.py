@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +41,6 @@ from rlalign.web.vote.people import Secret
 from rlalign.web.vote.rates import Rate, network_of
 from rlalign.web.vote.templates import STATIC, Templates
 from rlalign.web.vote.words import Blocked
-
-logger = logging.getLogger(__name__)
 
 COOKIE = "rlalign-vote"
 COOKIE_SECONDS = 60 * 24 * 3600
@@ -107,6 +104,7 @@ class Page:
                 Refused: _say_refused,
                 HTTPException: _say_http,
                 Gone: _say_nothing,
+                Exception: _say_fault,
             },
         )
         return Guard(application=application, origin=self.origin, loopback=self.loopback)
@@ -376,6 +374,11 @@ async def _say_http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     body = {"error": str(error.detail), "code": "malformed"}
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _say_fault(_: Request, __: Exception) -> Response:
+    """For a fault of ours; the server writes its traceback down."""
+    return JSONResponse({"error": "this is a fault of the page", "code": "fault"}, status_code=500)
 
 
 async def _say_nothing(_: Request, __: Exception) -> Response:
