@@ -194,7 +194,10 @@ def test_a_rule_engine_finds_nothing_serious(browser: Any, serve_page: Make, the
     with visiting(browser, page.url, color_scheme=theme) as visitor:
         visitor.settle()
         assert accessibility_findings(visitor.tab) == []
-        assert visitor.tab.get_attribute("html", "lang") == "en"
+        visitor.tab.evaluate("document.documentElement.removeAttribute('lang')")
+        (finding,) = accessibility_findings(visitor.tab)
+        assert finding.startswith("serious html-has-lang"), "it finds what is wrong"
+        visitor.tab.evaluate("document.documentElement.lang = 'en'")
         visitor.press("?")
         assert accessibility_findings(visitor.tab) == []
         visitor.press("Escape")
