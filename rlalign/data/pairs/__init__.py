@@ -5,7 +5,8 @@ listed.py   lists in JSON: HPD v2's, and pairs of chosen and rejected
 types.py    which Arrow types a column may have
 rows.py     a row, decoded
 reader.py   which pairs a round learns from, in an order that depends on seed and round alone
+votes.py    people's votes as pairs, with a card; Label Studio's exports too
 ranking.py  pairs out of a round's own samples
 
-May import core and diffusion's keyed noise.
+May import core, diffusion's keyed noise and ballots.
 """
