@@ -90,6 +90,7 @@ class Page:
             Route("/export", self._export),
             Route("/admin", self._admin, methods=["POST"]),
             Route("/health", self._health),
+            Route("/favicon.ico", _icon),
             Mount("/static", StaticFiles(directory=STATIC)),
         ]
         sessions = Middleware(
@@ -332,6 +333,10 @@ class _TooFast(Declined):
     def __init__(self, seconds: float) -> None:
         super().__init__(429, "slow", "too many requests; wait a moment")
         self.seconds = seconds
+
+
+async def _icon(_: Request) -> Response:
+    return RedirectResponse("/static/icon.svg")
 
 
 def _reader(request: Request) -> Reader:
