@@ -333,7 +333,7 @@ class PipelineFamily(Family):
         if not lora.is_attached(self.network):
             self.save(folder)
         else:
-            merging.save_pipeline(self.pipeline, self.part, folder, self._read_merged())
+            merging.save_pipeline(self._whole_pipeline(), self.part, folder, self._read_merged())
 
     def save_comfyui(self, file: Path) -> None:
         if self.comfyui_keys is None:

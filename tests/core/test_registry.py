@@ -303,8 +303,10 @@ def test_describe_takes_settings_of_the_classes_between(tmp_path):
     assert found.summary == "This."
     assert found.settings == {"path": "'x'", "more": "1", "own": "2"}
     shelf = {d.name: d for d in describe("policies")}
-    assert shelf["stable_diffusion"].settings == {"path": "required", "negative_prompt": "''"}
-    assert list(shelf["tiny_flow"].settings) == ["path", "negative_prompt", "t5_tokens"]
+    shared = ["path", "negative_prompt", "embeddings", "decode_rows", "vae_tiling"]
+    assert list(shelf["stable_diffusion"].settings) == shared
+    assert shelf["stable_diffusion"].settings["path"] == "required"
+    assert list(shelf["tiny_flow"].settings) == [*shared, "t5_tokens"]
     assert shelf["tiny_flow"].settings["path"] == "''"
 
 

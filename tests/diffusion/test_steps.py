@@ -214,7 +214,10 @@ def propagate(path, levels, *, rule, eta, mean=0.7, std=0.5, start=None):
         found = gaussian(torch.cat([zero, one]), k)
         at_zero, at_one = found.mean[:1], found.mean[1:]
         slope = at_one - at_zero
-        m, variance = slope * m + at_zero, slope**2 * variance + found.std[:1] ** 2
+        m, variance = (
+            slope * m + at_zero,
+            slope**2 * variance + found.std.expand_as(found.mean)[:1] ** 2,
+        )
     return m.item(), variance.sqrt().item()
 
 

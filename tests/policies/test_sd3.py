@@ -235,7 +235,9 @@ def test_replay_gives_the_rollouts_log_probs_bit_for_bit(
     stds = []
     for k in steps:
         with torch.no_grad():
-            log_prob_BS, found = replay_log_prob(policy, unit, *moves(latents, [k]), [k], condition)
+            place = trajectory.kept.index(k)
+            move = moves(latents, [place])
+            log_prob_BS, found = replay_log_prob(policy, unit, *move, [k], condition)
         assert np.array_equal(log_prob_BS[:, 0].numpy(), trajectory.log_prob_BK[:, k])
         stds.append(float(found.gaussian.std))
     if not window:
