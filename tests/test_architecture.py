@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # name begins with an underscore is private to its folder.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("core",),
-    ("diffusion", "web"),
+    ("diffusion", "ballots"),
+    ("web",),
     ("data",),
     ("networks",),
     ("policies", "rewards"),
