@@ -61,7 +61,7 @@ def _of_pairs(run: Run) -> dict[str, str]:
     updates = run.learner.updates_per_round * run.learner.epochs
     return {
         "pairs per round": (
-            f"{pairs:,} of {preferences.path}, {preferences.pairs_per_pass:,} in a pass"
+            f"{pairs:,} of {preferences.source}, {preferences.pairs_per_pass:,} in a pass"
         ),
         "updates per round": f"{updates:,}",
         "in all": (

@@ -52,6 +52,7 @@ FREE = (
         "evaluate.grid",
     ),
     "preferences.workers",
+    "preferences.ballots.patience_seconds",
     *(path for path in paths_of(RuntimeSettings, "runtime.") if path not in REASONS),
 )
 """The settings that may change, by dotted path; ``_reason`` knows when one of them may not."""

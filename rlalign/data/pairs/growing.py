@@ -58,9 +58,11 @@ class GrowingPairs(Pairing):
     # --- which votes a round sees ----------------------------------------------------------------
 
     def facts(self) -> Mapping[str, Any]:
+        """What a checkpoint keeps of it, JSON-able."""
         return {"cursors": list(self.cursors)}
 
     def load(self, facts: Mapping[str, Any]) -> None:
+        """Takes up what a checkpoint kept."""
         self.cursors = [int(cursor) for cursor in facts.get("cursors", ())]
 
     def wait(self, number: int, say: Say, stopped: Callable[[], bool] = lambda: False) -> bool:

@@ -134,6 +134,13 @@ class PreferenceSettings(BaseModel):
             )
         return self
 
+    @property
+    def source(self) -> str:
+        """Where the pairs come from, for people: without the password of a URL."""
+        if self.ballots is None:
+            return self.path
+        return f"the votes in {self.ballots.store.rpartition('@')[2]}"
+
 
 class Pairing(ABC):
     """Pairs of preferences by round, whoever reads them."""
@@ -158,13 +165,6 @@ class Pairing(ABC):
         step = self.settings.pairs_per_pass
         for start in range(0, len(pairs), step):
             yield pairs[start : start + step]
-
-    def facts(self) -> Mapping[str, Any]:
-        """What a checkpoint keeps of it, JSON-able; nothing where files alone decide."""
-        return {}
-
-    def load(self, facts: Mapping[str, Any]) -> None:
-        """Takes up what a checkpoint kept."""
 
     def measures(self, number: int) -> Mapping[str, float]:
         """What the metrics line says of the pairs of a round."""

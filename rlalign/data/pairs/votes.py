@@ -7,12 +7,15 @@ learned from by nobody; a skip says nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlalign.core.registry import UserError
+from rlalign.data.pairs.columns import write_pairs
 from rlalign.data.pairs.settings import BallotSettings
 
 if TYPE_CHECKING:
@@ -130,3 +133,23 @@ def row_of(store: Store, pair: VotedPair) -> dict[str, Any]:
         "model_1": pictures[1].policy if pictures[1] else "",
         "ranking_id": vote.seq,
     }
+
+
+def write_voted(settings: BallotSettings, file: Path) -> int:
+    """Writes the pairs of all votes that there are now as one Parquet file; returns the cursor.
+
+    Raises UserError where there is none.
+    """
+    from rlalign.ballots.store import Store
+
+    with contextlib.closing(Store.open(settings.store)) as store:
+        campaign = one_campaign(store, settings.campaign)
+        cursor = store.cursor()
+        pairs = read_voted(store, campaign, settings, cursor) if campaign else []
+        if not pairs:
+            raise UserError(
+                "preferences.ballots must have votes that count, and has none yet; let people vote"
+                " (rlalign vote)"
+            )
+        write_pairs(file, (row_of(store, pair) for pair in pairs))
+    return cursor
