@@ -75,7 +75,8 @@ class Store:
             yield connection
 
     @contextmanager
-    def _reading(self) -> Iterator[Connection]:
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that reads, for what this room computes."""
         with self._engine.connect() as connection, connection.begin():
             yield connection
 
@@ -103,13 +104,13 @@ class Store:
         return found
 
     def campaign(self, name: str) -> Campaign | None:
-        with self._reading() as connection:
+        with self.reading() as connection:
             return _log.find_campaign(connection, name)
 
     def campaigns(self) -> list[Campaign]:
         """All of them, the oldest first."""
         table = schema.campaign
-        with self._reading() as connection:
+        with self.reading() as connection:
             rows = connection.execute(sa.select(table).order_by(table.c.created, table.c.id))
             return [Campaign(**row) for row in rows.mappings()]
 
@@ -123,14 +124,14 @@ class Store:
 
     def picture(self, uid: str) -> Picture | None:
         table = schema.picture
-        with self._reading() as connection:
+        with self.reading() as connection:
             row = connection.execute(sa.select(table).where(table.c.uid == uid)).mappings().first()
             return None if row is None else _rows.to_picture(row)
 
     def content(self, uid: str) -> bytes | None:
         """The bytes of a picture."""
         table = schema.content
-        with self._reading() as connection:
+        with self.reading() as connection:
             found = connection.execute(sa.select(table.c.bytes).where(table.c.uid == uid)).scalar()
             return None if found is None else bytes(found)
 
@@ -171,7 +172,7 @@ class Store:
             )
             .group_by(ballot.c.state)
         )
-        with self._reading() as connection:
+        with self.reading() as connection:
             items = {row.kind: row.amount for row in connection.execute(by_kind)}
             states = {row.state: row.amount for row in connection.execute(by_state)}
         return Stock(items=items, votes=states.get("voted", 0), open=states.get("open", 0))
@@ -187,13 +188,13 @@ class Store:
             return found
 
     def annotator_of(self, token: str) -> Annotator | None:
-        with self._reading() as connection:
+        with self.reading() as connection:
             return _log.annotator_of(connection, token)
 
     def annotators(self) -> list[Annotator]:
         """Everybody, in the order of joining."""
         table = schema.annotator
-        with self._reading() as connection:
+        with self.reading() as connection:
             rows = connection.execute(sa.select(table).order_by(table.c.joined, table.c.id))
             return [_rows.to_annotator(row) for row in rows.mappings()]
 
@@ -223,7 +224,7 @@ class Store:
     def standings(self, upto: int) -> Mapping[str, Status]:
         """The status of each person as of a cursor, for those for whom it was ever changed."""
         table = schema.standing
-        with self._reading() as connection:
+        with self.reading() as connection:
             rows = connection.execute(
                 sa.select(table.c.annotator, table.c.status)
                 .where(table.c.seq <= upto)
@@ -308,7 +309,7 @@ class Store:
             return _log.renew(connection, _rows.to_ballot(found), now + keep_s)
 
     def ballot(self, name: str) -> Ballot | None:
-        with self._reading() as connection:
+        with self.reading() as connection:
             row = _log.ballot_row(connection, name)
             return None if row is None else _rows.to_ballot(row)
 
@@ -316,7 +317,7 @@ class Store:
 
     def cursor(self) -> int:
         """The number of the newest row of the log; 0 where there is none."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             return connection.execute(_log.LAST).scalar_one()
 
     def votes(self, campaign: str, after: int = 0, upto: int | None = None) -> Iterator[Vote]:
@@ -328,7 +329,7 @@ class Store:
         """
         end = self.cursor() if upto is None else upto
         while True:
-            with self._reading() as connection:
+            with self.reading() as connection:
                 rows = connection.execute(_log.effective(campaign, after, end)).mappings().all()
             for row in rows:
                 yield _rows.to_vote(row, _rows.to_ballot(row))
@@ -353,7 +354,7 @@ class Store:
         """(number, text) of the prompts that were typed, by everybody or by one person."""
         table = schema.prompt
         mine = table.c.annotator == annotator if annotator else sa.true()
-        with self._reading() as connection:
+        with self.reading() as connection:
             rows = connection.execute(
                 sa.select(table.c.seq, table.c.text)
                 .where(table.c.campaign == campaign, table.c.text != "", mine)
