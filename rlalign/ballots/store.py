@@ -198,6 +198,22 @@ class Store:
             rows = connection.execute(sa.select(table).order_by(table.c.joined, table.c.id))
             return [_rows.to_annotator(row) for row in rows.mappings()]
 
+    def annotator(self, name: str) -> Annotator | None:
+        """The person of an id."""
+        table = schema.annotator
+        with self._reading() as connection:
+            rows = connection.execute(sa.select(table).where(table.c.id == name)).mappings()
+            row = rows.first()
+            return None if row is None else _rows.to_annotator(row)
+
+    def given(self, campaign: str, annotator: str) -> int:
+        """A person's votes that stand, skips left out."""
+        ballot = schema.ballot
+        mine = sa.and_(ballot.c.campaign == campaign, ballot.c.annotator == annotator)
+        count = sa.select(sa.func.count()).where(mine, ballot.c.state == "voted")
+        with self._reading() as connection:
+            return connection.execute(count).scalar_one()
+
     def set_status(self, annotator: str, status: Status, why: str, now: float) -> None:
         """Leaves a person out, or takes them in again. Their votes stay in the log; the places that
         these hold are free for others while they are left out."""
@@ -307,6 +323,17 @@ class Store:
                 return None
             _log.take_back(connection, found, nonce, now)
             return _log.renew(connection, _rows.to_ballot(found), now + keep_s)
+
+    def close_ballot(self, annotator: str, name: str) -> None:
+        """Has an open ballot expire now, for one that an undo has made stale; others stay as they
+        are."""
+        with self._writing() as connection:
+            row = _log.ballot_row(connection, name)
+            mine = row is not None and row["ballot_annotator"] == annotator
+            if mine and row["ballot_state"] == "open":
+                _log.set_ballot(connection, name, state="expired")
+                if _log.known_annotator(connection, annotator).status == "active":
+                    _dealing.change_held(connection, [row["item_id"]], -1)
 
     def ballot(self, name: str) -> Ballot | None:
         with self.reading() as connection:

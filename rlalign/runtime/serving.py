@@ -34,8 +34,10 @@ from rlalign.rewards.base import Reward, Scorer, score
 from rlalign.runtime import cluster
 from rlalign.runtime.placement import HERE, Bundle, Node, cluster_nodes, place, this_machine
 from rlalign.runtime.roles import REPLICA
-from rlalign.web.front import MAX_WAITING, Front, bound, listen, url_of
-from rlalign.web.protocol import Refused, error_body, read_request, scores_body
+from rlalign.web.front import MAX_WAITING, Front
+from rlalign.web.listening import bound, certificate_files, listen, url_of
+from rlalign.web.protocol import read_request, scores_body
+from rlalign.web.refused import Refused, error_body
 from rlalign.web.token import TOKEN_ENV, digest, is_loopback, read_token
 
 logger = logging.getLogger(__name__)
@@ -178,7 +180,7 @@ def serve_reward(
     # what can be refused is refused before Ray starts
     reward = locate(reward, "reward", here=address is None)
     token = _token(settings)
-    certificate = _certificate(settings)
+    certificate = certificate_files(settings.certificate, settings.key, "server")
     made = bound(settings.host, settings.port)
     try:
         # Ray ends before the socket closes
@@ -209,26 +211,6 @@ def _token(settings: ServeSettings) -> bytes | None:
     token = read_token(settings.token_env, "serve-reward")
     os.environ.pop(settings.token_env)
     return digest(token)
-
-
-def _certificate(settings: ServeSettings) -> dict[str, str]:
-    if bool(settings.certificate) != bool(settings.key):
-        raise UserError("server.certificate and server.key go together: a PEM file each")
-    if not settings.certificate:
-        return {}
-    import ssl
-
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-            settings.certificate, settings.key, password=""
-        )
-    except (OSError, ValueError) as error:  # SSLError is an OSError
-        raise UserError(
-            f"server.certificate {settings.certificate!r} and server.key {settings.key!r} cannot be"
-            f" used ({getattr(error, 'strerror', None) or error}); both must be PEM, the key"
-            " without a password"
-        ) from error
-    return {"ssl_certfile": settings.certificate, "ssl_keyfile": settings.key}
 
 
 def _bundles(settings: ServeSettings) -> list[Bundle]:

@@ -3,7 +3,10 @@
 protocol.py  the JSON of a reward server: bounds, pictures, scores, refusals
 token.py     the bearer token: where it comes from, who knows it, and what is loopback
 client.py    the one HTTP client: proxies, redirects, and who may see the token
-front.py     an ASGI application that refuses before it reads, and the socket it listens on
+refused.py   a request that is not served, and what the client is told
+listening.py the socket, the certificate and the bounds of a server of ours
+front.py     the reward server's ASGI application, which refuses before it reads
+vote/        the page where people choose, over rlalign/ballots
 
-May import core alone.
+May import core, and vote/ ballots.
 """

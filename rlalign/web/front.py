@@ -1,5 +1,5 @@
 """The half of the reward server that knows HTTP and no Ray: what is refused before anything is
-scored, and how it listens.
+scored.
 
     socket -> uvicorn -> Front: token, path, type, length -> body -> score(body) -> (status, JSON)
 
@@ -10,38 +10,19 @@ means is up to ``score``.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import logging
-import signal
-import socket
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-from rlalign.core.registry import UserError
-from rlalign.web.protocol import MAX_BODY_BYTES, Refused, error_body
+from rlalign.web.listening import Gone, Message, Receive, Send, read_body
+from rlalign.web.protocol import MAX_BODY_BYTES
+from rlalign.web.refused import Refused, error_body
 from rlalign.web.token import knows_token
-
-if TYPE_CHECKING:
-    import uvicorn
-
-logger = logging.getLogger(__name__)
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 MAX_WAITING = 32
 MAX_WAITING_BYTES = 8 * MAX_BODY_BYTES
 """Requests, and their bytes, that are read, waiting or scored at one time; the next one is told to
 come back (503)."""
-
-MAX_CONNECTIONS = 256
-MAX_HEADER_BYTES = 16 * 1024
-BODY_SECONDS = 30.0
-"""How long a client may take to send a body."""
 
 RETRY_AFTER_SECONDS = 1
 
@@ -74,7 +55,7 @@ class Front:
         except Refused as error:
             status = error.status
             body = error_body(error.sentence)
-        except _Gone:
+        except Gone:
             return
 
         # what a client has to know besides
@@ -137,122 +118,7 @@ class Front:
         self.waiting += 1
         self.waiting_bytes += length
         try:
-            return await self.score(await _read(length, receive))
+            return await self.score(await read_body(length, receive))
         finally:
             self.waiting -= 1
             self.waiting_bytes -= length
-
-
-class _Gone(Exception):
-    """The client has hung up."""
-
-
-async def _read(length: int, receive: Receive) -> bytes:
-    """A body of at most ``length`` bytes. Raises Refused where it takes too long."""
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise _Gone
-                body += message.get("body", b"")
-                if len(body) > length:
-                    raise Refused(413, "the body is longer than Content-Length says")
-                if not message.get("more_body", False):
-                    return bytes(body)
-    except TimeoutError as error:
-        raise Refused(408, f"the body must arrive within {BODY_SECONDS:g} seconds") from error
-
-
-# --- listening -----------------------------------------------------------------------------------
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """A socket that holds the address and does not listen yet. Raises UserError where the address
-    cannot be had."""
-    # a busy port is refused before anything is loaded
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        )[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            made.bind(address)
-        except OSError:
-            made.close()
-            raise
-        return made
-    except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); "
-            "name an address of this machine and a free port"
-        ) from error
-
-
-def url_of(made: socket.socket, *, encrypted: bool) -> str:
-    """The URL under which a socket answers."""
-    host, port = made.getsockname()[:2]
-    return f"http{'s' if encrypted else ''}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-async def listen(
-    front: Front, made: socket.socket, *, on_ready: Callable[[], None], **certificate: str
-) -> None:
-    """Serves until SIGINT or SIGTERM, then lets the requests under way finish. In a thread: until
-    it is cancelled."""
-    # whoever ends it lets open requests be answered
-    server = _server(front, certificate)
-
-    def end() -> None:
-        server.should_exit = True
-
-    # a signal ends the server, and so does the end of the task
-    loop = asyncio.get_running_loop()
-
-    # in another thread no signal comes
-    with contextlib.suppress(RuntimeError, ValueError):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, end)
-
-    # the caller hears of the start only once requests are taken
-    serving = asyncio.create_task(server.serve(sockets=[made]))
-    try:
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.01)
-        if not serving.done():
-            on_ready()
-        await asyncio.shield(serving)
-    except asyncio.CancelledError:
-        end()
-        await serving
-        raise
-
-
-def _server(front: Front, certificate: Mapping[str, str]) -> uvicorn.Server:
-    import uvicorn
-
-    # h11 bounds what a request's head may hold; without lifespan and websockets there is nothing
-    # but requests
-    config = uvicorn.Config(
-        front,
-        http="h11",
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="error",  # a stranger's malformed requests fill no log
-        access_log=False,
-        server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=60,
-        timeout_graceful_shutdown=10,
-        **certificate,  # type: ignore[arg-type]
-    )
-    config.load()
-    server = uvicorn.Server(config)
-
-    # it would raise the signals again at the end
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-    return server

@@ -25,6 +25,7 @@ import numpy as np
 from rlalign.core.files import parse_strict_json
 from rlalign.core.media import encode_image, to_image
 from rlalign.core.registry import UserError
+from rlalign.web.refused import Refused
 
 MAX_BODY_BYTES = 64 * 2**20
 MAX_SAMPLES = 256
@@ -38,14 +39,6 @@ MAX_ANSWER_BYTES = 2**20
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BROKEN_PNG = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 """What Pillow raises of a damaged file."""
-
-
-class Refused(Exception):
-    """A request that is not served: an HTTP status and one sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence = status, sentence
 
 
 # --- a request -----------------------------------------------------------------------------------
@@ -262,11 +255,6 @@ def scores_body(score_B: np.ndarray, title: str) -> bytes:
     unchanged."""
     scores = [float(s) if math.isfinite(s) else None for s in score_B]
     return json.dumps({"scores": scores, "reward": title}, allow_nan=False).encode()
-
-
-def error_body(sentence: str) -> bytes:
-    """The answer to a request that is refused or has failed."""
-    return json.dumps({"error": sentence}).encode()
 
 
 def read_scores(body: bytes, count: int) -> list[float]:

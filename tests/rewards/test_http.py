@@ -21,7 +21,8 @@ from rlalign.data.shapes import draw, random_scene
 from rlalign.rewards.base import score
 from rlalign.runtime.serving import answer
 from rlalign.web import protocol as http_protocol
-from rlalign.web.front import Front, bound, listen, url_of
+from rlalign.web.front import Front
+from rlalign.web.listening import bound, listen, url_of
 from rlalign.web.token import TOKEN_ENV, digest
 from tests.certificates import write_certificate
 from tests.runs import metrics, small_run

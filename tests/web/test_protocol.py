@@ -18,7 +18,8 @@ from PIL import Image
 from rlalign.core.registry import UserError
 from rlalign.web import protocol as http_protocol
 from rlalign.web import token as http_token
-from rlalign.web.protocol import Refused, read_request, read_scores, requests_of, scores_body
+from rlalign.web.protocol import read_request, read_scores, requests_of, scores_body
+from rlalign.web.refused import Refused
 
 
 def media_of(samples=3, frames=2, height=5, width=7):

@@ -1,0 +1,103 @@
+"""The page's HTML: one Jinja environment, texts from the language files, and no text of a person's
+or a run's that is not escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from rlalign.web.vote.desk import About
+from rlalign.web.vote.messages import MAX_NAME_CHARACTERS, MAX_PROMPT_CHARACTERS, about_json
+from rlalign.web.vote.results import lay_out
+from rlalign.web.vote.words import choose_language
+
+STATIC = Path(__file__).parent / "static"
+TEMPLATES = Path(__file__).parent / "templates"
+THEMES = ("light", "dark")
+
+REASON_KEYS = {
+    "prompt": "f",
+    "looks": "l",
+    "shape": "h",
+    "text": "t",
+    "safety": "d",
+}
+"""Reasons that the language files have words for -> their letters; others get the free letters."""
+
+FREE_KEYS = "bcegijknoqrvwxy"
+"""Letters that no other key of the page has."""
+
+
+@dataclass(kw_only=True)
+class Templates:
+    """The pages, in each of the languages."""
+
+    languages: Mapping[str, Mapping[str, str]]
+    _environment: Environment = field(init=False)
+    _version: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._environment = Environment(
+            loader=FileSystemLoader(TEMPLATES),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        # a browser that has yesterday's files asks for today's
+        content = b"".join(file.read_bytes() for file in sorted(STATIC.iterdir()))
+        self._version = blake2b(content, digest_size=6).hexdigest()
+
+    def index(
+        self, about: About, *, with_token: bool, wanted: str, accepted: str, theme: str
+    ) -> str:
+        """The page where people vote. ``wanted``, ``accepted``: the language that was chosen, and
+        those that the browser asks for."""
+        frame = self._frame(wanted, accepted, theme)
+        words = frame["words"]
+        keys = reason_keys(about.reasons)
+        reasons = [
+            {"name": name, "key": keys[name], "label": words.get(f"reason_{name}", name)}
+            for name in about.reasons
+        ]
+        data = {**about_json(about), "with_token": with_token, "words": dict(words)}
+        limits = {"name": MAX_NAME_CHARACTERS, "prompt": MAX_PROMPT_CHARACTERS}
+        return self._render(
+            "index", **frame, about=about, reasons=reasons, data=data, limits=limits
+        )
+
+    def results(
+        self, about: About, found: Mapping[str, Any], wanted: str, accepted: str, theme: str
+    ) -> str:
+        """The page of the numbers."""
+        frame = self._frame(wanted, accepted, theme)
+        return self._render("results", **frame, about=about, page=lay_out(found))
+
+    def admin(self, wanted: str, accepted: str, theme: str) -> str:
+        """The question for the administrator's token."""
+        return self._render("admin", **self._frame(wanted, accepted, theme))
+
+    def _frame(self, wanted: str, accepted: str, theme: str) -> dict[str, Any]:
+        language = choose_language(wanted, accepted, list(self.languages))
+        return {
+            "language": language,
+            "languages": {code: texts["language"] for code, texts in self.languages.items()},
+            "words": self.languages[language],
+            "theme": theme if theme in THEMES else "",
+            "version": self._version,
+        }
+
+    def _render(self, name: str, **values: Any) -> str:
+        return self._environment.get_template(f"{name}.html.j2").render(**values)
+
+
+def reason_keys(reasons: Sequence[str]) -> dict[str, str]:
+    """Reason -> the letter that gives it."""
+    keys = {name: REASON_KEYS[name] for name in reasons if name in REASON_KEYS}
+    others = [name for name in reasons if name not in keys]
+    return keys | dict(zip(others, FREE_KEYS, strict=False))
