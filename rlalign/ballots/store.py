@@ -151,7 +151,7 @@ class Store:
         """Everything that was ever to be asked, in the order in which it was added."""
         item = schema.item
         rows = sa.select(item).where(item.c.campaign == campaign).order_by(item.c.number)
-        with self._reading() as connection:
+        with self.reading() as connection:
             return [_rows.to_item(row) for row in connection.execute(rows).mappings()]
 
     def stock(self, campaign: str, now: float) -> Stock:
@@ -201,7 +201,7 @@ class Store:
     def annotator(self, name: str) -> Annotator | None:
         """The person of an id."""
         table = schema.annotator
-        with self._reading() as connection:
+        with self.reading() as connection:
             rows = connection.execute(sa.select(table).where(table.c.id == name)).mappings()
             row = rows.first()
             return None if row is None else _rows.to_annotator(row)
@@ -211,7 +211,7 @@ class Store:
         ballot = schema.ballot
         mine = sa.and_(ballot.c.campaign == campaign, ballot.c.annotator == annotator)
         count = sa.select(sa.func.count()).where(mine, ballot.c.state == "voted")
-        with self._reading() as connection:
+        with self.reading() as connection:
             return connection.execute(count).scalar_one()
 
     def set_status(self, annotator: str, status: Status, why: str, now: float) -> None:

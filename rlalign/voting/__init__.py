@@ -9,6 +9,7 @@ followed.py  the policy of a run that is still learning, as its newest checkpoin
 queue.py     keeps pairs ahead of those who vote, and says why there are none
 pairing.py   which pictures of a caption make an item, gold items and shared ones
 choice.py    which item comes next, by a fitted reward
+filtered.py  pictures that nobody is shown
 judges.py    simulated people: a hidden utility, noise, lapses, a left bias
 serve.py     the campaign as a whole: store, source, queue, page
 

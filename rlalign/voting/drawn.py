@@ -18,7 +18,9 @@ from rlalign.voting.made import Made
 if TYPE_CHECKING:
     import numpy as np
 
+    from rlalign.alignment.models import Model
     from rlalign.engine import Engine
+    from rlalign.voting.settings import Vote
 
 LISTED = "vote"
 TYPED = "vote-prompt"
@@ -96,6 +98,23 @@ class DrawnSource:
 
     def _named(self, side: Side, drawn: Sequence[Made]) -> list[Made]:
         return [Made(**{**vars(one), "policy": side.title}) for one in drawn]
+
+
+def models_of(vote: Vote) -> list[Model]:
+    """The policy of a campaign, or the two that are compared. Raises UserError where there is
+    none."""
+    from rlalign.alignment.models import Model, find_model
+
+    found = []
+    for place, named in (
+        ("source.policy", vote.source.policy),
+        ("source.against", vote.source.against),
+    ):
+        if isinstance(named, str):
+            found.append(find_model(named, place))
+        elif named is not None:
+            found.append(Model(title=named.name, recipe=named))
+    return found
 
 
 def draw_rows(engine: Engine, unit: Unit, facts: Mapping[str, Any] | None = None) -> list[Made]:

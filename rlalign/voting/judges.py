@@ -11,7 +11,6 @@ an order by drawing the best of those that are left (Plackett 1975, Luce 1959). 
 
 from __future__ import annotations
 
-import io
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from rlalign.ballots.deal import Deal
 from rlalign.ballots.records import Answer, Ballot, picture_uid
 from rlalign.ballots.store import Store
 from rlalign.rewards.base import Scorer, score, total
+from rlalign.voting.made import read_media
 from rlalign.voting.pairing import rng_of
 from rlalign.voting.settings import Simulate
 
@@ -47,10 +47,7 @@ class Judge:
     def _utility(self, caption: str, content: bytes) -> float:
         key = (caption, picture_uid(content))
         if key not in self._known:
-            from rlalign.core.media import read_picture
-
-            pixels_HWC = np.asarray(read_picture(content))
-            media_BFCHW = np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))[None, None]
+            media_BFCHW = read_media(content)[None]
             rewards = self.settings.utility
             raw = {
                 r.title: score(r, self._scorers[r.title], media_BFCHW, [caption]) for r in rewards
@@ -145,8 +142,7 @@ class People:
             stock = self.store.stock(self.campaign, self.clock())
             if stock.items.get("live") and not stock.open:
                 # others may be asked what is there, and this person has had it
-                again = self.store.issue(self.campaign, person, self.clock(), self.dealer)
-                return again
+                return self.store.issue(self.campaign, person, self.clock(), self.dealer)
             self.poke()
             time.sleep(POLL_SECONDS)
 

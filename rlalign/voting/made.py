@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from rlalign.ballots.records import Picture, picture_uid
 
 
@@ -35,6 +37,17 @@ class Made:
             frames=self.frames,
             media_type=self.media_type,
         )
+
+
+def read_media(content: bytes) -> np.ndarray:
+    """(F, 3, H, W) uint8 of a picture's or a clip's file."""
+    import io
+
+    from PIL import Image, ImageSequence
+
+    with Image.open(io.BytesIO(content)) as opened:
+        frames = [np.asarray(one.convert("RGB")) for one in ImageSequence.Iterator(opened)]
+    return np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))
 
 
 class Exhausted(Exception):

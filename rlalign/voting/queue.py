@@ -21,6 +21,7 @@ from rlalign.data.pairs.votes import LEARNED
 from rlalign.voting.made import Exhausted, Made, Pending, PictureSource
 from rlalign.voting.pairing import Pairing
 from rlalign.voting.settings import Vote
+from rlalign.web.vote.ballots_desk import Supply
 
 WAIT_SECONDS = 1.0
 """Between two looks at the store."""
@@ -36,16 +37,8 @@ def keep_all(group: Sequence[Made]) -> Sequence[Made]:
     return group
 
 
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """How it stands with pictures."""
-
-    code: str = "drawing"
-    """What the page says where nothing is to be asked: "drawing", "learning", "broken", "empty"."""
-    words: str = ""
-    made: int = 0
-    to_make: int = 0
-    round: int | None = None
+def _drawing() -> Supply:
+    return Supply(code="drawing")
 
 
 @dataclass(kw_only=True)
@@ -57,12 +50,16 @@ class Queue:
     source: PictureSource
     pairing: Pairing
     keep: Keep = keep_all
+    watch: Callable[[Sequence[Made]], None] = lambda made: None
+    """Told of the pictures of a caption that are kept."""
+    refresh: Callable[[], None] = lambda: None
+    """Called now and then, for what follows from new votes."""
     ring: Callable[[], None] = lambda: None
     """Called when something may have changed for those who wait."""
     say: Callable[[str], None] = lambda words: None
     """Told of what goes wrong, once each time that it does."""
     clock: Callable[[], float] = time.time
-    _state: State = field(default_factory=State, init=False)
+    _state: Supply = field(default_factory=_drawing, init=False)
     _typed: dict[str, list[str]] = field(default_factory=dict, init=False)
     """Prompt that somebody asked for -> the uids of its pictures."""
     _tries: Counter[str] = field(default_factory=Counter, init=False)
@@ -115,17 +112,22 @@ class Queue:
                 self._asked.append(prompt)
         self.poke()
 
-    def supply(self, prompt: str) -> State:
+    def supply(self, prompt: str) -> Supply:
         """How it stands with pictures of a prompt, "" for all."""
         with self._lock:
             state = self._state
             why = self._broken.get(prompt)
             asked = prompt in self._asked
         if prompt and why is not None:
-            return State(code="broken", words=why, round=state.round)
+            return Supply(code="broken", words=why, round=state.round)
         if prompt and asked and state.code == "empty":
-            return State(code="drawing", to_make=self.vote.per_caption, round=state.round)
+            return Supply(code="drawing", to_make=self.vote.per_caption, round=state.round)
         return state
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more items will be made."""
+        return self._over
 
     # --- the thread ------------------------------------------------------------------------------
 
@@ -147,7 +149,7 @@ class Queue:
         finally:
             # a fault of ours leaves a traceback in the log, and nobody waiting for ever
             if not self._ending:
-                self._set(State(code="broken", words="the server's log says why"))
+                self._set(Supply(code="broken", words="the server's log says why"))
 
     def _pause_after_turn(self) -> float:
         """Makes something; how long to wait before the next time."""
@@ -163,52 +165,55 @@ class Queue:
         """Says on the page and here why there are no pictures; how long to wait."""
         if self._state.words != words:
             self.say(f"no pictures: {words}")
-        self._set(State(code="broken", words=words, round=self.source.round))
+        self._set(Supply(code="broken", words=words, round=self.source.round))
         pause = AGAIN_SECONDS[min(self._failures, len(AGAIN_SECONDS) - 1)]
         self._failures += 1
         return pause
 
     def _one_turn(self) -> bool:
         """Makes what is most wanted; whether there was something to make."""
+        self.refresh()
         if self._answer_typed():
             return True
         if self.vote.mode == "chain":
-            self._set(State(code="empty", round=self.source.round))
+            self._set(Supply(code="empty", round=self.source.round))
             return False
         stock = self.store.stock(self.vote.name, self.clock())
         waiting = stock.items.get("live", 0) + stock.items.get("shared", 0)
         if self._over or (waiting > self.vote.low and not self.source.renewed):
-            self._set(State(code="empty" if self._over else "drawing", round=self.source.round))
+            self._set(Supply(code="empty" if self._over else "drawing", round=self.source.round))
             return False
         return self._make_batch(waiting)
 
     def _make_batch(self, waiting: int) -> bool:
         missing = max(self.vote.ahead - waiting, 1)
-        self._set(State(code="drawing", to_make=missing, round=self.source.round))
+        self._set(Supply(code="drawing", to_make=missing, round=self.source.round))
         renewed = self.source.renewed
         try:
             groups = self.source.batch()
         except Exhausted:
             self._over = True
-            self._set(State(code="empty", round=self.source.round))
+            self._set(Supply(code="empty", round=self.source.round))
             return False
         except Pending as error:
-            self._set(State(code=error.code, words=str(error), round=self.source.round))
+            self._set(Supply(code=error.code, words=str(error), round=self.source.round))
             return False
         if renewed:
             # nobody is asked any more about pictures of older weights
             self.store.withdraw_items(self._waiting)
             self._waiting = []
         self._add(groups)
-        self._set(State(made=len(groups), to_make=missing, round=self.source.round))
+        self._set(Supply(made=len(groups), to_make=missing, round=self.source.round))
         return True
 
     def _add(self, groups: Sequence[Sequence[Made]]) -> None:
         """Pictures and items into the store; what a filter holds back is in neither."""
         kept = [list(self.keep(group)) for group in groups]
         kept = [group for group in kept if len(group) >= self.vote.per_item]
-        for made in (made for group in kept for made in group):
-            self.store.add_picture(made.picture, made.content)
+        for group in kept:
+            self.watch(group)
+            for made in group:
+                self.store.add_picture(made.picture, made.content)
         items = self.pairing.items(kept)
         self.store.add_items(items)
         self._waiting += [item.id for item in items if item.kind in LEARNED]
@@ -228,7 +233,7 @@ class Queue:
             if not there:
                 self._broken[prompt] = f"there are no pictures of {prompt!r}"
         except Pending as error:
-            self._set(State(code=error.code, words=str(error), round=self.source.round))
+            self._set(Supply(code=error.code, words=str(error), round=self.source.round))
             return False
         for one in made:
             self.store.add_picture(one.picture, one.content)
@@ -238,7 +243,7 @@ class Queue:
         self.ring()
         return True
 
-    def _set(self, state: State) -> None:
+    def _set(self, state: Supply) -> None:
         with self._lock:
             changed = state != self._state
             self._state = state

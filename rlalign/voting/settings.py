@@ -15,6 +15,7 @@ from rlalign.core.registry import UserError, build, plugin_field
 from rlalign.data.prompts.base import Prompts
 from rlalign.policies.base import PolicyRecipe
 from rlalign.rewards.base import Reward
+from rlalign.web.token import is_loopback
 from rlalign.web.vote.serving import PageSettings
 
 Rule = Literal["random", "uncertain", "fisher", "gap"]
@@ -201,7 +202,8 @@ class Vote(_Settings):
         description="which pair next: random, or uncertain, fisher or gap by a fitted reward",
     )
     reward: LocalPath = Field(
-        default="", description="folder of fit-reward, for a rule; empty fits one from the votes"
+        default="",
+        description="folder of fit-reward, for a rule; empty is the shipped one for 32x32 shapes",
     )
     filter: Filter | None = Field(default=None, description="before a picture is shown")
     export: str = Field(
@@ -252,6 +254,11 @@ class Vote(_Settings):
         """The store's path or URL."""
         return self.store or str(Path("runs") / "votes" / f"{self.name}.db")
 
+    @property
+    def shown_place(self) -> str:
+        """The store for people: without the password of a URL."""
+        return self.place.rpartition("@")[2]
+
 
 def load_vote(path: Path | str, overrides: Sequence[str] = ()) -> Vote:
     """The Vote of a YAML file with overrides applied."""
@@ -259,5 +266,12 @@ def load_vote(path: Path | str, overrides: Sequence[str] = ()) -> Vote:
 
 
 def parse_vote(data: Mapping[str, Any]) -> Vote:
-    """The Vote of a mapping; errors say where in the file they are."""
+    """The Vote of a mapping; errors say where in the file they are.
+
+    On a loopback address the page asks for no token, unless it is told to.
+    """
+    server = data.get("server") or {}
+    if isinstance(server, Mapping) and "with_token" not in server:
+        host = server.get("host", PageSettings.model_fields["host"].default)
+        data = {**data, "server": {**server, "with_token": not is_loopback(str(host))}}
     return parse(Vote, parse_plugins(data, {"prompts": "prompts"}, ()))

@@ -45,6 +45,12 @@ class BallotSettings(BaseModel):
         le=1.0,
         description="people who are right on a smaller share of the gold pairs are left out",
     )
+    min_repeats: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="people who answer a smaller share of repeats alike are left out",
+    )
 
 
 def _ballots(value: Any) -> Any:

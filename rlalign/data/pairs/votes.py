@@ -8,12 +8,15 @@ learned from by nobody; a skip says nothing.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlalign.core.files import write_whole
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import write_pairs
 from rlalign.data.pairs.settings import BallotSettings
@@ -60,18 +63,13 @@ def read_voted(store: Store, campaign: str, settings: BallotSettings, upto: int)
 def people_left_out(
     store: Store, votes: Sequence[Vote], settings: BallotSettings, upto: int
 ) -> set[str]:
-    """People whose votes do not count as of a cursor: those who were left out, and those who are
-    right on too few gold pairs."""
+    """People whose votes do not count as of a cursor: those who were left out, and those whom the
+    rules leave out."""
+    from rlalign.ballots.quality import Rules, left_out
+
     out = {who for who, status in store.standings(upto).items() if status != "active"}
-    right: dict[str, list[bool]] = {}
-    for vote in votes:
-        item = vote.ballot.item
-        if item.kind == "gold" and vote.groups:
-            right.setdefault(vote.ballot.annotator, []).append(vote.best == item.truth)
-    for who, answers in right.items():
-        if sum(answers) < settings.min_gold * len(answers):
-            out.add(who)
-    return out
+    rules = Rules(min_gold=settings.min_gold, min_repeats=settings.min_repeats)
+    return out | left_out(votes, rules).keys()
 
 
 def pairs_of_vote(vote: Vote) -> Iterator[VotedPair]:
@@ -111,8 +109,9 @@ def one_campaign(store: Store, name: str) -> str:
     return there[0]
 
 
-def row_of(store: Store, pair: VotedPair) -> dict[str, Any]:
-    """A pair as a row for ``rlalign.data.pairs.columns.write_pairs``."""
+def row_of(store: Store, pair: VotedPair, of_prompt: int) -> dict[str, Any]:
+    """A pair as a row for ``rlalign.data.pairs.columns.write_pairs``; ``of_prompt`` pairs have its
+    prompt. People are there by their pseudonymous ids."""
     vote = pair.vote
     best = ""
     if pair.label_0 != 0.5:
@@ -132,6 +131,18 @@ def row_of(store: Store, pair: VotedPair) -> dict[str, Any]:
         "model_0": pictures[0].policy if pictures[0] else "",
         "model_1": pictures[1].policy if pictures[1] else "",
         "ranking_id": vote.seq,
+        "image_0_url": "",
+        "image_1_url": "",
+        "num_example_per_prompt": of_prompt,
+        "user_id": vote.ballot.annotator,
+        "created_at": datetime.fromtimestamp(vote.at, UTC).replace(tzinfo=None),
+        "choice": vote.answer.choice,
+        "decide_ms": vote.answer.decide_ms,
+        "kind": vote.ballot.item.kind,
+        "left": int(vote.ballot.shown.index(pair.uid_1) < vote.ballot.shown.index(pair.uid_0)),
+        "propensity": vote.ballot.propensity,
+        "reasons": list(vote.answer.reasons),
+        "rule": vote.ballot.rule,
     }
 
 
@@ -143,13 +154,54 @@ def write_voted(settings: BallotSettings, file: Path) -> int:
     from rlalign.ballots.store import Store
 
     with contextlib.closing(Store.open(settings.store)) as store:
-        campaign = one_campaign(store, settings.campaign)
         cursor = store.cursor()
-        pairs = read_voted(store, campaign, settings, cursor) if campaign else []
-        if not pairs:
-            raise UserError(
-                "preferences.ballots must have votes that count, and has none yet; let people vote"
-                " (rlalign vote)"
-            )
-        write_pairs(file, (row_of(store, pair) for pair in pairs))
+        export(store, settings, file, cursor)
     return cursor
+
+
+def export(store: Store, settings: BallotSettings, file: Path, upto: int | None = None) -> int:
+    """Writes the pairs of the votes up to a cursor as one Parquet file; returns how many pairs.
+
+    Raises UserError where there is none.
+    """
+    campaign = one_campaign(store, settings.campaign)
+    cursor = store.cursor() if upto is None else upto
+    pairs = read_voted(store, campaign, settings, cursor) if campaign else []
+    if not pairs:
+        raise UserError(
+            "a store of votes must have some that count, and this one has none yet; let people vote"
+            " (rlalign vote)"
+        )
+    count = Counter(pair.caption for pair in pairs)
+    written = write_pairs(file, (row_of(store, pair, count[pair.caption]) for pair in pairs))
+    card = describe_export(store, settings, pairs, (campaign, cursor))
+    write_whole(file.with_suffix(".md"), card)
+    return written
+
+
+def describe_export(
+    store: Store, settings: BallotSettings, pairs: Sequence[VotedPair], place: tuple[str, int]
+) -> str:
+    """The card beside an export: of what votes it is made, and which were left out."""
+    campaign, cursor = place
+    votes = list(store.votes(campaign, 0, cursor))
+    out = people_left_out(store, votes, settings, cursor)
+    learned = [vote for vote in votes if vote.ballot.item.kind in LEARNED]
+    labels = Counter(pair.label_0 for pair in pairs)
+    rows = {
+        "campaign": campaign,
+        "rows of the log": cursor,
+        "votes that stood": len(votes),
+        "of gold pairs and repeats, left out": len(votes) - len(learned),
+        "skips, left out": sum(not vote.groups for vote in learned),
+        "people": len({vote.ballot.annotator for vote in votes}),
+        "people left out": len(out),
+        "votes of less milliseconds left out": settings.min_ms,
+        "least share of gold pairs": settings.min_gold,
+        "least share of repeats alike": settings.min_repeats,
+        "pairs": len(pairs),
+        "ties (label 0.5, both bad among them)": labels[0.5],
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    head = ["# Votes as preference pairs", "", "Columns of Pick-a-Pic v2, and of rlalign.", ""]
+    return "\n".join([*head, "| | |", "|---|---|", *lines, ""])
