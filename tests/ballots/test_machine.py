@@ -26,9 +26,8 @@ from rlalign.ballots.deal import Deal
 from rlalign.ballots.records import Answer, Ballot, Campaign, Item, Refused
 from rlalign.ballots.store import Store
 from tests.ballots.conftest import KINDS
-from tests.ballots.writers import votes_before_death
+from tests.ballots.writers import KEEP_S, votes_before_death
 
-KEEP_S = 100.0
 PEOPLE = 3
 CHOICES = ("left", "right", "tie", "both_bad", "skip")
 people = st.integers(0, PEOPLE - 1)
@@ -339,7 +338,7 @@ def test_the_store_does_what_its_model_does(kind: str, new_place: Callable[[str]
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=12,
+            max_examples=10,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,

@@ -14,6 +14,7 @@ from rlalign.ballots.deal import Deal
 from rlalign.ballots.records import Answer
 from rlalign.ballots.store import Store
 
+KEEP_S = 100.0
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.ballots.writers"])
 
@@ -53,7 +54,7 @@ def _vote(
     waiting = list(annotators)
     while waiting:
         who = waiting.pop(0)
-        ballot = store.issue(campaign, who, now, Deal())
+        ballot = store.issue(campaign, who, now, Deal(), keep_s=KEEP_S)
         if ballot is not None:
             nonce = f"{mark} {ballot.number}"
             receipt = store.vote(who, ballot.id, Answer(nonce=nonce, choice="left"), now)
