@@ -90,7 +90,7 @@ def _refuse_missing(store: str, verb: str, what: str) -> None:
 
 def _campaign(store: Store, name: str) -> str:
     """The campaign that is meant. Raises UserError where there is none."""
-    from rlalign.data.pairs.votes import one_campaign
+    from rlalign.data.pairs.voted import one_campaign
 
     found = one_campaign(store, name)
     if not found:
@@ -102,15 +102,11 @@ def _campaign(store: Store, name: str) -> str:
 
 
 def _print_results(store: Store, campaign: str) -> None:
-    import dataclasses
-    import json
-
-    from rlalign.ballots.results import results
+    from rlalign.ballots.results import collect_results
     from rlalign.core.files import dump_json
 
-    found: Any = results(store, _campaign(store, campaign))
-    plain = dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found
-    print(json.dumps(json.loads(dump_json(plain)), indent=2, ensure_ascii=False))
+    found = collect_results(store, _campaign(store, campaign), time.time())
+    print(dump_json(found.to_json(), indent=2))
 
 
 def _print_people(store: Store, campaign: str) -> None:

@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 
 from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError
-from rlalign.data.pairs.votes import LEARNED
 from rlalign.voting.made import Exhausted, Made, Pending, PictureSource
 from rlalign.voting.pairing import Pairing
 from rlalign.voting.settings import Vote
 from rlalign.web.vote.ballots_desk import Supply
+
+LEARNED = ("live", "shared")
+"""Kinds of items that are kept ahead; gold items come along."""
 
 WAIT_SECONDS = 1.0
 """Between two looks at the store."""

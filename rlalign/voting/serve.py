@@ -104,19 +104,17 @@ def about(vote: Vote) -> About:
 
 def report(store: Store, campaign: str) -> Any:
     """The numbers of a campaign."""
-    from rlalign.ballots.results import results
+    from rlalign.ballots.results import collect_results
 
-    return results(store, campaign)
+    return collect_results(store, campaign, time.time()).to_json()
 
 
 def export_votes(store: Store, vote: Vote, say: Say) -> None:
     """Writes the votes as preference pairs, where there are any."""
-    from rlalign.data.pairs.settings import BallotSettings
-    from rlalign.data.pairs.votes import export
+    from rlalign.data.pairs.votes import export_votes as write
 
-    settings = BallotSettings(store=vote.place, campaign=vote.name)
     with contextlib.suppress(UserError):
-        count = export(store, settings, Path(vote.export))
+        count = write(store, vote.name, Path(vote.export))
         say(f"{count} pairs in {vote.export}")
 
 

@@ -7,7 +7,7 @@ rows.py     a row, decoded
 settings.py where pairs come from; what gives them by round (``Pairing``)
 reader.py   which pairs of files a round learns from, in an order that depends on seed and round
             alone
-votes.py    people's votes as pairs: which of them count
+voted.py    the pairs of a campaign that a run learns from
 growing.py  pairs out of people's votes, while they vote
 ranking.py  pairs out of a round's own samples
 

@@ -29,24 +29,15 @@ files."""
 OPTIONAL: tuple[str, ...] = (
     "are_different",
     "best_image_uid",
-    "created_at",
     "has_label",
     "image_0_uid",
-    "image_0_url",
     "image_1_uid",
-    "image_1_url",
     "model_0",
     "model_1",
-    "num_example_per_prompt",
     "ranking_id",
-    "user_id",
 )
-"""Columns that ``write_pairs`` writes where the rows have them: with ``REQUIRED`` those of
-Pick-a-Pic v2. ``has_label`` and ``are_different`` may rule a row out."""
-
-EXTRA: tuple[str, ...] = ("choice", "decide_ms", "kind", "left", "propensity", "reasons", "rule")
-"""Columns of our own, of votes: what was said, in how many milliseconds, to what kind of item;
-which picture was on the left (0 or 1); by which rule and with what probability it was asked."""
+"""Columns that ``write_pairs`` writes where the rows have them. ``has_label`` and ``are_different``
+may rule a row out."""
 
 ROWS_PER_GROUP = 256
 """Rows of a row group as written: the unit in which a Parquet file is read."""
@@ -59,13 +50,7 @@ def pair_schema(columns: Sequence[str] = (*REQUIRED, *OPTIONAL)) -> pa.Schema:
     kinds = dict.fromkeys(("label_0", "label_1"), pa.float64())
     kinds |= dict.fromkeys(("jpg_0", "jpg_1"), pa.binary())
     kinds |= dict.fromkeys(("are_different", "has_label"), pa.bool_())
-    kinds |= {"ranking_id": pa.int64(), "num_example_per_prompt": pa.int64()}
-    kinds |= {
-        "created_at": pa.timestamp("ns"),
-        "left": pa.int64(),
-        "reasons": pa.list_(pa.string()),
-    }
-    kinds |= dict.fromkeys(("decide_ms", "propensity"), pa.float64())
+    kinds |= {"ranking_id": pa.int64()}
     return pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
 
 
@@ -117,12 +102,12 @@ def _groups(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mappi
 
 def _columns_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     missing = [name for name in REQUIRED if name not in row]
-    unknown = [name for name in row if name not in (*REQUIRED, *OPTIONAL, *EXTRA)]
+    unknown = [name for name in row if name not in (*REQUIRED, *OPTIONAL)]
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}"
         what += "" if missing else f"; {nearest(unknown[0], [*OPTIONAL])}"
         raise UserError(f"a pair must have the columns {', '.join(REQUIRED)}; the first row {what}")
-    return (*REQUIRED, *(name for name in (*OPTIONAL, *EXTRA) if name in row))
+    return (*REQUIRED, *(name for name in OPTIONAL if name in row))
 
 
 def pair_files(path: str, place: str = "preferences.path") -> list[Path]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.rows import Pair, decode
 from rlalign.data.pairs.settings import Pairing, PreferenceSettings
-from rlalign.data.pairs.votes import VotedPair, one_campaign, read_voted
+from rlalign.data.pairs.voted import VotedPair, one_campaign, read_voted
 from rlalign.diffusion.noise import generator
 
 POLL_SECONDS = 0.5
