@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rlalign.data.pairs.votes import Filters
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class VotedPair:
     """Two pictures of one vote; the first stood left."""
