@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal, get_args
 
 from rlalign.core.files import dump_json
@@ -19,6 +20,7 @@ from rlalign.core.files import dump_json
 Mode = Literal["pairs", "chain", "rank", "ab"]
 Kind = Literal["live", "gold", "repeat", "shared"]
 Choice = Literal["left", "right", "tie", "both_bad", "skip", "rank"]
+Outcome = Literal["left", "right", "tie"]
 Status = Literal["active", "left_out", "deleted"]
 Ranking = tuple[tuple[int, ...], ...]
 """Groups of places, the best first; places of one group are equally good."""
@@ -104,7 +106,8 @@ class Ballot:
     propensity: float
     """The rule that dealt the item, and the probability that it was dealt and put together so."""
     issued: float
-    expires: float
+    expires: float = field(compare=False)
+    """Put off whenever it is shown again, so it is no part of which ballot this is."""
 
     @property
     def campaign(self) -> str:
@@ -162,6 +165,17 @@ class Vote:
         """The uid that was preferred to all others; empty where there is none."""
         groups = self.groups
         return groups[0][0] if len(groups) > 1 and len(groups[0]) == 1 else ""
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str, Outcome], ...]:
+        """(left uid, right uid, outcome) of each two pictures; two bad ones are a tie."""
+        groups = self.groups
+        level = {uid: number for number, group in enumerate(groups) for uid in group}
+        found: list[tuple[str, str, Outcome]] = []
+        for left, right in combinations(self.ballot.shown if groups else (), 2):
+            ahead = level[right] - level[left]
+            found.append((left, right, "left" if ahead > 0 else "right" if ahead < 0 else "tie"))
+        return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ rows.py     a row, decoded
 settings.py where pairs come from; what gives them by round (``Pairing``)
 reader.py   which pairs of files a round learns from, in an order that depends on seed and round
             alone
+votes.py    people's votes as pairs, with a card; Label Studio's exports too
 voted.py    the pairs of a campaign that a run learns from
 growing.py  pairs out of people's votes, while they vote
 ranking.py  pairs out of a round's own samples
 
-May import core, ballots and diffusion's keyed noise.
+May import core, diffusion's keyed noise and ballots.
 """

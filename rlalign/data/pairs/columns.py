@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlalign.core.files import replacing
 from rlalign.core.registry import UserError, nearest, read_reason
@@ -29,39 +29,57 @@ files."""
 OPTIONAL: tuple[str, ...] = (
     "are_different",
     "best_image_uid",
+    "created_at",
     "has_label",
     "image_0_uid",
+    "image_0_url",
     "image_1_uid",
+    "image_1_url",
     "model_0",
     "model_1",
+    "num_example_per_prompt",
     "ranking_id",
+    "user_id",
 )
-"""Columns that ``write_pairs`` writes where the rows have them. ``has_label`` and ``are_different``
-may rule a row out."""
+"""The other columns of Pick-a-Pic v2, which ``write_pairs`` writes where the rows have them.
+``has_label`` and ``are_different`` may rule a row out."""
+
+Extra = Literal["bool", "double", "int64", "string"]
+"""Arrow types that columns beyond Pick-a-Pic's may have."""
 
 ROWS_PER_GROUP = 256
 """Rows of a row group as written: the unit in which a Parquet file is read."""
 
 
-def pair_schema(columns: Sequence[str] = (*REQUIRED, *OPTIONAL)) -> pa.Schema:
-    """The Arrow types of the named columns of a pair."""
+def pair_schema(
+    columns: Sequence[str] = (*REQUIRED, *OPTIONAL), extras: Mapping[str, Extra] | None = None
+) -> pa.Schema:
+    """The Arrow types of the named columns of a pair; ``extras`` says those of further ones."""
     import pyarrow as pa
 
-    kinds = dict.fromkeys(("label_0", "label_1"), pa.float64())
+    kinds: dict[str, pa.DataType] = dict.fromkeys(("label_0", "label_1"), pa.float64())
     kinds |= dict.fromkeys(("jpg_0", "jpg_1"), pa.binary())
     kinds |= dict.fromkeys(("are_different", "has_label"), pa.bool_())
-    kinds |= {"ranking_id": pa.int64()}
+    numbers = ("num_example_per_prompt", "ranking_id", "user_id")
+    kinds |= dict.fromkeys(numbers, pa.int64())
+    kinds |= {"created_at": pa.timestamp("ns")}
+    kinds |= {name: pa.type_for_alias(kind) for name, kind in (extras or {}).items()}
     return pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
 
 
 def write_pairs(
-    path: Path, rows: Iterable[Mapping[str, Any]], *, rows_per_group: int = ROWS_PER_GROUP
+    path: Path,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    rows_per_group: int = ROWS_PER_GROUP,
+    extras: Mapping[str, Extra] | None = None,
 ) -> int:
     """Writes pairs as one Parquet file, beside and then renamed, and returns how many.
 
-    The first row decides which optional columns there are; ``rows`` may be a generator, of which
-    one row group is held at a time. Raises UserError when a row lacks a column, has an unknown one,
-    or when there is no row at all.
+    The first row decides which optional columns there are; columns beyond Pick-a-Pic's must be
+    named in ``extras``, with their types, and be in every row. ``rows`` may be a generator, of
+    which one row group is held at a time. Raises UserError when a row lacks a column, has an
+    unknown one, or when there is no row at all.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -71,7 +89,7 @@ def write_pairs(
     first = next(groups, None)
     if first is None:
         raise UserError(f"{path}: there is no pair to write")
-    schema = pair_schema(_columns_of(first[0]))
+    schema = pair_schema(_columns_of(first[0], extras or {}), extras)
 
     # one row group is in memory at a time
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,14 +118,14 @@ def _groups(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mappi
         yield group
 
 
-def _columns_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    missing = [name for name in REQUIRED if name not in row]
-    unknown = [name for name in row if name not in (*REQUIRED, *OPTIONAL)]
+def _columns_of(row: Mapping[str, Any], extras: Mapping[str, Extra]) -> tuple[str, ...]:
+    missing = [name for name in (*REQUIRED, *extras) if name not in row]
+    unknown = [name for name in row if name not in (*REQUIRED, *OPTIONAL, *extras)]
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}"
         what += "" if missing else f"; {nearest(unknown[0], [*OPTIONAL])}"
         raise UserError(f"a pair must have the columns {', '.join(REQUIRED)}; the first row {what}")
-    return (*REQUIRED, *(name for name in OPTIONAL if name in row))
+    return (*REQUIRED, *(name for name in OPTIONAL if name in row), *extras)
 
 
 def pair_files(path: str, place: str = "preferences.path") -> list[Path]:
