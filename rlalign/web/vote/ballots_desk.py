@@ -256,7 +256,7 @@ class BallotsDesk:
                 stale = self._asked(self.store.issue, self.campaign, annotator, now, self.dealer)
             found = self._asked(self.store.undo, self.campaign, annotator, nonce, now)
             if found is not None and stale is not None and stale.id != found.id:
-                self.store.close_ballot(annotator, stale.id)
+                self._drop(stale)
             self._chains.pop(annotator, None)
             return found is not None
 
@@ -285,10 +285,15 @@ class BallotsDesk:
             now = self.clock()
             found = self._asked(self.store.issue, self.campaign, annotator, now, self.dealer)
             if found is not None and found.item.caption != text:
-                self.store.close_ballot(annotator, found.id)
+                self._drop(found)
             self.store.add_prompt(self.campaign, annotator, text, now)
             self._chains.pop(annotator, None)
             self.source.ask(text)
+
+    def _drop(self, ballot: Ballot) -> None:
+        """Takes a chain's pair back that nobody has voted on."""
+        self.store.withdraw_items([ballot.item.id])
+        self.store.close_ballot(ballot.annotator, ballot.id)
 
     def _next_prompt(self, before: str) -> str:
         """The prompt after this one in the list, the first after the last."""

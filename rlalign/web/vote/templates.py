@@ -3,7 +3,7 @@ or a run's that is not escaped."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -33,6 +33,17 @@ FREE_KEYS = "bcegijknoqrvwxy"
 """Letters that no other key of the page has."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How somebody wants a page."""
+
+    language: str = ""
+    """The code of the language that was chosen, "" for none."""
+    accepted: str = ""
+    """The languages that the browser asks for (Accept-Language)."""
+    theme: str = ""
+
+
 @dataclass(kw_only=True)
 class Templates:
     """The pages, in each of the languages."""
@@ -53,12 +64,9 @@ class Templates:
         content = b"".join(file.read_bytes() for file in sorted(STATIC.iterdir()))
         self._version = blake2b(content, digest_size=6).hexdigest()
 
-    def index(
-        self, about: About, *, with_token: bool, wanted: str, accepted: str, theme: str
-    ) -> str:
-        """The page where people vote. ``wanted``, ``accepted``: the language that was chosen, and
-        those that the browser asks for."""
-        frame = self._frame(wanted, accepted, theme)
+    def index(self, about: About, reader: Reader, *, with_token: bool) -> str:
+        """The page where people vote."""
+        frame = self._frame(reader)
         words = frame["words"]
         keys = reason_keys(about.reasons)
         reasons = [
@@ -72,23 +80,24 @@ class Templates:
         )
 
     def results(
-        self, about: About, found: Mapping[str, Any], wanted: str, accepted: str, theme: str
+        self, about: About, found: Mapping[str, Any], reader: Reader, key_of: Callable[[str], str]
     ) -> str:
-        """The page of the numbers."""
-        frame = self._frame(wanted, accepted, theme)
-        return self._render("results", **frame, about=about, page=lay_out(found))
+        """The page of the numbers; ``key_of`` gives keys of pictures for the administrator."""
+        frame = self._frame(reader)
+        page = lay_out(found, frame["words"], key_of)
+        return self._render("results", **frame, about=about, page=page)
 
-    def admin(self, wanted: str, accepted: str, theme: str) -> str:
+    def admin(self, reader: Reader) -> str:
         """The question for the administrator's token."""
-        return self._render("admin", **self._frame(wanted, accepted, theme))
+        return self._render("admin", **self._frame(reader))
 
-    def _frame(self, wanted: str, accepted: str, theme: str) -> dict[str, Any]:
-        language = choose_language(wanted, accepted, list(self.languages))
+    def _frame(self, reader: Reader) -> dict[str, Any]:
+        language = choose_language(reader.language, reader.accepted, list(self.languages))
         return {
             "language": language,
             "languages": {code: texts["language"] for code, texts in self.languages.items()},
             "words": self.languages[language],
-            "theme": theme if theme in THEMES else "",
+            "theme": reader.theme if reader.theme in THEMES else "",
             "version": self._version,
         }
 

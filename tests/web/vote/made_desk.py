@@ -3,6 +3,7 @@ tests of the page vote on."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import os
@@ -20,11 +21,11 @@ from PIL import Image, ImageDraw
 from rlalign.ballots.deal import Deal
 from rlalign.ballots.records import Campaign, Item, Picture, digest, picture_uid
 from rlalign.ballots.store import Store
-from rlalign.web.listening import bound
+from rlalign.web.listening import bound, certificate_files, listen, url_of
 from rlalign.web.vote.ballots_desk import BallotsDesk, Listed
 from rlalign.web.vote.desk import About
 from rlalign.web.vote.people import Secret, read_secret
-from rlalign.web.vote.serving import PageSettings, serve
+from rlalign.web.vote.serving import PageSettings, make_page, serve
 
 COLOURS = ("red", "blue", "green", "orange", "purple", "gold", "teal", "pink")
 SHAPES = ("circle", "square", "triangle")
@@ -136,18 +137,16 @@ class Served:
 @contextlib.contextmanager
 def served(desk: BallotsDesk, folder: Path, **settings: object) -> Iterator[Served]:
     """The page of a desk in a thread of this process, over a real socket."""
-    import asyncio
-
-    from rlalign.web.listening import listen, url_of
-    from rlalign.web.vote.serving import make_page
-
     secret = read_secret(folder / "secret")
-    chosen = PageSettings(**{"port": 0, "with_token": False, "person_per_second": 1e6, **settings})
-    page = make_page(desk, chosen, secret, encrypted=False)
+    usual = {"port": 0, "with_token": False, "person_per_second": 1e6, "address_per_second": 1e6}
+    chosen = PageSettings(**{**usual, **settings})  # type: ignore[arg-type]
+    certificate = certificate_files(chosen.certificate, chosen.key, "server")
+    page = make_page(desk, chosen, secret, encrypted=bool(certificate))
     made = bound(chosen.host, 0)
     ready = threading.Event()
     loop = asyncio.new_event_loop()
-    task = loop.create_task(listen(page.application(), made, on_ready=ready.set, on_end=page.end))
+    serving = listen(page.application(), made, on_ready=ready.set, on_end=page.end, **certificate)
+    task = loop.create_task(serving)
 
     def run() -> None:
         with contextlib.suppress(asyncio.CancelledError):
@@ -157,7 +156,7 @@ def served(desk: BallotsDesk, folder: Path, **settings: object) -> Iterator[Serv
     thread.start()
     try:
         ready.wait()
-        yield Served(url=url_of(made, encrypted=False), desk=desk, secret=secret)
+        yield Served(url=url_of(made, encrypted=bool(certificate)), desk=desk, secret=secret)
     finally:
         loop.call_soon_threadsafe(task.cancel)
         thread.join()

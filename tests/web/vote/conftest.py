@@ -1,0 +1,44 @@
+"""A browser for the tests of the page, and pages of every mode."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlalign.ballots.store import Store
+from tests.web.vote.made_desk import Served, fill, served
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests of a process."""
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def serve_page(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Gives a served page of a mode; ``fill``'s and the server's settings by keyword."""
+    with contextlib.ExitStack() as stack:
+
+        def make(mode: str = "pairs", filling: dict[str, Any] | None = None, **settings: Any):
+            store = Store.open(tmp_path / f"{mode}.sqlite")
+            stack.callback(store.close)
+            desk = fill(store, mode, **(filling or {}))
+            return stack.enter_context(served(desk, tmp_path, **settings))
+
+        yield make
