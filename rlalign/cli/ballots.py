@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -56,14 +56,14 @@ def ballots(
     from rlalign.ballots.store import Store
 
     _refuse_missing(store, verb, what)
-    filters = {"min_ms": min_ms, "min_gold": min_gold}
+    limits = (min_ms, min_gold)
     with contextlib.closing(Store.open(store)) as opened:
         if verb == "results":
             _print_results(opened, campaign)
         elif verb == "people":
             _print_people(opened, campaign)
         elif verb == "export":
-            _export(opened, store, campaign, Path(what), filters)
+            _export(opened, campaign, Path(what), limits)
         elif verb == "import":
             _import(opened, campaign, Path(what))
         else:
@@ -129,19 +129,18 @@ def _print_people(store: Store, campaign: str) -> None:
     Console(highlight=False).print(table)
 
 
-def _export(store: Store, place: str, campaign: str, file: Path, filters: dict[str, Any]) -> None:
-    from rlalign.config import parse
-    from rlalign.data.pairs.settings import BallotSettings
-    from rlalign.data.pairs.votes import export
+def _export(store: Store, campaign: str, file: Path, limits: tuple[float, float]) -> None:
+    from rlalign.ballots.quality import Rules
+    from rlalign.data.pairs.votes import Filters, export_votes
 
     name = _campaign(store, campaign)
     if file.suffix != ".parquet":
         raise UserError(
             f"export writes Parquet: name a file that ends in .parquet, got {str(file)!r}"
         )
-    settings = parse(BallotSettings, {"store": place, "campaign": name, **filters})
-    count = export(store, settings, file)
-    print(f"{count} pairs: {file}\ncard: {file.with_suffix('.md')}")
+    filters = Filters(people=Rules(min_gold=limits[1]), min_ms=limits[0])
+    count = export_votes(store, name, file, filters)
+    print(f"{count} pairs: {file}\ncard: {file.with_suffix('.card.md')}")
 
 
 def _import(store: Store, campaign: str, file: Path) -> None:

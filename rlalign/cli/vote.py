@@ -55,7 +55,7 @@ def vote(
         if address is None:
             serve_vote(settings, print_note, on_ready=print_ready)
         else:
-            from rlalign.runtime.voting import serve_vote_on_ray
+            from rlalign.runtime import serve_vote_on_ray
 
             serve_vote_on_ray(settings, print_note, on_ready=print_ready, address=address)
     # a page ends by a signal alone

@@ -40,8 +40,8 @@ def serve_vote_on_ray(
 
     if vote.source.kind != "policy":
         raise UserError(
-            f"--address is for source.policy, whose pictures are drawn, got source.{vote.source.kind}"
-            "; leave it out"
+            "--address is for source.policy, whose pictures a cluster draws, got"
+            f" source.{vote.source.kind}; leave it out"
         )
     vote = locate(vote, here=address is None)
     models = models_of(vote)
