@@ -57,6 +57,9 @@ def _ballots(value: Any) -> Any:
     return {"store": value} if isinstance(value, str) else value
 
 
+_BALLOTS = BeforeValidator(_ballots, json_schema_input_type=BallotSettings | str | None)
+
+
 class PreferenceSettings(BaseModel):
     """Where preference pairs come from, and how they are dealt out."""
 
@@ -71,7 +74,7 @@ class PreferenceSettings(BaseModel):
             " or chosen and rejected): a file, a folder or a glob"
         ),
     )
-    ballots: Annotated[BallotSettings | None, BeforeValidator(_ballots), Before(None)] = Field(
+    ballots: Annotated[BallotSettings | None, _BALLOTS, Before(None)] = Field(
         default=None,
         description=(
             "in place of path: the store of rlalign vote, or a mapping with more; a set that grows"
