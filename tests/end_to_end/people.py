@@ -1,4 +1,4 @@
-"""A run that learns from votes and simulated people who give them, in two threads of one process."""
+"""A run that learns from votes beside simulated people who give them: threads of one process."""
 
 from __future__ import annotations
 

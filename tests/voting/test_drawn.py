@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from rlalign.core.records import Plan
@@ -27,8 +25,8 @@ def prompts(**changes: object) -> Prompts:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Iterator[LocalEngine]:
-    yield engine()
+def tiny() -> LocalEngine:
+    return engine()
 
 
 def source(tiny: LocalEngine, *titles: str, seed: int = 0) -> DrawnSource:
