@@ -4,8 +4,9 @@ Each rule scores pairs; the pair of the highest score is asked, but a stated sha
 drawn at random, so that every pair has a probability that is known and not 0: votes can be weighted
 by its inverse wherever the choice must not matter.
 
-Letters: N pairs, D features. ``win_N`` is the predicted probability that a pair's first picture
-wins; ``features_ND`` the difference of the two pictures' features under the reward's last layer.
+Letters: N pairs, D features. ``margin_N`` is the fitted reward of a pair's first picture minus that
+of its second, in log-odds; ``features_ND`` the difference of their features under the reward's last
+layer.
 """
 
 from __future__ import annotations
@@ -41,32 +42,45 @@ def pick(
     return Pick(index=index, propensity=float(propensity), rule="random" if at_random else rule)
 
 
-def uncertain(win_N: np.ndarray) -> np.ndarray:
-    """The variance of the vote: highest where the reward predicts one half.
+def uncertain(margin_N: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    """What a vote tells about its margin: the Fisher information under Rao and Kupper's ties.
 
-    Source: Lewis & Gale 1994, doi:10.1007/978-1-4471-2099-5_1 (uncertainty sampling).
+    Without ties (``threshold`` 0) that is p (1 - p), highest for a margin of 0. With ties such a
+    pair would mostly bring one, and the highest are at a margin of about the threshold.
+
+    Source: Rao & Kupper 1967, doi:10.1080/01621459.1967.10482901, and Lewis & Gale 1994,
+    doi:10.1007/978-1-4471-2099-5_1 (uncertainty sampling).
     """
-    return win_N * (1 - win_N)
+    left_N = _sigmoid(margin_N - threshold)
+    right_N = _sigmoid(-margin_N - threshold)
+    return (1 - left_N) * (1 - right_N) * (left_N + right_N)
 
 
-def gap(win_N: np.ndarray) -> np.ndarray:
+def gap(margin_N: np.ndarray) -> np.ndarray:
     """How sure the reward is: pairs to train on, rather than to learn the reward from."""
-    return abs(win_N - 0.5)
+    return abs(margin_N)
 
 
-def fisher(win_N: np.ndarray, features_ND: np.ndarray, inverse_DD: np.ndarray) -> np.ndarray:
-    """What the determinant of the information grows by: p (1 - p) f' H^-1 f.
+def fisher(
+    margin_N: np.ndarray, features_ND: np.ndarray, inverse_DD: np.ndarray, threshold: float = 0.0
+) -> np.ndarray:
+    """What the determinant of the information grows by: ``uncertain`` times f' H^-1 f.
 
     ``inverse_DD`` is the inverse H^-1 of the information so far (``Information``).
 
     Source: D-optimal design; Chaloner & Verdinelli 1995, doi:10.1214/ss/1177009939, section 4.
     """
-    reach_N = np.einsum("nd,de,ne->n", features_ND, inverse_DD, features_ND)
-    return uncertain(win_N) * reach_N
+    reach_N = (features_ND @ inverse_DD * features_ND).sum(axis=1)
+    return uncertain(margin_N, threshold) * reach_N
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 class Information:
-    """The inverse of the information H = prior + sum of p (1 - p) f f', kept as pairs are dealt.
+    """The inverse of the information H = prior + sum of w f f', kept as pairs are dealt; w is what
+    a vote tells about its margin (``uncertain``).
 
     Adding a pair as it is dealt, before its vote is there, keeps the next ones from being like it.
     """
@@ -74,10 +88,9 @@ class Information:
     def __init__(self, dimensions: int, prior: float = 1.0) -> None:
         self.inverse_DD = np.eye(dimensions) / prior
 
-    def add(self, features_D: np.ndarray, win: float) -> None:
+    def add(self, features_D: np.ndarray, weight: float) -> None:
         """Adds a pair by the formula of Sherman and Morrison (1950)."""
         reach_D = self.inverse_DD @ features_D
-        weight = win * (1 - win)
         grown = 1 + weight * features_D @ reach_D
         self.inverse_DD -= np.outer(reach_D, reach_D) * (weight / grown)
 

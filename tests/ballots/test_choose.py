@@ -12,25 +12,44 @@ from rlalign.ballots.deal import Deal
 from rlalign.ballots.records import Item
 
 
-def test_scores() -> None:
+def test_without_ties_a_vote_tells_p_times_1_minus_p() -> None:
     win = np.array([0.1, 0.5, 0.9])
-    np.testing.assert_allclose(uncertain(win), [0.09, 0.25, 0.09])
-    np.testing.assert_allclose(gap(win), [0.4, 0.0, 0.4])
+    margin = np.log(win / (1 - win))
+    np.testing.assert_allclose(uncertain(margin), [0.09, 0.25, 0.09])
+    np.testing.assert_allclose(gap(margin), abs(margin))
+
+
+def test_with_ties_it_is_the_information_of_three_outcomes() -> None:
+    """The sum of (dP/dm)^2 / P over left, right and tie, by finite differences."""
+
+    def chances(margin: np.ndarray) -> np.ndarray:
+        left = 1 / (1 + np.exp(0.8 - margin))
+        right = 1 / (1 + np.exp(0.8 + margin))
+        return np.stack([left, right, 1 - left - right])
+
+    margin = np.linspace(-3, 3, 61)
+    slope = (chances(margin + 1e-5) - chances(margin - 1e-5)) / 2e-5
+    expected = (slope**2 / chances(margin)).sum(axis=0)
+    found = uncertain(margin, threshold=0.8)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # with more ties, pairs that would mostly be one tell less than others
+    assert abs(margin[np.argmax(uncertain(margin, threshold=2.0))]) > 1.0
 
 
 def test_fishers_score_is_the_growth_of_the_determinant() -> None:
     """log det(H + w f f') - log det H = log(1 + w f' H^-1 f), and the inverse is kept exactly."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(40, 5))
-    win = rng.uniform(0.05, 0.95, size=40)
+    margins = rng.normal(size=40)
     known = Information(5, prior=2.0)
     H = 2.0 * np.eye(5)
-    for one, p in zip(features, win, strict=True):
-        (score,) = fisher(np.array([p]), one[None], known.inverse_DD)
-        grown = H + p * (1 - p) * np.outer(one, one)
+    for one, margin in zip(features, margins, strict=True):
+        (score,) = fisher(np.array([margin]), one[None], known.inverse_DD, threshold=0.3)
+        weight = float(uncertain(margin, threshold=0.3))
+        grown = H + weight * np.outer(one, one)
         growth = np.linalg.slogdet(grown)[1] - np.linalg.slogdet(H)[1]
         assert np.log1p(score) == pytest.approx(growth)
-        known.add(one, p)
+        known.add(one, weight)
         H = grown
     np.testing.assert_allclose(known.inverse_DD, np.linalg.inv(H), rtol=1e-9)
 
