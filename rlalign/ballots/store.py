@@ -329,8 +329,9 @@ class Store:
         are."""
         with self._writing() as connection:
             row = _log.ballot_row(connection, name)
-            mine = row is not None and row["ballot_annotator"] == annotator
-            if mine and row["ballot_state"] == "open":
+            if row is None or row["ballot_annotator"] != annotator:
+                return
+            if row["ballot_state"] == "open":
                 _log.set_ballot(connection, name, state="expired")
                 if _log.known_annotator(connection, annotator).status == "active":
                     _dealing.change_held(connection, [row["item_id"]], -1)

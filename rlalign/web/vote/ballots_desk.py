@@ -15,7 +15,9 @@ from secrets import token_urlsafe
 from typing import Any, Protocol
 
 from rlalign.ballots.deal import Deal
+from rlalign.ballots.quality import Rules
 from rlalign.ballots.records import Answer, Ballot, Item, Refused, Vote, digest
+from rlalign.ballots.results import collect_results
 from rlalign.ballots.store import Store
 from rlalign.core.files import dump_json
 from rlalign.web.vote.desk import (
@@ -121,8 +123,10 @@ class BallotsDesk:
     dealer: Deal = field(default_factory=Deal)
     votes_each: int = 0
     """Votes that a person is asked for; 0 has no end."""
-    report: Callable[[], Mapping[str, Any]] | None = None
-    """Gives the numbers of /results."""
+    rules: Rules = field(default_factory=Rules)
+    """Whom the results leave out."""
+    anchor: str = ""
+    """The policy whose strength is 0 in the results, "" for the one with most votes."""
     clock: Callable[[], float] = time.time
     notice: Notice = field(default_factory=Notice)
     _chains: dict[str, _Chain] = field(default_factory=dict, init=False)
@@ -357,7 +361,9 @@ class BallotsDesk:
 
     def results(self) -> Mapping[str, Any]:
         """See ``Desk``."""
-        return self.report() if self.report is not None else {}
+        now = self.clock()
+        found = collect_results(self.store, self.campaign, now, self.rules, self.anchor)
+        return found.to_json()
 
     def export(self) -> Iterator[str]:
         """See ``Desk``."""

@@ -29,7 +29,7 @@ REASON_KEYS = {
 }
 """Reasons that the language files have words for -> their letters; others get the free letters."""
 
-FREE_KEYS = "bcegijknoqrvwxy"
+FREE_KEYS = "bcegijkoqrvwxyap"
 """Letters that no other key of the page has."""
 
 

@@ -217,7 +217,7 @@ def test_a_choice_waits_for_its_answer_without_a_second_one(browser: Any, serve_
     with visiting(browser, page.url) as visitor:
         visitor.settle()
         held = []
-        visitor.tab.route("**/vote", held.append)
+        visitor.tab.route("**/vote", lambda route: held.append(route))
         visitor.press("ArrowLeft")
         visitor.tab.wait_for_selector("body[data-state=sending]")
         visitor.press("ArrowRight")
@@ -301,7 +301,7 @@ def test_every_answered_vote_survives_kills_at_any_moment(tmp_path: Path) -> Non
     process.start()
     person = Person(process.url)
     answered: list[str] = []
-    for number in range(8):
+    for number in range(5):
         ballot = person.ballot()["ballot"]
         message = {"ballot": ballot, "nonce": f"click {number}", "choice": "left"}
         killer = threading.Thread(target=process.kill)
@@ -317,7 +317,7 @@ def test_every_answered_vote_survives_kills_at_any_moment(tmp_path: Path) -> Non
     store = Store.open(tmp_path / "votes.sqlite")
     kept = [vote.ballot.id for vote in store.votes("shapes")]
     store.close()
-    assert sorted(kept) == sorted(answered) and len(set(kept)) == 8
+    assert sorted(kept) == sorted(answered) and len(set(kept)) == 5
 
 
 def post(person: Person, message: dict[str, str]) -> str:

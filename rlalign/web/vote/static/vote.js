@@ -23,6 +23,7 @@ let state = "starting";
 let ballot = null;
 let nonce = "";
 let ranking = [];
+let placedItself = null;
 let loadMs = 0;
 let turn = 0;
 let pointer = "mouse";
@@ -240,10 +241,16 @@ function drawRank(button, place, rank) {
 /** Puts a picture next in the ranking, or takes it back; the last one places itself. */
 function place(number) {
   if (state !== "open" || number >= pictures.buttons.length) return;
+  const isAlone = number === placedItself;
+  placedItself = null;
+  if (isAlone) return; // who places all of them by hand means the same
   if (ranking.includes(number)) ranking = ranking.filter((one) => one !== number);
   else ranking.push(number);
   const left = pictures.buttons.map((_, one) => one).filter((one) => !ranking.includes(one));
-  if (left.length === 1 && ranking.at(-1) === number) ranking.push(left[0]);
+  if (left.length === 1 && ranking.at(-1) === number) {
+    placedItself = left[0];
+    ranking.push(placedItself);
+  }
   drawState();
 }
 
