@@ -140,8 +140,9 @@ class FittedChoice:
 
         # what has been asked is known; what is dealt from now on comes on top
         information = Information(len(weights_D), PRIOR)
-        for row_D in difference_ND:
-            information.add(row_D, float(sigmoid(row_D @ weights_D)))
+        told_N = uncertain(difference_ND @ weights_D)
+        for row_D, told in zip(difference_ND, told_N, strict=True):
+            information.add(row_D, float(told))
         with self._lock:
             self.weights_D = weights_D
             self._information = information
@@ -166,7 +167,7 @@ class FittedChoice:
             found = pick(score_N, self.rule, rng, self.random_share)
             if found.index in known:
                 chosen_D = difference_ND[known.index(found.index)]
-                self._information.add(chosen_D, float(sigmoid(chosen_D @ self.weights_D)))
+                self._information.add(chosen_D, float(uncertain(chosen_D @ self.weights_D)))
             return found.index, found.propensity, found.rule
 
     def _is_known(self, item: Item) -> bool:
@@ -185,12 +186,12 @@ class FittedChoice:
 
     def _scores(self, difference_ND: np.ndarray) -> np.ndarray:
         """(N,) how much each pair is wanted."""
-        win_N = sigmoid(difference_ND @ self.weights_D)
+        margin_N = difference_ND @ self.weights_D
         if self.rule == "uncertain":
-            return uncertain(win_N)
+            return uncertain(margin_N)
         if self.rule == "gap":
-            return gap(win_N)
-        return fisher(win_N, difference_ND, self._information.inverse_DD)
+            return gap(margin_N)
+        return fisher(margin_N, difference_ND, self._information.inverse_DD)
 
 
 def sigmoid(logit: Any) -> Any:

@@ -59,7 +59,6 @@ def opened(vote: Vote, source: PictureSource, say: Say) -> Iterator[Served]:
                 rule=rules.deal,
             ),
             votes_each=vote.votes_each,
-            report=lambda: report(store, vote.name),
         )
         queue = Queue(
             store=store,
@@ -100,13 +99,6 @@ def about(vote: Vote) -> About:
         consent_version=digest("consent", words.consent)[:8] if words.consent else "",
         names_after=vote.mode == "ab",
     )
-
-
-def report(store: Store, campaign: str) -> Any:
-    """The numbers of a campaign."""
-    from rlalign.ballots.results import collect_results
-
-    return collect_results(store, campaign, time.time()).to_json()
 
 
 def export_votes(store: Store, vote: Vote, say: Say) -> None:
