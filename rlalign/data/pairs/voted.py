@@ -97,6 +97,11 @@ def write_voted(settings: BallotSettings, file: Path) -> int:
 
     with contextlib.closing(Store.open(settings.store)) as store:
         campaign = one_campaign(store, settings.campaign)
+        if not campaign:
+            raise UserError(
+                "preferences.ballots must have votes, and has none yet; let people vote (rlalign"
+                " vote)"
+            )
         cursor = store.cursor()
         export_votes(store, campaign, file, filters_of(settings), cursor)
     return cursor

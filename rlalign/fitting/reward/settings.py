@@ -176,9 +176,9 @@ class FitReward(_Settings):
         votes = self.preferences.ballots is not None
         if (self.simulate is None) == (not (self.preferences.path or votes)):
             raise UserError(
-                "preferences.path or simulate must say where the pairs come from (or"
-                " preferences.ballots), and not both, got"
-                f" {'neither' if self.simulate is None else 'both'}"
+                "preferences.path or simulate must say where the pairs come from, and not both, got"
+                f" {'neither' if self.simulate is None else 'both'} (preferences.ballots may stand"
+                " for path)"
             )
         if self.fit.theta > 1.0 and self.preferences.ties != "half":
             raise UserError(

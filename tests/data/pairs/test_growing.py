@@ -15,7 +15,7 @@ from rlalign.data.pairs.growing import GrowingPairs
 from rlalign.data.pairs.reader import PairReader, first_pair, open_pairs_of
 from rlalign.data.pairs.rows import Pair
 from rlalign.data.pairs.settings import PreferenceSettings
-from rlalign.data.pairs.voted import one_campaign, read_voted
+from rlalign.data.pairs.voted import one_campaign, read_voted, write_voted
 from tests.votes import Voted
 
 
@@ -262,40 +262,17 @@ def test_the_short_form_names_the_store_alone(tmp_path: Path) -> None:
     assert isinstance(open_pairs_of(settings(tmp_path), 0), GrowingPairs)
 
 
-def test_an_export_is_read_as_any_set_of_pairs(voted: Voted, tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
+def test_an_export_has_the_pairs_that_a_run_sees(voted: Voted, tmp_path: Path) -> None:
     anna = voted.person()
-    seqs = [voted.vote(anna, f"caption {n}", [n, 100]) for n in range(4)]
-    voted.vote(anna, "a tie", [7, 100], choice="tie")
-    file = tmp_path / "pairs.parquet"
-    ballots = settings(tmp_path).ballots
+    for number in range(4):
+        voted.vote(anna, f"caption {number}", [number, 100])
+    voted.vote(anna, "fast", [5, 100], decide_ms=10.0)
+    grown = GrowingPairs(settings(tmp_path, min_ms=500), 0)
+    assert grown.wait(0, print)
+    ballots = grown.settings.ballots
     assert ballots is not None
-    assert export(voted.store, ballots, file) == 5
-
-    # the reader sees the same pairs
-    reader = PairReader(
-        PreferenceSettings(path=str(file), ties="half", pairs_per_round=5, pairs_per_pass=5), 0
-    )
-    assert sorted(said(pair)[:2] for pair in reader.all() if pair.label_0 != 0.5) == [
-        (f"caption {n}", n) for n in range(4)
-    ]
-    assert {pair.source for pair in reader.all()} == {"p0", "p1", "p2", "p3", "p7"}
-
-    # every column of Pick-a-Pic v2 is there, and what people said
-    table = pq.read_table(file)
-    pick_a_pic = {"are_different", "best_image_uid", "caption", "created_at", "has_label"}
-    pick_a_pic |= {f"{a}_{n}{b}" for n in (0, 1) for a, b in (("image", "_uid"), ("image", "_url"))}
-    pick_a_pic |= {f"{name}_{n}" for n in (0, 1) for name in ("jpg", "label", "model")}
-    assert pick_a_pic | {"ranking_id", "user_id", "num_example_per_prompt"} <= set(
-        table.column_names
-    )
-    rows = table.to_pylist()
-    assert [row["ranking_id"] for row in rows] == [*seqs, seqs[-1] + 1]
-    assert {row["user_id"] for row in rows} == {anna}
-    for row in rows[:4]:
-        preferred_left = (row["choice"] == "left") == (row["left"] == 0)
-        assert preferred_left == (row["label_0"] == 1.0)
-        assert row["best_image_uid"] == row["image_0_uid"]
-    card = file.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| pairs | 5 |" in card and "| ties (label 0.5, both bad among them) | 1 |" in card
+    assert write_voted(ballots, tmp_path / "pairs.parquet") == 5
+    files = PreferenceSettings(path=str(tmp_path / "pairs.parquet"), pairs_per_pass=4)
+    written = sorted(said(pair) for pair in PairReader(files, 0).all())
+    assert written == sorted(said(pair) for pair in grown.round(0))
+    assert [value for _, value, *_ in written] == [0, 1, 2, 3]
