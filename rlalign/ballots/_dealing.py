@@ -22,6 +22,60 @@ WINDOW = 256
 """Items that a rule chooses among: the first, by their numbers, that may be asked."""
 
 
+# Statements are built once: a ballot takes a dozen of them, and building costs more than asking.
+_ME = sa.bindparam("me")
+_CAMPAIGN = sa.bindparam("of_campaign")
+_KIND = sa.bindparam("of_kind")
+_BEFORE = sa.bindparam("before")
+_NOW = sa.bindparam("now")
+_ITEM = schema.item.c
+_BALLOT = schema.ballot.c
+_AGAIN = schema.item.alias("again")
+
+_OVER = (
+    sa.select(_BALLOT.id, _BALLOT.item, schema.annotator.c.status)
+    .join(schema.annotator, schema.annotator.c.id == _BALLOT.annotator)
+    .where(_BALLOT.campaign == _CAMPAIGN, _BALLOT.state == "open", _BALLOT.expires <= _NOW)
+)
+_MINE = sa.and_(_BALLOT.annotator == _ME, _BALLOT.campaign == _CAMPAIGN)
+_COUNT = sa.select(sa.func.count()).select_from(schema.ballot).where(_MINE)
+_OPEN = (
+    sa.select(*_rows.BALLOT_COLUMNS)
+    .select_from(_rows.OF_ITEM)
+    .where(_MINE, _BALLOT.state == "open")
+    .order_by(_BALLOT.number)
+)
+_ASKED = sa.exists().where(
+    _BALLOT.item == _ITEM.id, _BALLOT.annotator == _ME, _BALLOT.state != "expired"
+)
+_CANDIDATES = (
+    sa.select(schema.item)
+    .where(
+        _ITEM.campaign == _CAMPAIGN,
+        _ITEM.kind == _KIND,
+        _ITEM.withdrawn.is_(False),
+        sa.or_(_ITEM.annotator == "", _ITEM.annotator == _ME),
+        sa.or_(_ITEM.target == 0, _ITEM.held < _ITEM.target),
+        ~_ASKED,
+    )
+    .order_by(_ITEM.number)
+    .limit(WINDOW)
+)
+_REPEATABLE = (
+    sa.select(*_rows.BALLOT_COLUMNS)
+    .select_from(_rows.OF_ITEM)
+    .where(
+        _MINE,
+        _BALLOT.state == "voted",
+        _BALLOT.number <= _BEFORE,
+        _ITEM.kind.in_(("live", "shared")),
+        ~sa.exists().where(_AGAIN.c.of_ballot == _BALLOT.id),
+    )
+    .order_by(_BALLOT.number)
+    .limit(WINDOW)
+)
+
+
 class Dealer(Protocol):
     """Decides what is asked next; ``rlalign.ballots.deal`` has the usual one."""
 
@@ -53,32 +107,17 @@ def change_held(connection: Connection, items: Iterable[str], by: int) -> None:
 
 def expire(connection: Connection, campaign: str, now: float) -> None:
     """Gives back the places of the ballots whose time is over."""
-    ballot = schema.ballot
-    annotator = schema.annotator
-    over = connection.execute(
-        sa.select(ballot.c.id, ballot.c.item, annotator.c.status)
-        .join(annotator, annotator.c.id == ballot.c.annotator)
-        .where(ballot.c.campaign == campaign, ballot.c.state == "open", ballot.c.expires <= now)
-    ).all()
+    over = connection.execute(_OVER, {"of_campaign": campaign, "now": now}).all()
     if over:
         ids = [row.id for row in over]
-        connection.execute(sa.update(ballot).where(ballot.c.id.in_(ids)).values(state="expired"))
+        table = schema.ballot
+        connection.execute(sa.update(table).where(_BALLOT.id.in_(ids)).values(state="expired"))
         change_held(connection, (row.item for row in over if row.status == "active"), -1)
 
 
 def open_ballots(connection: Connection, campaign: str, annotator: str) -> list[Ballot]:
     """What a person has before them, the oldest first: one that was undone is older."""
-    ballot = schema.ballot
-    rows = connection.execute(
-        sa.select(*_rows.BALLOT_COLUMNS)
-        .select_from(_rows.OF_ITEM)
-        .where(
-            ballot.c.annotator == annotator,
-            ballot.c.campaign == campaign,
-            ballot.c.state == "open",
-        )
-        .order_by(ballot.c.number)
-    )
+    rows = connection.execute(_OPEN, {"of_campaign": campaign, "me": annotator})
     return [_rows.to_ballot(row) for row in rows.mappings()]
 
 
@@ -92,7 +131,8 @@ def deal(
     """A new ballot in the log, issued and expiring at the times ``until``; None where nothing is
     left to ask this person."""
     # draws depend on who is asked and how often they were, not on when
-    number = _count(connection, campaign, annotator)
+    mine = {"of_campaign": campaign, "me": annotator}
+    number = connection.execute(_COUNT, mine).scalar_one()
     rng = generator("deal", campaign, annotator, number)
 
     # gold and repeats come along with something to learn, never alone
@@ -145,57 +185,17 @@ def add_items(connection: Connection, items: Iterable[Item]) -> int:
     return added
 
 
-def _count(connection: Connection, campaign: str, annotator: str) -> int:
-    ballot = schema.ballot
-    count = sa.select(sa.func.count()).where(
-        ballot.c.annotator == annotator, ballot.c.campaign == campaign
-    )
-    return connection.execute(count).scalar_one()
-
-
 def _candidates(connection: Connection, campaign: str, annotator: str, kind: Kind) -> list[Item]:
     """The first items of a kind with a free place that this person was not asked before."""
-    item = schema.item
-    ballot = schema.ballot
-    asked = sa.exists().where(
-        ballot.c.item == item.c.id, ballot.c.annotator == annotator, ballot.c.state != "expired"
-    )
-    rows = connection.execute(
-        sa.select(item)
-        .where(
-            item.c.campaign == campaign,
-            item.c.kind == kind,
-            item.c.withdrawn.is_(False),
-            item.c.annotator.in_(("", annotator)),
-            sa.or_(item.c.target == 0, item.c.held < item.c.target),
-            ~asked,
-        )
-        .order_by(item.c.number)
-        .limit(WINDOW)
-    )
+    mine = {"of_campaign": campaign, "me": annotator, "of_kind": kind}
+    rows = connection.execute(_CANDIDATES, mine)
     return [_rows.to_item(row) for row in rows.mappings()]
 
 
 def _repeats(connection: Connection, campaign: str, annotator: str, before: int) -> list[Item]:
     """Repeats that could be asked: pairs of this person's answers that are long enough ago."""
-    ballot = schema.ballot
-    item = schema.item
-    again = item.alias("again")
-    repeated = sa.exists().where(again.c.of_ballot == ballot.c.id)
-    rows = connection.execute(
-        sa.select(*_rows.BALLOT_COLUMNS)
-        .select_from(_rows.OF_ITEM)
-        .where(
-            ballot.c.annotator == annotator,
-            ballot.c.campaign == campaign,
-            ballot.c.state == "voted",
-            ballot.c.number <= before,
-            item.c.kind.in_(("live", "shared")),
-            ~repeated,
-        )
-        .order_by(ballot.c.number)
-        .limit(WINDOW)
-    )
+    mine = {"of_campaign": campaign, "me": annotator, "before": before}
+    rows = connection.execute(_REPEATABLE, mine)
     answered = [_rows.to_ballot(row) for row in rows.mappings()]
     return [
         Item(

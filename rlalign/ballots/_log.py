@@ -17,19 +17,32 @@ from rlalign.ballots.records import Annotator, Answer, Ballot, Campaign, Refused
 LAST = sa.select(schema.counter.c.value).where(schema.counter.c.name == LOG)
 """The number of the log's newest row."""
 
+_COUNTER = schema.counter
+_NEXT = sa.update(_COUNTER).where(_COUNTER.c.name == LOG).values(value=_COUNTER.c.value + 1)
+
 PAGE = 500
 """Votes that are read in one transaction."""
 
+_NAME = sa.bindparam("name")
 _BALLOT = _rows.BALLOT_COLUMNS
 _OF_VOTE = _rows.OF_ITEM.join(schema.vote, schema.vote.c.ballot == schema.ballot.c.id)
+
+_PERSON = sa.select(schema.annotator).where(schema.annotator.c.id == _NAME)
+_ONE_BALLOT = sa.select(*_BALLOT).select_from(_rows.OF_ITEM).where(schema.ballot.c.id == _NAME)
+_RECORDED = (
+    sa.select(schema.vote.c.seq)
+    .outerjoin(schema.undo, schema.undo.c.vote == schema.vote.c.seq)
+    .where(
+        schema.vote.c.ballot == _NAME,
+        sa.or_(schema.undo.c.seq.is_(None), schema.vote.c.nonce == sa.bindparam("click")),
+    )
+    .order_by(schema.vote.c.seq.desc())
+)
 
 
 def next_number(connection: Connection) -> int:
     """The number of a new row of the log."""
-    counter = schema.counter
-    connection.execute(
-        sa.update(counter).where(counter.c.name == LOG).values(value=counter.c.value + 1)
-    )
+    connection.execute(_NEXT)
     return connection.execute(LAST).scalar_one()
 
 
@@ -67,8 +80,7 @@ def annotator_of(connection: Connection, token: str) -> Annotator | None:
 
 def known_annotator(connection: Connection, name: str) -> Annotator:
     """Raises Refused("unknown_annotator")."""
-    table = schema.annotator
-    row = connection.execute(sa.select(table).where(table.c.id == name)).mappings().first()
+    row = connection.execute(_PERSON, {"name": name}).mappings().first()
     if row is None:
         raise Refused("unknown_annotator", "this person has not joined")
     return _rows.to_annotator(row)
@@ -130,11 +142,7 @@ def blank(connection: Connection, annotator: str) -> int:
 
 
 def ballot_row(connection: Connection, name: str) -> Row | None:
-    rows = connection.execute(
-        sa.select(*_rows.BALLOT_COLUMNS)
-        .select_from(_rows.OF_ITEM)
-        .where(schema.ballot.c.id == name)
-    )
+    rows = connection.execute(_ONE_BALLOT, {"name": name})
     return rows.mappings().first()
 
 
@@ -153,14 +161,7 @@ def renew(connection: Connection, ballot: Ballot, expires: float) -> Ballot:
 
 def recorded_vote(connection: Connection, ballot: str, nonce: str) -> int | None:
     """The vote that stands for a ballot, else the one of this nonce that was undone."""
-    vote = schema.vote
-    undo = schema.undo
-    row = connection.execute(
-        sa.select(vote.c.seq)
-        .outerjoin(undo, undo.c.vote == vote.c.seq)
-        .where(vote.c.ballot == ballot, sa.or_(undo.c.seq.is_(None), vote.c.nonce == nonce))
-        .order_by(vote.c.seq.desc())
-    ).first()
+    row = connection.execute(_RECORDED, {"name": ballot, "click": nonce}).first()
     return None if row is None else row.seq
 
 

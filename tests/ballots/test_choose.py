@@ -55,25 +55,25 @@ def test_fishers_score_is_the_growth_of_the_determinant() -> None:
 
 
 def test_a_propensity_is_how_often_a_pair_is_picked() -> None:
-    """20,000 draws, seed 0; a share's standard deviation is at most 0.0036."""
+    """8,000 draws, seed 0; a share's standard deviation is at most 0.0056."""
     score = np.array([0.1, 0.9, 0.9, 0.2])
     rng = np.random.default_rng(0)
-    picks = [pick(score, "uncertain", rng, random_share=0.4) for _ in range(20_000)]
+    picks = [pick(score, "uncertain", rng, random_share=0.4) for _ in range(8_000)]
     often = Counter(one.index for one in picks)
     stated = {one.index: one.propensity for one in picks}
     assert sum(stated.values()) == pytest.approx(1.0)
     for index, propensity in stated.items():
-        assert often[index] / 20_000 == pytest.approx(propensity, abs=0.015)
+        assert often[index] / 8_000 == pytest.approx(propensity, abs=0.022)
     by_rule = Counter(one.rule for one in picks)
-    assert by_rule["random"] / 20_000 == pytest.approx(0.4, abs=0.015)
+    assert by_rule["random"] / 8_000 == pytest.approx(0.4, abs=0.022)
 
 
 def test_votes_weighted_by_propensity_give_the_mean_over_all_pairs() -> None:
-    """Whatever the rule prefers: 20,000 draws, seed 0, within four standard errors."""
+    """Whatever the rule prefers: 8,000 draws, seed 0, within four standard errors."""
     rng = np.random.default_rng(0)
     value = rng.normal(size=30)
     score = value + rng.normal(size=30)
-    picks = [pick(score, "gap", rng, random_share=0.5) for _ in range(20_000)]
+    picks = [pick(score, "gap", rng, random_share=0.5) for _ in range(8_000)]
     weighed = np.array([value[one.index] / one.propensity / 30 for one in picks])
     assert abs(weighed.mean() - value.mean()) < 4 * weighed.std() / len(picks) ** 0.5
     plain = np.array([value[one.index] for one in picks])

@@ -338,7 +338,7 @@ def test_the_store_does_what_its_model_does(kind: str, new_place: Callable[[str]
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=10,
+            max_examples=8,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,
