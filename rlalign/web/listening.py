@@ -79,7 +79,7 @@ def url_of(made: socket.socket, *, encrypted: bool) -> str:
     return f"http{'s' if encrypted else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def certificate_files(certificate: str, key: str, place: str) -> dict[str, str]:
+def certificate_files(certificate: str, key: str, place: str) -> dict[str, Any]:
     """What ``listen`` needs for https: a certificate chain and its private key, PEM files; {} where
     neither is named. Raises UserError, naming the settings ``place.certificate`` and
     ``place.key``."""

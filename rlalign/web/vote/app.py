@@ -90,6 +90,7 @@ class Page:
             Route("/export", self._export),
             Route("/admin", self._admin, methods=["POST"]),
             Route("/health", self._health),
+            Route("/favicon.ico", _icon),
             Mount("/static", StaticFiles(directory=STATIC)),
         ]
         sessions = Middleware(
@@ -178,7 +179,7 @@ class Page:
         annotator = await self._person(request)
         choice = messages.read_vote(await _body(request))
         receipt = await run_in_threadpool(self.desk.vote, annotator, choice)
-        self.desk.notice.ring()
+        self.desk.notice.ring(annotator)
         following = await run_in_threadpool(self._following, annotator)
         return JSONResponse(messages.receipt_json(receipt, following))
 
@@ -188,7 +189,7 @@ class Page:
         undone = await run_in_threadpool(self.desk.undo, annotator, nonce)
         if not undone:
             raise Declined(409, "undo", "there is no choice to take back")
-        self.desk.notice.ring()
+        self.desk.notice.ring(annotator)
         return self._answer(await run_in_threadpool(self._following, annotator))
 
     async def _prompts(self, request: Request) -> Response:
@@ -247,8 +248,9 @@ class Page:
         loop = asyncio.get_running_loop()
         rung = asyncio.Event()
 
-        def ring() -> None:
-            loop.call_soon_threadsafe(rung.set)
+        def ring(whom: str) -> None:
+            if whom in ("", annotator):
+                loop.call_soon_threadsafe(rung.set)
 
         leave = self.desk.notice.listen(ring)
         self._ends.add(rung)
@@ -332,6 +334,10 @@ class _TooFast(Declined):
     def __init__(self, seconds: float) -> None:
         super().__init__(429, "slow", "too many requests; wait a moment")
         self.seconds = seconds
+
+
+async def _icon(_: Request) -> Response:
+    return RedirectResponse("/static/icon.svg")
 
 
 def _reader(request: Request) -> Reader:

@@ -120,21 +120,21 @@ class Receipt:
 
 
 class Notice:
-    """Tells every listener that something may have changed: pictures made, votes given. ``ring``
-    may be called from any thread."""
+    """Tells listeners that something may have changed: pictures made, votes given. ``ring`` may be
+    called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._listeners: set[Callable[[], None]] = set()
+        self._listeners: set[Callable[[str], None]] = set()
 
-    def ring(self) -> None:
-        """Calls every listener."""
+    def ring(self, annotator: str = "") -> None:
+        """Calls every listener with the person whom it concerns, "" for everybody."""
         with self._lock:
             listeners = list(self._listeners)
         for listener in listeners:
-            listener()
+            listener(annotator)
 
-    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+    def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
         """Adds a listener, which must not block; what comes back takes it away again."""
         with self._lock:
             self._listeners.add(listener)

@@ -73,7 +73,8 @@ class Templates:
             {"name": name, "key": keys[name], "label": words.get(f"reason_{name}", name)}
             for name in about.reasons
         ]
-        data = {**about_json(about), "with_token": with_token, "words": dict(words)}
+        asked = {key: text for key, text in words.items() if not key.startswith("results")}
+        data = {**about_json(about), "with_token": with_token, "words": asked}
         limits = {"name": MAX_NAME_CHARACTERS, "prompt": MAX_PROMPT_CHARACTERS}
         return self._render(
             "index", **frame, about=about, reasons=reasons, data=data, limits=limits
