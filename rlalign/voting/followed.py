@@ -164,8 +164,13 @@ class FollowedSource:
         if self._policy is None:
             self._begin()
         policy: Any = self._policy
-        if newest:
-            policy.set_weights(self._weights())
+        while newest:
+            weights = self._weights()
+            # the run may have written a newer one while this was read
+            read, newest = newest, self.newest
+            if read == newest:
+                policy.set_weights(weights)
+                break
         self._loaded = newest
         self._made = 0
         self._next = 0
