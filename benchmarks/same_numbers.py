@@ -63,7 +63,7 @@ def main() -> None:
 
 def training_files() -> list[str]:
     """Names of the run files that train a policy by reinforcement or preferences."""
-    others = ("pretrain_", "fit_", "sample_")
+    others = ("pretrain_", "fit_", "sample_", "vote_")
     return sorted(
         p.stem for p in (HERE / "configs").glob("*.yaml") if not p.name.startswith(others)
     )

@@ -24,6 +24,8 @@ trajectory  a unit, denoised: its latents and their log-probs
 reward      a recipe whose scorer gives one number per picture; larger is better
 round       produce, score, learn
 update      one step of the optimiser
+item        what people can be asked: a caption and pictures; dealt to a person it is a ballot, and
+            the answer is a vote
 staleness   how many rounds the policy that made the samples lags behind the learner
 
 Importing rlalign imports neither torch nor Ray nor diffusers: each public name loads its home when

@@ -30,7 +30,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("config", "fitting", "samplers"),
     ("alignment",),
-    ("sampling",),
+    ("sampling", "voting"),
     ("runtime",),
     ("cli",),
     ("__main__", "__init__"),
@@ -273,7 +273,7 @@ def encoding_findings(tree: ast.Module, name: str) -> Iterator[tuple[str, str]]:
         owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         modes = node.args[: 1 if owner else 2] + [k.value for k in node.keywords if k.arg == "mode"]
         is_text = called in ("read_text", "write_text") and owner not in ("checkpoint", "")
-        if called == "open" and owner not in ("os", "Image"):
+        if called == "open" and owner not in ("os", "Image", "Store"):
             is_text = not any(isinstance(m, ast.Constant) and "b" in str(m.value) for m in modes)
         if is_text and not any(k.arg == "encoding" for k in node.keywords):
             yield (

@@ -12,7 +12,7 @@ import torch
 
 from rlalign.config import Run
 from rlalign.core.registry import UserError
-from rlalign.data.pairs.reader import PairReader
+from rlalign.data.pairs.reader import open_pairs_of
 from rlalign.networks.embeddings import (
     EmbeddingsFile,
     RefusedFile,
@@ -37,9 +37,11 @@ class Written:
 
 
 def prompts_of(run: Run) -> list[str]:
-    """Every prompt that a run may ask for: its source's, the evaluation's, its set's captions."""
+    """Every prompt that a run may ask for: its source's, the evaluation's, its set's captions, of
+    votes those that there are now."""
     held_out = [text for _, text in run.prompts.held_out(run.evaluate.prompts)]
-    captions = [] if run.preferences is None else PairReader(run.preferences, run.seed).counts
+    pairs = run.preferences
+    captions = [] if pairs is None else open_pairs_of(pairs, run.seed).captions
     return list(dict.fromkeys([*run.prompts.pool(), *held_out, *captions]))
 
 

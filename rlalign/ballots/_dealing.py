@@ -79,8 +79,10 @@ _REPEATABLE = (
 class Dealer(Protocol):
     """Decides what is asked next; ``rlalign.ballots.deal`` has the usual one."""
 
-    repeat_after: int
-    """Ballots between an answer and its repeat."""
+    @property
+    def repeat_after(self) -> int:
+        """Ballots between an answer and its repeat."""
+        ...
 
     def kind(self, available: Sequence[Kind], rng: np.random.Generator) -> tuple[Kind, float]:
         """The kind to deal and its probability."""

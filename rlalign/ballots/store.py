@@ -147,6 +147,13 @@ class Store:
                 item = schema.item
                 connection.execute(sa.update(item).where(item.c.id == one).values(withdrawn=True))
 
+    def items(self, campaign: str) -> list[Item]:
+        """Everything that was ever to be asked, in the order in which it was added."""
+        item = schema.item
+        rows = sa.select(item).where(item.c.campaign == campaign).order_by(item.c.number)
+        with self.reading() as connection:
+            return [_rows.to_item(row) for row in connection.execute(rows).mappings()]
+
     def stock(self, campaign: str, now: float) -> Stock:
         """How much is left to ask, for the queue that makes more."""
         item = schema.item

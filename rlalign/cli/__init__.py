@@ -17,6 +17,8 @@ look.py     list, check and schema: what starts nothing
 check/      what check says: memory by part, cards, the time of a round
 rllib.py    rllib: a run file under RLlib's PPO
 serve.py    serve-reward: a reward behind HTTP
+vote.py     vote: the page where people choose between pictures
+ballots.py  ballots: what people chose, exported, and whose votes count
 operate.py  submit, status, logs, stop and scale: runs that are under way
 
 Sits on top and may import everything, inside functions: ``rlalign list`` answers without torch. To

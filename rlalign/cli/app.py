@@ -16,6 +16,7 @@ import typer
 
 from rlalign import __version__
 from rlalign.cli import (
+    ballots,
     common,
     convert,
     encode,
@@ -30,6 +31,7 @@ from rlalign.cli import (
     serve,
     streams,
     train,
+    vote,
 )
 from rlalign.core.registry import UserError
 
@@ -40,6 +42,7 @@ _WORK = (
     "fit-reward",
     "sample",
     "serve-reward",
+    "vote",
     "rllib",
     "evaluate",
     "export",
@@ -77,6 +80,8 @@ app.command()(train.pretrain)
 app.command()(fit.fit_reward)
 app.command()(sample.sample)
 app.command()(serve.serve_reward)
+app.command()(vote.vote)
+app.command()(ballots.ballots)
 app.command()(rllib.rllib)
 app.command()(evaluate.evaluate)
 app.command()(export.export)

@@ -63,7 +63,7 @@ def _of_pairs(run: Run) -> dict[str, str]:
     if preferences.resize == "buckets":
         passes = f"at most {passes}, of one bucket"
     return {
-        "pairs per round": f"{pairs:,} of {preferences.path}, {passes}",
+        "pairs per round": f"{pairs:,} of {preferences.source}, {passes}",
         "updates per round": f"{updates:,}",
         "in all": (
             f"{run.rounds:,} rounds, {pairs * run.rounds:,} pairs, {updates * run.rounds:,}"

@@ -52,6 +52,7 @@ FREE = (
         "evaluate.grid",
     ),
     "preferences.workers",
+    "preferences.ballots.patience_seconds",
     "policy.embeddings",
     *(path for path in paths_of(RuntimeSettings, "runtime.") if path not in REASONS),
 )

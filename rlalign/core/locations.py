@@ -32,6 +32,8 @@ class NamesFile:
     """What a value may be, as a pattern, where there is no file of that name: a hub id."""
     is_glob: bool = False
     """Whether the value may also be a pattern of paths."""
+    may_come: bool = False
+    """Whether the file may be made later."""
 
 
 _HUB_ID = r"(?!.*\.safetensors$)\w[\w.-]*/\w[\w.-]*"
@@ -39,6 +41,7 @@ _HUB_ID = r"(?!.*\.safetensors$)\w[\w.-]*/\w[\w.-]*"
 LocalPath = Annotated[str, NamesFile()]
 LocalPattern = Annotated[str, NamesFile(is_glob=True)]
 LocalPathOrHubId = Annotated[str, NamesFile(unless=_HUB_ID)]
+PathToBeOrUrl = Annotated[str, NamesFile(never=r"[a-z][a-z0-9+]*://.*", may_come=True)]
 TokenizerPathOrHubId = Annotated[str, NamesFile(unless=rf"\w[\w.-]*|{_HUB_ID}")]
 """The hub's oldest ids, of language models, have no owner."""
 ArchitecturePath = Annotated[
@@ -96,7 +99,7 @@ def _path(text: str, mark: NamesFile, place: str, base: Path, here: bool) -> str
         return text
     at = str(Path(base, text))
     is_absolute = Path(text).is_absolute()
-    if os.path.exists(at):  # noqa: PTH110 - false, and no error, for what may not be looked at
+    if mark.may_come or os.path.exists(at):  # noqa: PTH110 - false, and no error, for what may not be looked at
         return at
     if mark.unless and re.fullmatch(mark.unless, text):
         return text

@@ -79,10 +79,17 @@ def identity(resolved: Mapping[str, Any]) -> str:
     if "write_pairs" in kept:
         kept["write_pairs"] = ""
     if kept.get("preferences"):
-        kept["preferences"] = {**kept["preferences"], "workers": 0}
+        kept["preferences"] = _free_of_patience({**kept["preferences"], "workers": 0})
     if "embeddings" in kept.get("policy", {}):
         kept["policy"] = {n: v for n, v in kept["policy"].items() if n != "embeddings"}
     return plain_identity(kept)
+
+
+def _free_of_patience(preferences: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Preferences whatever the time that a round waits for votes."""
+    if not preferences.get("ballots"):
+        return preferences
+    return {**preferences, "ballots": {**preferences["ballots"], "patience_seconds": 0.0}}
 
 
 def plain_identity(resolved: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ BEFORE_ROUND_1 = (
     "samples/round-00000.png",
     "status.json",
     "tensorboard/events.out.tfevents.*",
+    "votes.json",
 )
 """What a run writes before the line of its first round."""
 _SCRATCH = ".unfinished-"

@@ -15,6 +15,7 @@ words.py        the actor that encodes prompts for all others, and how they ask 
 training/       a run: its driver, the coordinator, and who keeps the actors
 jobs/           runs as Ray jobs, over the cluster's HTTP interface
 sampling.py     the driver of test-time methods; pairs.py reads preference sets by Ray Data
+voting.py       pictures for people who vote
 gauges.py       what Ray's metrics and its dashboard are told
 rllib.py        RLlib's PPO on the environment of rlalign/alignment/environment.py
 serving.py      a reward behind HTTP on Ray Serve; rlalign.web is its half without Ray
@@ -34,8 +35,9 @@ from rlalign.runtime.began import BEGAN
 if TYPE_CHECKING:
     from rlalign.config import Run
     from rlalign.sampling import Sample
+    from rlalign.voting.settings import Vote
 
-__all__ = ["BEGAN", "sample_on_ray", "train_on_ray"]
+__all__ = ["BEGAN", "sample_on_ray", "serve_vote_on_ray", "train_on_ray"]
 
 
 def train_on_ray(
@@ -65,3 +67,17 @@ def sample_on_ray(
     from rlalign.runtime.sampling import sample_on_ray as work
 
     return work(sample, folder, on_record, address=address)
+
+
+def serve_vote_on_ray(
+    vote: Vote,
+    say: Callable[[str], None],
+    *,
+    on_ready: Callable[[str], None],
+    address: str | None = None,
+) -> None:
+    """The page of a campaign, whose pictures Ray actors draw. Raises UserError on a user's mistake,
+    RunFailed with a worker's error."""
+    from rlalign.runtime.voting import serve_vote_on_ray as work
+
+    work(vote, say, on_ready=on_ready, address=address)

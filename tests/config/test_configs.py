@@ -13,6 +13,7 @@ from rlalign.fitting.denoiser import Pretrain
 from rlalign.fitting.reward import FitReward
 from rlalign.sampling import Sample, load_sample
 from rlalign.sampling.settings import parse_sample
+from rlalign.voting.settings import Vote, load_vote
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -20,11 +21,13 @@ OTHERS = {
     "pretrain_": ("pretrain", Pretrain),
     "fit_": ("fit-reward", FitReward),
     "sample_": ("sample", Sample),
+    "vote_": ("vote", Vote),
 }
 """How a file's name begins -> the command that takes it, and its settings; any other file is a
 run."""
 RUNS = [path for path in FILES if not path.name.startswith(tuple(OTHERS))]
 SAMPLES = [path for path in FILES if path.name.startswith("sample_")]
+VOTES = [path for path in FILES if path.name.startswith("vote_")]
 
 
 def test_there_are_some():
@@ -64,8 +67,15 @@ def test_a_sample_file_loads_and_is_named_after_itself(path):
     assert parse_sample(yaml.safe_load(yaml.safe_dump(made.model_dump(mode="json")))) == made
 
 
+@pytest.mark.parametrize("path", VOTES, ids=lambda p: p.stem)
+def test_a_vote_file_loads_and_is_named_after_itself(path):
+    vote = load_vote(path)
+    assert f"vote_{vote.name}" == path.stem
+    assert not vote.server.with_token, "on loopback the page asks for no token"
+
+
 @pytest.mark.parametrize(
-    "path", sorted(set(FILES) - set(RUNS) - set(SAMPLES)), ids=lambda p: p.stem
+    "path", sorted(set(FILES) - set(RUNS) - set(SAMPLES) - set(VOTES)), ids=lambda p: p.stem
 )
 def test_a_file_of_another_command_loads_and_writes_to_a_folder_of_its_name(path):
     settings = next(cls for prefix, (_, cls) in OTHERS.items() if path.name.startswith(prefix))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ray
 NAMES = sorted(
     p.stem
     for p in CONFIGS.glob("*.yaml")
-    if not p.name.startswith(("pretrain_", "fit_", "sample_"))
+    if not p.name.startswith(("pretrain_", "fit_", "sample_", "vote_"))
 )
 SMALL = (
     "rounds=2",
@@ -59,6 +59,7 @@ def small(name: str, pairs: Path) -> Run:
     more += ["algorithm.draws=2"] if "draws" in type(run.algorithm).model_fields else []
     if run.preferences is not None:
         more += [
+            "preferences.ballots=null",
             f"preferences.path={pairs}",
             "preferences.pairs_per_round=8",
             "preferences.pairs_per_pass=4",

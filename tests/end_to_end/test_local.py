@@ -79,7 +79,7 @@ def test_what_is_at_work_is_told(
 ) -> None:
     """Every unit and every update of the first round, where nothing is left out: four units of a
     prompt, two updates, and the evaluation's units before them."""
-    monkeypatch.setattr("rlalign.alignment.loop.TELL_SECONDS", 0.0)
+    monkeypatch.setattr("rlalign.alignment._rounds.TELL_SECONDS", 0.0)
     told: list[tuple[Any, ...]] = []
 
     def on_record(line: dict[str, Any]) -> None:

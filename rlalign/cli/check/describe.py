@@ -203,14 +203,14 @@ def advice(run: Run, policy: Policy, needs: memory.Needs) -> dict[str, str]:
 def read_prompts_and_pairs(run: Run) -> dict[str, str]:
     """Reads the prompts of a round and of an evaluation, and the set of preferences, of which it
     says how many pairs there are. Raises UserError for what cannot be read."""
-    from rlalign.data.pairs.reader import PairReader, first_pair
+    from rlalign.data.pairs.reader import first_pair, open_pairs_of
 
     run.prompts.units(run.seed, 1, run.plan)
     run.prompts.held_out(run.evaluate.prompts)
     if run.preferences is None:
         return {}
     first_pair(run.preferences)
-    reader = PairReader(run.preferences, run.seed)
+    reader = open_pairs_of(run.preferences, run.seed)
     return {"preferences": "; ".join(filter(None, [f"{len(reader):,} pairs", reader.note]))}
 
 

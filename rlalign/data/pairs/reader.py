@@ -11,7 +11,7 @@ share is read for each.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import contextlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,21 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlalign.core.locations import LocalPattern
-from rlalign.core.registry import Before, UserError
-from rlalign.data.pairs.buckets import buckets_of
+from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import group_rows, pair_files
+from rlalign.data.pairs.growing import GrowingPairs
 from rlalign.data.pairs.rows import (
     WORDS,
     BadRows,
     Group,
     Pair,
-    Resize,
     groups_of,
     read_rows,
     row_fault,
@@ -41,85 +38,13 @@ from rlalign.data.pairs.rows import (
     why_left_out,
 )
 from rlalign.data.pairs.rows import decode as decode
+from rlalign.data.pairs.settings import Pairing, PreferenceSettings
+from rlalign.data.pairs.settings import Ties as Ties
 from rlalign.diffusion.noise import generator
 
-Ties = Literal["drop", "half"]
 _MANY = 4096
 _FEW = 8
 """Rows that are in memory at once without their pictures, and with them where one is looked for."""
-
-
-class PreferenceSettings(BaseModel):
-    """Where preference pairs come from, and how they are dealt out."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    path: LocalPattern = Field(
-        description=(
-            "Parquet in Pick-a-Pic v2's columns, or JSON that names pictures (HPD v2's train.json,"
-            " or chosen and rejected): a file, a folder or a glob"
-        )
-    )
-    pairs_per_round: int = Field(
-        default=64, ge=1, description="pairs of a round, or of one update of fit-reward"
-    )
-    pairs_per_pass: int = Field(
-        default=16, ge=1, description="pairs that go through the network at once"
-    )
-    ties: Ties = Field(
-        default="drop", description="a tie is dropped, or counts as half a win for both"
-    )
-    bad_share: float = Field(
-        default=0.01, ge=0.0, le=1.0, description="largest share of bad rows before it is refused"
-    )
-    shuffle: int = Field(
-        default=1024,
-        ge=1,
-        description="rows of a shuffle window; 1 keeps the order of the row groups",
-    )
-    size: int = Field(
-        default=0,
-        ge=0,
-        description=(
-            "side of the square that pictures are resized to, or of its area with buckets, in"
-            " pixels; 0 as they are"
-        ),
-    )
-    resize: Annotated[Resize, Before("squash")] = Field(
-        default="squash",
-        description=(
-            "how: squash; crop the centre once the shorter side has that size, as published"
-            " trainers do; or buckets: to the nearest shape of that area, SDXL's table at 1024"
-        ),
-    )
-    reader: Literal["arrow", "ray"] = Field(
-        default="arrow",
-        description=(
-            "arrow reads in the learner; ray streams through Ray Data, for sets of many files"
-        ),
-    )
-    workers: int = Field(
-        default=0,
-        ge=0,
-        le=64,
-        description="threads that decode pictures; the order does not depend on it",
-    )
-
-    @model_validator(mode="after")
-    def _passes_fit(self) -> PreferenceSettings:
-        if self.pairs_per_pass > self.pairs_per_round:
-            raise ValueError(
-                f"pairs_per_pass must be <= pairs_per_round ({self.pairs_per_round}), got"
-                f" {self.pairs_per_pass}"
-            )
-        if self.resize != "squash" and not self.size:
-            what = "side of the square that is cut out"
-            if self.resize == "buckets":
-                what = "side of the square whose area the buckets have"
-            raise ValueError(f"size must be > 0 with resize {self.resize}: the {what}, got 0")
-        if self.resize == "buckets":
-            buckets_of(self.size)
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,37 +61,6 @@ class _Usable:
     def rows(self, chosen: slice = slice(None)) -> Iterator[dict[str, Any]]:
         """Its usable rows with their pictures, or some of them."""
         return read_rows(self.group, numbers=self.numbers[chosen])
-
-
-class Pairing(ABC):
-    """Pairs of preferences by round, whoever reads them."""
-
-    settings: PreferenceSettings
-    seed: int
-
-    @property
-    def note(self) -> str:
-        """Which rows of the set are left out, in a line; empty where none is."""
-        return ""
-
-    @abstractmethod
-    def round(self, number: int) -> list[Pair]:
-        """The pairs of round ``number`` >= 0."""
-
-    def passes(self, number: int) -> Iterator[list[Pair]]:
-        """The pairs of a round in slices of ``pairs_per_pass``. With buckets a slice is of one
-        bucket, and the last one of each may be smaller: the pairs of a round do not change."""
-        pairs = self.round(number)
-        step = self.settings.pairs_per_pass
-        groups = [pairs]
-        if self.settings.resize == "buckets":
-            by_shape: dict[tuple[int, ...], list[Pair]] = {}
-            for pair in pairs:
-                by_shape.setdefault(pair.picture_0.shape, []).append(pair)
-            groups = list(by_shape.values())
-        for group in groups:
-            for start in range(0, len(group), step):
-                yield group[start : start + step]
 
 
 class PairReader(Pairing):
@@ -198,6 +92,11 @@ class PairReader(Pairing):
     def __len__(self) -> int:
         """Usable pairs: the length of an epoch."""
         return self._count
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions of usable pairs, each once."""
+        return list(self.counts)
 
     @property
     def note(self) -> str:
@@ -306,6 +205,13 @@ class PairReader(Pairing):
             return None
 
 
+def open_pairs_of(settings: PreferenceSettings, seed: int) -> PairReader | GrowingPairs:
+    """The pairs that settings name: of files, or of people's votes."""
+    if settings.ballots is not None:
+        return GrowingPairs(settings, seed)
+    return PairReader(settings, seed)
+
+
 def _open_set(settings: PreferenceSettings) -> tuple[dict[Path, list[int]], BadRows]:
     """The rows of each row group of each file, and the count of bad rows."""
     files = {file: group_rows(file) for file in pair_files(settings.path)}
@@ -320,9 +226,13 @@ def _row_groups(files: Mapping[Path, Sequence[int]]) -> Iterator[Group]:
 def first_pair(settings: PreferenceSettings) -> Pair | None:
     """The first usable pair of a set as training would read it; None where there is none.
 
-    Raises UserError where a file or column is none of pairs, or where more rows before it are bad
-    than may be.
+    Raises UserError where a file or column is none of pairs, a store none of votes, or where more
+    rows before it are bad than may be.
     """
+    if settings.ballots is not None:
+        with contextlib.closing(GrowingPairs(settings, 0)) as votes:
+            return votes.first()
+
     # a few rows are read at a time, since the first pair is wanted alone
     files, bad = _open_set(settings)
     columns = (*WORDS, "jpg_0", "jpg_1", "model_0")

@@ -15,6 +15,7 @@ from rlalign.core.locations import locate
 from rlalign.core.progress import Report, console_progress
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.reader import PairReader, first_pair
+from rlalign.data.pairs.voted import write_voted
 from rlalign.data.prompts.base import prompt_id
 from rlalign.fitting.checkpoints import StageCheckpoints
 from rlalign.fitting.reward.losses import Losses, contrastive_losses, pair_losses
@@ -84,22 +85,35 @@ def held_out(caption: str, share: float) -> bool:
 
 
 def _make_pairs(config: FitReward, resume: bool, report: Report) -> None:
-    """The simulated pairs of the run folder: made once, and used again by the same settings. A
-    given set is looked at."""
-    if config.simulate is None:
+    """The run folder's own pairs, simulated or voted: made once, and used again by the same
+    settings. A given set is looked at."""
+    if config.preferences.path:
         first_pair(config.pairs)
         return
     file = config.out / "pairs.parquet"
     note = config.out / "pairs.json"
-    said = {"seed": config.seed, **config.simulate.model_dump(mode="json", exclude={"lanes"})}
+    said = _origin(config)
     if resume and file.is_file() and note.is_file():
-        if json.loads(note.read_text(encoding="utf-8")) != said:
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        if {key: value for key, value in kept.items() if key != "cursor"} != said:
+            made = "simulated" if config.simulate is not None else "written from votes"
             raise UserError(
-                f"{file} was simulated under other settings; choose another out, or delete it"
+                f"{file} was {made} under other settings; choose another out, or delete it"
             )
         return
-    simulate_pairs(config, file, report)
+    if config.preferences.ballots is None:
+        simulate_pairs(config, file, report)
+    else:
+        said["cursor"] = write_voted(config.preferences.ballots, file)
     write_whole(note, json.dumps(said, indent=2) + "\n")
+
+
+def _origin(config: FitReward) -> dict[str, Any]:
+    """What decides the run folder's own pairs; of votes, beside how many there were."""
+    if config.simulate is None:
+        assert config.preferences.ballots is not None
+        return {"ballots": config.preferences.ballots.model_dump(mode="json")}
+    return {"seed": config.seed, **config.simulate.model_dump(mode="json", exclude={"lanes"})}
 
 
 def _stages(

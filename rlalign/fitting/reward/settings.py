@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
@@ -84,7 +84,10 @@ class Fit(Optimisation):
 
 
 class FitPreferences(PreferenceSettings):
-    """Preference pairs of a fit: from files, or the simulated ones of the run folder."""
+    """Preference pairs of a fit: from files, from people's votes, or the simulated ones of the run
+    folder."""
+
+    made_elsewhere: ClassVar[bool] = True
 
     path: LocalPattern = Field(
         default="", description="file of pairs, folder or glob; empty where the pairs are simulated"
@@ -141,8 +144,8 @@ class Simulate(_Settings):
 class FitReward(_Settings):
     """Settings of a fit-reward run.
 
-    ``out`` is the run folder: ``pairs.parquet`` where they are simulated, ``checkpoints/`` to
-    resume from, ``reward/`` (what
+    ``out`` is the run folder: ``pairs.parquet`` where they are simulated or people's votes,
+    ``checkpoints/`` to resume from, ``reward/`` (what
     ``rewards: [{name: bradley_terry, path: ...}]`` loads), ``fit.json`` and ``fit.html``.
     """
 
@@ -170,10 +173,12 @@ class FitReward(_Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> FitReward:
-        if (self.simulate is None) == (not self.preferences.path):
+        votes = self.preferences.ballots is not None
+        if (self.simulate is None) == (not (self.preferences.path or votes)):
             raise UserError(
-                "preferences.path or simulate must say where the pairs come from, and not both, "
-                f"got {'neither' if self.simulate is None else 'both'}"
+                "preferences.path or simulate must say where the pairs come from, and not both, got"
+                f" {'neither' if self.simulate is None else 'both'} (preferences.ballots may stand"
+                " for path)"
             )
         if self.fit.theta > 1.0 and self.preferences.ties != "half":
             raise UserError(
@@ -186,4 +191,5 @@ class FitReward(_Settings):
     def pairs(self) -> PreferenceSettings:
         """Where the pairs are read from."""
         path = self.preferences.path or str(self.out / "pairs.parquet")
-        return PreferenceSettings.model_validate({**self.preferences.model_dump(), "path": path})
+        settings = {**self.preferences.model_dump(), "path": path, "ballots": None}
+        return PreferenceSettings.model_validate(settings)

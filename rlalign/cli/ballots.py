@@ -1,0 +1,186 @@
+"""``rlalign ballots``: what a store of votes says, and who counts in it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlalign.core.registry import UserError, nearest
+
+if TYPE_CHECKING:
+    from rlalign.ballots.records import Annotator
+    from rlalign.ballots.store import Store
+
+VERBS = ("results", "people", "export", "import", "leave-out", "take-in", "delete")
+
+
+def ballots(
+    store: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE", help="A store's file, or PostgreSQL URL.", show_default=False
+        ),
+    ],
+    verb: Annotated[
+        str,
+        typer.Argument(metavar="[VERB]", help=f"One of {', '.join(VERBS)}.", show_default=False),
+    ] = "results",
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="[FILE|NAME]",
+            help="The file to export or import; the person to leave out, take in or delete.",
+            show_default=False,
+        ),
+    ] = "",
+    campaign: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose votes; needed where there are several.")
+    ] = "",
+    min_ms: Annotated[
+        int, typer.Option(metavar="MS", help="export: leave out votes of less milliseconds.")
+    ] = 0,
+    min_gold: Annotated[
+        float,
+        typer.Option(metavar="S", help="export: leave out people below this share of gold pairs."),
+    ] = 0.0,
+) -> None:
+    """Show what people chose, export it as preference pairs, or say whose votes count.
+
+    A person who is left out is no longer asked and counts nowhere, until take-in; delete blanks a
+    person's votes for good.
+    """
+    from rlalign.ballots.store import Store
+
+    _refuse_missing(store, verb, what)
+    limits = (min_ms, min_gold)
+    with contextlib.closing(Store.open(store)) as opened:
+        if verb == "results":
+            _print_results(opened, campaign)
+        elif verb == "people":
+            _print_people(opened, campaign)
+        elif verb == "export":
+            _export(opened, campaign, Path(what), limits)
+        elif verb == "import":
+            _import(opened, campaign, Path(what))
+        else:
+            _change(opened, verb, what)
+
+
+def _refuse_missing(store: str, verb: str, what: str) -> None:
+    """Raises UserError for a verb that there is not, a store that is not there (opening would make
+    it), or nothing to do the verb with."""
+    if verb not in VERBS:
+        raise UserError(
+            f"VERB must be one of {', '.join(VERBS)}, got {verb!r}; {nearest(verb, list(VERBS))}"
+        )
+    if "://" not in store and not Path(store).is_file():
+        raise UserError(
+            f"STORE must be the file of a store of votes or a URL, got {store!r}, where"
+            " there is none; rlalign vote makes one"
+        )
+    if (verb in VERBS[2:]) != bool(what):
+        needs = "a file" if verb in ("export", "import") else "a person's name"
+        rule = f"{verb} needs {needs}" if verb in VERBS[2:] else f"{verb} takes nothing more"
+        raise UserError(f"{rule}, got {what!r}")
+
+
+def _campaign(store: Store, name: str) -> str:
+    """The campaign that is meant. Raises UserError where there is none."""
+    from rlalign.data.pairs.voted import one_campaign
+
+    found = one_campaign(store, name)
+    if not found:
+        raise UserError("STORE has no campaign yet; rlalign vote makes one")
+    return found
+
+
+# --- what people chose ---------------------------------------------------------------------------
+
+
+def _print_results(store: Store, campaign: str) -> None:
+    from rlalign.ballots.results import collect_results
+    from rlalign.core.files import dump_json
+
+    found = collect_results(store, _campaign(store, campaign), time.time())
+    print(dump_json(found.to_json(), indent=2))
+
+
+def _print_people(store: Store, campaign: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlalign.ballots.quality import measure
+
+    found = {one.annotator: one for one in measure(store.votes(_campaign(store, campaign)))}
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for head in ("name", "id", "status", "votes", "gold", "repeats", "left", "median ms"):
+        table.add_column(head)
+    for person in store.annotators():
+        one = found.get(person.id)
+        shares = (
+            [f"{s.count}/{s.of}" for s in (one.gold, one.repeats, one.left)] if one else [""] * 3
+        )
+        said = [str(one.votes), *shares, f"{one.median_ms:.0f}"] if one else ["0", *shares, ""]
+        table.add_row(person.name or "(deleted)", person.id[:8], person.status, *said)
+    Console(highlight=False).print(table)
+
+
+def _export(store: Store, campaign: str, file: Path, limits: tuple[float, float]) -> None:
+    from rlalign.ballots.quality import Rules
+    from rlalign.data.pairs.votes import Filters, export_votes
+
+    name = _campaign(store, campaign)
+    if file.suffix != ".parquet":
+        raise UserError(
+            f"export writes Parquet: name a file that ends in .parquet, got {str(file)!r}"
+        )
+    filters = Filters(people=Rules(min_gold=limits[1]), min_ms=limits[0])
+    count = export_votes(store, name, file, filters)
+    print(f"{count} pairs: {file}\ncard: {file.with_suffix('.card.md')}")
+
+
+def _import(store: Store, campaign: str, file: Path) -> None:
+    from rlalign.voting.imported import import_votes
+
+    count = import_votes(store, campaign, file)
+    print(f"{count} votes of {file} are in the store")
+
+
+# --- who counts ----------------------------------------------------------------------------------
+
+
+def _change(store: Store, verb: str, name: str) -> None:
+    person = _person(store, name)
+    now = time.time()
+    if verb == "delete":
+        count = store.delete_votes_of(person.id, now)
+        print(f"{person.name}: {count} votes are blanked, and the name and the token with them")
+        return
+    if person.status == "deleted":
+        raise UserError(f"{name!r} has asked to be deleted, and cannot be taken in or left out")
+    status = "left_out" if verb == "leave-out" else "active"
+    store.set_status(person.id, status, "rlalign ballots", now)
+    print(f"{person.name} is {'left out' if status == 'left_out' else 'taken in'}")
+
+
+def _person(store: Store, name: str) -> Annotator:
+    """Somebody by name, or by the beginning of an id. Raises UserError where nobody or several are
+    meant."""
+    people = store.annotators()
+    found = [one for one in people if one.name == name] or [
+        one for one in people if len(name) >= 4 and one.id.startswith(name)
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = ", ".join(one.id[:8] for one in found)
+        raise UserError(
+            f"NAME must mean one person, and {name!r} are {len(found)}; give an id: {ids}"
+        )
+    raise UserError(
+        f"NAME must be a person's, got {name!r}; {nearest(name, [one.name for one in people])}"
+    )

@@ -1,0 +1,318 @@
+"""Pictures that are there: a run's samples, a Parquet set, a folder. Their bytes are shown as they
+are, unless a browser does not know the format.
+
+Torch is not imported here: people can vote on a laptop that has none.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlalign.ballots.records import digest
+from rlalign.core.files import UnreadableText, parse_strict_json, read_text, split_lines
+from rlalign.core.registry import UserError, read_reason
+from rlalign.voting.made import Exhausted, Made
+
+SHOWN = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
+"""Formats of Pillow that every browser shows -> their media types."""
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+CAPTIONS = ("caption", "text", "prompt")
+"""Names of what says a picture's caption, in a table and in metadata.jsonl."""
+COLUMNS = ("jpg_0", "jpg_1", "image", "jpg", "picture")
+"""Columns of a Parquet set that hold pictures."""
+_BATCH = 16
+"""Captions of a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Where a picture's bytes are."""
+
+    read: Callable[[], bytes]
+    policy: str
+    name: str
+    """For messages."""
+
+
+class FileSource:
+    """Pictures by caption. A batch takes the next captions of a keyed order, and of each the next
+    pictures of another; it ends when every picture has been in one."""
+
+    draws = False
+    renewed = False
+    round: int | None = None
+
+    def __init__(
+        self, sides: Sequence[Mapping[str, Sequence[Found]]], *, seed: int, count: int
+    ) -> None:
+        """``sides`` are caption -> pictures: one, or two that are compared blind. ``count``
+        pictures of a caption make a group.
+
+        Raises UserError where no caption has enough.
+        """
+        self._sides = sides
+        self._seed = seed
+        self._of_side = count if len(sides) == 1 else 1
+        self._next = 0
+        enough = [
+            caption
+            for caption in sides[0]
+            if all(len(side.get(caption, ())) >= self._of_side for side in sides)
+        ]
+        if not enough:
+            which = "each of the two sides" if len(sides) > 1 else "the source"
+            raise UserError(
+                f"source: a caption must have {self._of_side} pictures or more in {which}, and none"
+                f" of {len(sides[0])} has"
+            )
+        self._captions = enough
+
+    def prompts(self) -> Sequence[str]:
+        """See ``PictureSource``."""
+        return self._captions
+
+    def take_up(self, plans: Iterator[Mapping[str, Any]]) -> None:
+        """See ``PictureSource``."""
+        self._next = int(next(plans, {}).get("batch", -1)) + 1
+
+    def batch(self) -> list[list[Made]]:
+        """See ``PictureSource``."""
+        number = self._next
+        self._next += 1
+        places = range(number * _BATCH, (number + 1) * _BATCH)
+        per_epoch = len(self._captions)
+        groups = []
+        for epoch, place in (divmod(place, per_epoch) for place in places):
+            order = _rng(self._seed, "captions", epoch).permutation(per_epoch)
+            group = self._group(self._captions[int(order[place])], epoch, {"batch": number})
+            if group:
+                groups.append(group)
+        if not groups and places[0] // per_epoch > self._longest:
+            raise Exhausted
+        return groups
+
+    def of_prompt(self, prompt: str, number: int) -> list[Made]:
+        """See ``PictureSource``."""
+        group = self._group(prompt, number, {}) if prompt in self._sides[0] else []
+        if not group:
+            raise Exhausted
+        return group
+
+    def close(self) -> None:
+        """See ``PictureSource``."""
+
+    @property
+    def _longest(self) -> int:
+        """The last epoch in which some caption still has pictures."""
+        most = max(len(found) for side in self._sides for found in side.values())
+        return most // self._of_side
+
+    def _group(self, caption: str, epoch: int, facts: Mapping[str, Any]) -> list[Made]:
+        """The pictures of a caption that are new in an epoch; none where too few are left."""
+        chosen: list[Found] = []
+        for number, side in enumerate(self._sides):
+            there = side.get(caption, ())
+            order = _rng(self._seed, "pictures", number, caption).permutation(len(there))
+            mine = order[epoch * self._of_side : (epoch + 1) * self._of_side]
+            if len(mine) < self._of_side:
+                return []
+            chosen += [there[int(i)] for i in mine]
+        return [_made(caption, found, self._seed, facts) for found in chosen]
+
+
+def _rng(*key: object) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(int(digest("files", *key), 16)))
+
+
+def _made(caption: str, found: Found, seed: int, facts: Mapping[str, Any]) -> Made:
+    content, kind = as_shown(found.read(), found.name)
+    return Made(
+        caption=caption,
+        content=content,
+        policy=found.policy,
+        seed=seed,
+        plan={"file": found.name, **facts},
+        media_type=kind,
+    )
+
+
+def as_shown(content: bytes, name: str) -> tuple[bytes, str]:
+    """(bytes that a browser shows, their media type) of a picture's file. Raises UserError where it
+    is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            kind = SHOWN.get(opened.format or "")
+            if kind is None:
+                buffer = io.BytesIO()
+                opened.convert("RGB").save(buffer, format="PNG")
+                return buffer.getvalue(), "image/png"
+            opened.verify()
+            return content, kind
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} must be a picture, and is none ({read_reason(error)})") from error
+
+
+# --- what is there -------------------------------------------------------------------------------
+
+
+def find_samples(folder: Path) -> dict[str, list[Found]]:
+    """The pictures of a run's grids (``samples/``), or of what ``rlalign sample`` wrote."""
+    grids = sorted(folder.glob("samples/round-*.png")) or sorted(folder.glob("samples*.png"))
+    if not grids:
+        raise UserError(
+            f"source.samples must be a folder of a run or of rlalign sample, got {str(folder)!r},"
+            " which has no samples/round-*.png and no samples.png"
+        )
+    found: dict[str, list[Found]] = {}
+    for grid in grids:
+        for caption, content in _cells(grid):
+            name = f"{folder.name}/{grid.stem}"
+            found.setdefault(caption, []).append(_bytes(content, name, f"{grid}: {caption}"))
+    return found
+
+
+def _cells(grid: Path) -> Iterator[tuple[str, bytes]]:
+    from rlalign.core.pictures import read_grid
+
+    for cell in read_grid(grid):
+        buffer = io.BytesIO()
+        cell.picture.convert("RGB").save(buffer, format="PNG")
+        yield cell.caption, buffer.getvalue()
+
+
+def _bytes(content: bytes, policy: str, name: str) -> Found:
+    return Found(read=lambda: content, policy=policy, name=name)
+
+
+def find_pictures(path: str) -> dict[str, list[Found]]:
+    """The pictures of a Parquet set, or of a folder. Raises UserError where there is none."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.rglob("*.parquet")):
+        return _in_folder(folder)
+    from rlalign.data.pairs.columns import pair_files
+
+    found: dict[str, list[Found]] = {}
+    for file in pair_files(path, "source.pictures"):
+        for caption, one in _in_table(file):
+            found.setdefault(caption, []).append(one)
+    return found
+
+
+def _in_folder(folder: Path) -> dict[str, list[Found]]:
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
+    said = _metadata(folder)
+    found: dict[str, list[Found]] = {}
+    for file in files:
+        caption = said.get(str(file.relative_to(folder))) or _caption_of(file, folder)
+        if caption:
+            one = Found(read=file.read_bytes, policy=folder.name, name=str(file))
+            found.setdefault(caption, []).append(one)
+    if not found:
+        raise UserError(
+            f"source.pictures must have pictures with captions, got {str(folder)!r}: a"
+            " metadata.jsonl with file_name and text, NAME.txt beside NAME.png, or a folder for"
+            " each caption"
+        )
+    return found
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    """File -> caption, as ``metadata.jsonl`` says it (Hugging Face's imagefolder)."""
+    file = folder / "metadata.jsonl"
+    if not file.is_file():
+        return {}
+    said: dict[str, str] = {}
+    for number, line in enumerate(split_lines(_text(file)), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = parse_strict_json(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} line {number} must be JSON ({error})") from error
+        caption = _first(entry, CAPTIONS)
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("file_name"), str)
+            or not caption
+        ):
+            raise UserError(f"{file} line {number} must have file_name and text")
+        said[entry["file_name"]] = caption
+    return said
+
+
+def _caption_of(file: Path, folder: Path) -> str:
+    beside = file.with_suffix(".txt")
+    if beside.is_file():
+        return " ".join(_text(beside).split())
+    return file.parent.name if file.parent != folder else ""
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_text(file)
+    except (OSError, UnreadableText) as error:
+        raise UserError(f"{file} must be text in UTF-8: {read_reason(error)}") from error
+
+
+def _first(entry: Any, names: Sequence[str]) -> str:
+    """The first text that an entry has under one of the names."""
+    if not isinstance(entry, dict):
+        return ""
+    return next((entry[n] for n in names if isinstance(entry.get(n), str) and entry[n]), "")
+
+
+# --- a Parquet set -------------------------------------------------------------------------------
+
+
+def _in_table(file: Path) -> Iterator[tuple[str, Found]]:
+    """(caption, picture) of every row; bytes are read when they are asked for."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(file)
+        names = parquet.schema_arrow.names
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} must be a Parquet file ({read_reason(error)})") from error
+    caption = next((name for name in CAPTIONS if name in names), "")
+    columns = [name for name in COLUMNS if name in names]
+    if not caption or not columns:
+        raise UserError(
+            f"{file} must have a column {' or '.join(CAPTIONS)}, and one of"
+            f" {', '.join(COLUMNS)}, got {', '.join(names)}"
+        )
+    with parquet:
+        for group in range(parquet.metadata.num_row_groups):
+            models = [name for name in ("model_0", "model_1") if name in names]
+            table = parquet.read_row_group(group, columns=[caption, *models])
+            for row, words in enumerate(table.to_pylist()):
+                text = words[caption]
+                if not isinstance(text, str) or not text.strip():
+                    continue
+                for column in columns:
+                    made_by = words.get(column.replace("jpg", "model")) or file.stem
+                    yield text, _cell((file, group, row, column), str(made_by))
+
+
+def _cell(place: tuple[Path, int, int, str], made_by: str) -> Found:
+    file, group, row, column = place
+
+    def read() -> bytes:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(file) as parquet:
+            value = parquet.read_row_group(group, columns=[column])[column][row].as_py()
+        if isinstance(value, dict):
+            beside = file.parent / value["path"] if value.get("path") else None
+            value = value.get("bytes") or (beside.read_bytes() if beside else b"")
+        return value or b""
+
+    return Found(read=read, policy=made_by, name=f"{file}:{group}:{row} {column}")

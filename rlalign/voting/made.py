@@ -1,0 +1,106 @@
+"""A picture with its bytes, and what a source of pictures is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from rlalign.ballots.records import Picture, picture_uid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A picture as its file's bytes, and what is known of it."""
+
+    caption: str
+    content: bytes
+    policy: str = ""
+    """Who made it."""
+    seed: int = 0
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """What it was drawn by, JSON-able; enough to draw it again (``drawn.redraw``)."""
+    frames: int = 1
+    media_type: str = "image/png"
+
+    @property
+    def picture(self) -> Picture:
+        """Its row in a store."""
+        return Picture(
+            uid=picture_uid(self.content),
+            caption=self.caption,
+            policy=self.policy,
+            seed=self.seed,
+            plan=self.plan,
+            frames=self.frames,
+            media_type=self.media_type,
+        )
+
+
+def read_media(content: bytes) -> np.ndarray:
+    """(F, 3, H, W) uint8 of a picture's or a clip's file."""
+    import io
+
+    from PIL import Image, ImageSequence
+
+    with Image.open(io.BytesIO(content)) as opened:
+        frames = [np.asarray(one.convert("RGB")) for one in ImageSequence.Iterator(opened)]
+    return np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))
+
+
+class Exhausted(Exception):
+    """A source has no further pictures."""
+
+
+class Pending(Exception):
+    """A source has no pictures now; the code is one of ``web.vote.desk.Waiting``, the words say
+    why."""
+
+    def __init__(self, code: str, words: str = "") -> None:
+        super().__init__(words or code)
+        self.code = code
+
+
+class PictureSource(Protocol):
+    """Where pictures come from. One thread asks it."""
+
+    draws: bool
+    """Whether it can make pictures of any prompt."""
+
+    @property
+    def round(self) -> int | None:
+        """The round of training that its pictures' votes teach; None where no run learns."""
+        ...
+
+    def prompts(self) -> Sequence[str]:
+        """Captions that a person may take the next of."""
+        ...
+
+    def take_up(self, plans: Iterator[Mapping[str, Any]]) -> None:
+        """Goes on after what an earlier process has made: of each item the plan of its first
+        picture, the newest first."""
+        ...
+
+    @property
+    def renewed(self) -> bool:
+        """Whether it would draw otherwise now than it did: a run has learned meanwhile."""
+        ...
+
+    def batch(self) -> list[list[Made]]:
+        """Pictures of each caption of the next batch, which depend on its number alone (of a run
+        that learns: on its round too).
+
+        Of a blind comparison the two sides alternate. Raises Exhausted where there are no more,
+        Pending where there are none now, UserError where pictures cannot be made.
+        """
+        ...
+
+    def of_prompt(self, prompt: str, number: int) -> list[Made]:
+        """Pictures of one prompt, other ones for each number. Raises as ``batch`` does."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of what it holds."""
+        ...
