@@ -15,9 +15,10 @@ from rlalign.data.pairs.ranking import encode
 ONE_AFTER_ANOTHER = Deal(gold=0.0, repeat=0.0, shared=0.0)
 
 
-def png(value: int, side: int = 8) -> bytes:
-    """A grey picture that says its number."""
-    return encode(np.full((3, side, side), value, dtype=np.uint8))
+def png(value: int, side: int | tuple[int, int] = 8) -> bytes:
+    """A grey picture that says its number; ``side`` may be (height, width)."""
+    height, width = side if isinstance(side, tuple) else (side, side)
+    return encode(np.full((3, height, width), value, dtype=np.uint8))
 
 
 class Voted:
@@ -26,7 +27,8 @@ class Voted:
     def __init__(self, place: Path | str, campaign: str = "shapes", side: int = 8) -> None:
         self.store = Store.open(place)
         self.campaign = campaign
-        self.side = side
+        self.side: int | tuple[int, int] = side
+        """Of pictures that are added and chosen from now on."""
         self.store.create_campaign(Campaign(id=campaign, mode="pairs"))
         self.now = 1000.0
         self._items = 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.ballots.active import mean_curve, votes_to_reach
 
 VOTES = 150
 
 
+@pytest.mark.promise
 def test_fishers_choice_needs_seven_tenths_of_the_votes_of_random_choice() -> None:
     """For the accuracy of 150 random votes, where two people agree on 70 % of pairs; 32 simulated
     rewards, seeds 0 to 31. A fifth of its pairs are random too. `benchmarks/NOTES.md` has

@@ -332,6 +332,7 @@ class Voting(RuleBasedStateMachine):
         assert audit(self.stores[1], self.campaign) == []
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_store_does_what_its_model_does(kind: str, new_place: Callable[[str], str]) -> None:
     machine = type("VotingIn" + kind, (Voting,), {"place": new_place(kind)})

@@ -60,6 +60,7 @@ def answer(nonce: str = "n", choice: str = "left", **other: object) -> Answer:
     return replace(Answer(nonce=nonce, choice=choice), **other)  # type: ignore[arg-type]
 
 
+@pytest.mark.promise
 def test_two_hundred_people_lose_no_vote_and_cast_none_twice(place: str) -> None:
     """Over two stores of one place, as two processes of a page would; items want two votes each,
     so that many are asked of two people at once."""
@@ -113,6 +114,7 @@ def open_and_close(place: str) -> None:
     Store.open(place).close()
 
 
+@pytest.mark.promise
 def test_processes_that_open_a_new_store_at_once_make_it_once(empty: str) -> None:
     processes = multiprocessing.get_context("forkserver")
     started = [processes.Process(target=open_and_close, args=(empty,)) for _ in range(3)]

@@ -18,6 +18,7 @@ from rlalign.runtime.reservation import run_bundles
 from rlalign.runtime.roles import ENCODER
 from tests.policies.family_runs import run_of
 from tests.runs import assert_same_run, quiet
+from tests.votes import Voted
 
 Call = Callable[..., tuple[int, str, str]]
 PLAN = {"rule": "flow_sde", "eta": 0.7}
@@ -146,6 +147,12 @@ def test_captions_of_a_set_are_prompts_too(config: Path, tmp_path: Path) -> None
     settings += ["preferences.pairs_per_pass=1", "algorithm={name: diffusion_dpo}"]
     own = ["a red circle", "blue", "a green square above two circles"]
     assert prompts_of(load_run(config, settings)) == [*own, "two squares"]
+
+    # of votes, those that there are now
+    voted = Voted(tmp_path / "votes.db")
+    voted.vote(voted.person(), "three circles", [1, 2])
+    settings[0] = f"preferences={{ballots: {tmp_path / 'votes.db'}, pairs_per_round: 2}}"
+    assert prompts_of(load_run(config, settings)) == [*own, "three circles"]
 
 
 def test_one_encoder_is_reserved_for(config: Path) -> None:

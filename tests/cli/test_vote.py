@@ -30,6 +30,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+@pytest.mark.promise
 def test_it_serves_until_it_is_stopped(config: Path) -> None:
     command = [sys.executable, "-m", "rlalign", "vote", str(config), "--port", "0"]
     with subprocess.Popen(

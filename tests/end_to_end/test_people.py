@@ -36,6 +36,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     return close_the_loop(folder / "run", folder / "votes.db", run=SMALL_RUN, vote=vote)
 
 
+@pytest.mark.promise
 def test_each_round_learns_from_votes_on_its_own_pictures(small: Loop) -> None:
     assert small.given == 12
     lines = metrics(small.run)
@@ -51,6 +52,7 @@ def test_each_round_learns_from_votes_on_its_own_pictures(small: Loop) -> None:
     assert (small.run / "evaluation.json").is_file()
 
 
+@pytest.mark.promise
 def test_a_resumed_run_sees_the_votes_that_it_saw(small: Loop, tmp_path: Path) -> None:
     """A second round that is done again, as after a kill, once the store has more votes."""
     again = tmp_path / "run"

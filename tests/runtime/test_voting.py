@@ -22,6 +22,7 @@ VOTE = parse_vote(
 )
 
 
+@pytest.mark.promise
 def test_a_cluster_draws_the_pictures_of_one_process(ray_cluster: None) -> None:
     from rlalign.runtime.voting import open_source_on_ray
 

@@ -11,6 +11,7 @@ from rlalign.ballots.deal import Deal
 from rlalign.ballots.records import Answer
 from rlalign.core.registry import UserError
 from rlalign.data.pairs import growing
+from rlalign.data.pairs.buckets import choose_bucket
 from rlalign.data.pairs.growing import GrowingPairs
 from rlalign.data.pairs.reader import PairReader, first_pair, open_pairs_of
 from rlalign.data.pairs.rows import Pair
@@ -89,8 +90,8 @@ def test_a_ranking_is_every_pair_of_its_pictures(tmp_path: Path) -> None:
     found = read_voted(
         voted.store,
         "order",
-        settings(tmp_path).ballots,
-        voted.store.cursor(),  # type: ignore[arg-type]
+        settings(tmp_path).ballots,  # type: ignore[arg-type]
+        voted.store.cursor(),
     )
     labels = {(item.uids.index(p.uid_0), item.uids.index(p.uid_1)): p.label_0 for p in found}
     assert labels == {(0, 1): 0.5, (0, 2): 0.0, (1, 2): 0.0}
@@ -260,6 +261,53 @@ def test_the_short_form_names_the_store_alone(tmp_path: Path) -> None:
         PreferenceSettings.model_validate({})
     assert first_pair(settings(tmp_path)) is None
     assert isinstance(open_pairs_of(settings(tmp_path), 0), GrowingPairs)
+
+
+def test_votes_on_pictures_of_any_shape_go_into_buckets(voted: Voted, tmp_path: Path) -> None:
+    """The pictures, crops and passes are those of the same votes in a file."""
+    anna = voted.person()
+    sides = ((32, 64), (48, 32), (32, 64), (24, 24))
+    for number, side in enumerate(sides):
+        voted.side = side
+        voted.vote(anna, f"caption {number}", [number, 100])
+    grown = GrowingPairs(settings(tmp_path, size=16, resize="buckets"), 0)
+    assert grown.wait(0, print)
+    pairs = {pair.caption: pair for pair in grown.round(0)}
+    for number, side in enumerate(sides):
+        found = pairs[f"caption {number}"]
+        bucket = choose_bucket([side, side], 16)
+        assert found.picture_0.shape == found.picture_1.shape == (3, *bucket)
+    passes = list(grown.passes(0))
+    assert [len({pair.picture_0.shape for pair in one}) for one in passes] == [1] * 3
+    assert sorted(len(one) for one in passes) == [1, 1, 2]
+
+    ballots = grown.settings.ballots
+    assert ballots is not None
+    write_voted(ballots, tmp_path / "pairs.parquet")
+    files = grown.settings.model_copy(
+        update={"path": str(tmp_path / "pairs.parquet"), "ballots": None}
+    )
+    written = list(PairReader(files, 0).all())
+    assert len(written) == len(sides)
+    for one in written:
+        # an export may have the sides the other way round
+        mine = pairs[one.caption]
+        both = [(mine.crop_0, mine.picture_0), (mine.crop_1, mine.picture_1)]
+        if one.label_0 != mine.label_0:
+            both.reverse()
+        its = [(one.crop_0, one.picture_0), (one.crop_1, one.picture_1)]
+        for (crop, picture), (its_crop, its_picture) in zip(both, its, strict=True):
+            assert crop is not None and crop == its_crop
+            np.testing.assert_array_equal(picture, its_picture)
+
+
+def test_its_captions_are_those_of_the_votes_of_now(voted: Voted, tmp_path: Path) -> None:
+    pairs = open_pairs_of(settings(tmp_path), 0)
+    assert pairs.captions == []
+    anna = voted.person()
+    for caption in ("b", "a", "b"):
+        voted.vote(anna, caption, [1, 2])
+    assert pairs.captions == ["b", "a"]
 
 
 def test_an_export_has_the_pairs_that_a_run_sees(voted: Voted, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def settings(place: Path, **changes: object) -> FitReward:
     return parse(FitReward, data)
 
 
+@pytest.mark.promise
 def test_a_fit_keeps_the_votes_that_it_began_with(tmp_path: Path) -> None:
     voted = Voted(tmp_path / "votes.db", side=32)
     anna = voted.person()

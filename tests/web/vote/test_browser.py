@@ -11,6 +11,8 @@ import pytest
 from tests.web.vote.made_desk import Served
 from tests.web.vote.visitor import TELEPHONE, Visitor, accessibility_findings, visiting
 
+pytestmark = pytest.mark.promise
+
 Make = Callable[..., Served]
 
 
