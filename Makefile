@@ -65,10 +65,11 @@ demo: $(VENV)/.installed
 	(set -x; $(BIN)/rlalign train $(CONFIG) --out "$$out") && \
 	echo "next:   $(BIN)/rlalign train --resume $$out rounds=40   (goes on from here; docs/rewards.md: other rewards)"
 
-# A file goes whole to one process, in the order of tests/conftest.py: those that start a Ray come first.
+# A file goes whole to one process, in the order of tests/conftest.py. Those that need a Ray wait more than they compute: they go
+# to one process (tests/whole_files.py), beside as many as there are cores, four at most.
 # What the processes compile, each other one finds, also where the environment says not to write it.
 unexport PYTHONDONTWRITEBYTECODE
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 4
+SIDE_BY_SIDE := -n $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 5))) --dist loadfile --no-loadscope-reorder --max-worker-restart 4
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)

@@ -4,6 +4,9 @@ once.
 pytest-xdist's own way of doing it waits for ever after a crash: a process runs a test only when it
 holds the one after it too, or knows that there is none; one that replaces another is handed one
 file, and told nothing more. And the test that ended its process is handed to the next.
+
+Files that need a Ray go to one process as long as it has others beside it: they wait more than they
+compute, while the others compute, and one Ray serves them all.
 """
 
 from __future__ import annotations
@@ -15,9 +18,21 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
+RAY = ("tests/runtime/", "tests/cluster/")
+"""Folders of the files that need a Ray."""
+
 
 class WholeFiles(LoadFileScheduling):
     """Files in their order; of the file in which a process ended, the tests after it are run."""
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        """Hands a process the next file of its kind, or of the other kind where none is left."""
+        for_ray = node == next(iter(self.nodes))
+        fitting = (file for file in self.workqueue if file.startswith(RAY) == for_ray)
+        chosen = next(fitting, None)
+        if chosen is not None:
+            self.workqueue.move_to_end(chosen, last=False)
+        super()._assign_work_unit(node)
 
     def remove_node(self, node: WorkerController) -> str | None:
         """Takes back what a process has not run, but for the test that it was at, which is

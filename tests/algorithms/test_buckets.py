@@ -119,6 +119,7 @@ def test_the_loss_of_a_round_is_the_mean_over_its_pairs(folder: Path) -> None:
     assert all(math.isclose(one.weight, len(one.pairs) / 8) for one in passes)
 
 
+@pytest.mark.promise
 def test_a_run_in_buckets_goes_on_to_the_last_bit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

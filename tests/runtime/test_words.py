@@ -14,7 +14,7 @@ from rlalign.config import RuntimeSettings
 from rlalign.core.registry import UserError, build
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.promise]
 RUNTIME = RuntimeSettings()
 
 
