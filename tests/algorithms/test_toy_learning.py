@@ -122,6 +122,7 @@ def learn(name: str, seed: int) -> tuple[float, float, float]:
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CASES)
 def test_the_reward_rises(name: str, seed: int) -> None:

@@ -64,9 +64,12 @@ def test_what_a_reward_holds() -> None:
     "settings",
     [
         (),
-        ("learner.shards=4", "learner.ema_decay=0.9"),
+        pytest.param(("learner.shards=4", "learner.ema_decay=0.9"), marks=pytest.mark.promise),
         ("learner.optimizer=adafactor",),
-        ("learner.shards=1", "algorithm={name: ddpo, proximal: true}"),
+        pytest.param(
+            ("learner.shards=1", "algorithm={name: ddpo, proximal: true}"),
+            marks=pytest.mark.promise,
+        ),
         ("algorithm={name: dpok, value_lr: 1.0e-3, clip_range: 1.0e-3}",),
     ],
 )
@@ -256,6 +259,7 @@ def sdxl_run(folder: Path, *settings: str) -> Run:
     return small_run(policy, plan, *more, *settings)
 
 
+@pytest.mark.promise
 def test_each_part_is_what_a_real_update_holds(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All weights of a small SDXL with Adafactor: weights, start weights, gradients and the
     optimiser's state to the byte, a pass within 15 % of what torch's allocator hands out."""

@@ -52,6 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(("name", "algorithm"), TRAINED)
 def test_it_trains_two_rounds(
     name: str, algorithm: str, folders: dict[str, Path], tmp_path: Path

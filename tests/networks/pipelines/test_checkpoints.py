@@ -73,6 +73,7 @@ def assert_same(one: Policy, other: Policy) -> None:
     assert torch.equal(*drawn)
 
 
+@pytest.mark.promise
 def test_one_file_is_the_folder_that_it_was_made_of(saved: Any) -> None:
     name, folder, file = saved
     recipe = FAMILIES[name]

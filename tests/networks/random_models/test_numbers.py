@@ -75,6 +75,7 @@ EXACTLY = {"stable_diffusion": 859_520_964, "sdxl": 2_567_463_684}
 """Parameters of denoisers whose number is known to the last."""
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_published_size_has_the_published_parameters(name: str) -> None:
     counts = count_family(FAMILIES[name], "published")

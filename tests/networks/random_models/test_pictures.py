@@ -50,6 +50,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[str, 
     return request.param, folder, pipeline
 
 
+@pytest.mark.promise
 def test_plain_diffusers_draws_what_is_asked_for(opened: tuple[str, Path, Any]) -> None:
     """A picture that is neither grey nor broken, and another one for another prompt."""
     name, _, pipeline = opened
