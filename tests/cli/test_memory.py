@@ -330,6 +330,7 @@ def rolled_out(run: Run, policy: Policy) -> None:
     policy.decode(x)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("rank", ["4", pytest.param("0", marks=pytest.mark.slow)])
 def test_without_weights_check_says_the_same(
     rank: str, sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -269,6 +269,7 @@ def test_the_exported_policy_loads_in_plain_diffusers(pipeline: str, tmp_path: P
         assert torch.equal(parameter, tensors[f"policy/{name}"])
 
 
+@pytest.mark.promise
 def test_lora_trains_the_adapter_alone(pipeline: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = ("rounds=2", pipeline, "policy.lora_rank=2", "learner.ema_decay=0.5")

@@ -25,6 +25,7 @@ KEEPERS = {
 }
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("algorithm", KEEPERS.values(), ids=list(KEEPERS))
 def test_a_stopped_run_ends_as_an_undisturbed_one(
     small: Make, algorithm: str, tmp_path: Path

@@ -143,6 +143,7 @@ def test_words_are_repeated_taken_and_cast_by_row() -> None:
     assert torch.equal(Words.cat([words, words])["a_BL"], twice["a_BL"])
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("without_report")
 @pytest.mark.parametrize("algorithm", ["grpo", "dpok", "rwr"])
 def test_it_trains_two_rounds(tmp_path: Path, algorithm: str) -> None:

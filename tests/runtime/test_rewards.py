@@ -36,6 +36,7 @@ def test_neighbours_prefer_different_workers() -> None:
     assert asked.prefer(4).actors == {"shapes": ["b", "c", "a"], "jpeg": ["d"]}
 
 
+@pytest.mark.promise
 @pytest.mark.ray
 def test_answers_are_those_of_one_process(ray_cluster: None) -> None:
     """Scores, counts and gradients, bit for bit."""

@@ -147,6 +147,7 @@ def test_every_method_gets_more_of_the_reward_than_plain_sampling(name: str) -> 
     assert float(found.latents[:, 0].mean()) > float(plain.latents[:, 0].mean()) + 0.02
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", SMALL)
 def test_the_result_does_not_depend_on_who_works(name: str) -> None:
     """One thread or three, the same pieces: bit for bit."""

@@ -219,6 +219,7 @@ def test_rows_of_pick_a_pic_that_say_nothing_are_counted_and_left_out(tmp_path: 
     assert first_pair(settings(file)).row == f"{file}:0"  # type: ignore[union-attr]
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("without_report")
 def test_check_and_a_run_say_once_what_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
