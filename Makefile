@@ -66,16 +66,18 @@ demo: $(VENV)/.installed
 	echo "next:   $(BIN)/rlalign train --resume $$out rounds=40   (goes on from here; docs/rewards.md: other rewards)"
 
 # A file goes whole to one process, in the order of tests/conftest.py. Those that need a Ray wait more than they compute: they go
-# to one process (tests/whole_files.py), beside as many as there are cores, four at most.
+# to one process (tests/whole_files.py), beside as many as there are cores, four at most. Whole runs have a Ray in every process,
+# which gives a node 30 s to start: there are as many processes as cores.
 # What the processes compile, each other one finds, also where the environment says not to write it.
 unexport PYTHONDONTWRITEBYTECODE
-SIDE_BY_SIDE := -n $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 5))) --dist loadfile --no-loadscope-reorder --max-worker-restart 4
+CORES := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder --max-worker-restart 4
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $$(($(CORES) + 1)) $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 test-promises: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "promise and not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "promise and not slow" -n $(CORES) $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow or promise" --timeout 3600 $(PYTEST_ARGS)
