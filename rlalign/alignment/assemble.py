@@ -21,15 +21,17 @@ from rlalign.diffusion.steps import is_stochastic
 from rlalign.learning.learner import Learner
 from rlalign.networks.devices import usable
 from rlalign.networks.embeddings import Reader
-from rlalign.policies.base import Policy
+from rlalign.policies.base import WHOLE, Policy
 
 
-def build_learner(run: Run, reader: Reader | None = None) -> Learner:
+def build_learner(run: Run, reader: Reader | None = None, *, whole: bool = False) -> Learner:
     """The learner of a run; ``reader`` gives the words of prompts in place of text encoders here.
-    Raises UserError where this machine does not have the run's device."""
+    Its policy has the parts that the algorithm needs, or with ``whole`` all of them, so that it
+    draws pictures too. Raises UserError where this machine does not have the run's device."""
     # the policy must be able to draw what the plan asks for
     device = usable(run.runtime.device, "runtime.device")
-    policy = run.policy.load(device, parts=run.learner_parts, reader=reader)
+    parts = WHOLE if whole else run.learner_parts
+    policy = run.policy.load(device, parts=parts, reader=reader)
     check_plan(run, policy)
     algorithm = run.algorithm
 
