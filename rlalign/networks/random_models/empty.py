@@ -47,7 +47,7 @@ def empty_pipeline_of(folder: Path) -> Any:
     networks: dict[str, Any] = {}
     try:
         for part, kind in _networks_of(index).items():
-            networks[part] = read_empty(kind, folder / part)
+            networks[part] = read_empty(kind, folder / part).float()  # as it is loaded
         pipeline = getattr(diffusers, str(index["_class_name"]))
         return pipeline.from_pretrained(
             str(folder), local_files_only=True, **{**absent, **networks}
