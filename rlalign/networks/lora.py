@@ -252,18 +252,6 @@ def merged_reader(
     return merged
 
 
-@torch.no_grad()
-def merge_into(weights: dict[str, torch.Tensor], network: torch.nn.Module) -> None:
-    """Puts the sum of weight and adapter in the place of every plain weight that the network's
-    adapters adapt, one after the other; the tensors themselves stay as they are.
-
-    ``weights`` are float32 under the names of before ``attach``.
-    """
-    merged = merged_reader(network, dict(weights).__getitem__)
-    for name in _adapted(network):
-        weights[f"{name}.weight"] = merged(f"{name}.weight")
-
-
 def merge(network: torch.nn.Module) -> None:
     """Adds the adapters into the layers they adapt, for good; the network keeps peft's layer
     classes."""
