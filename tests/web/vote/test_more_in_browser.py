@@ -392,6 +392,12 @@ def test_it_says_why_there_are_no_pictures_and_goes_on_by_itself(
         visitor.wait_for("There are no pictures now")
 
 
+def test_who_has_given_no_vote_is_not_thanked_for_it(browser: Any, serve_page: Make) -> None:
+    with visiting(browser, serve_page("pairs", {"items": 0}).url) as visitor:
+        visitor.wait_for("There is nothing to choose from now")
+        assert not visitor.tab.is_visible("#wait-undo")
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_results_are_shown_after_the_token(
     browser: Any, serve_page: Make, monkeypatch: pytest.MonkeyPatch, theme: str
