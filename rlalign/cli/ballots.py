@@ -90,7 +90,7 @@ def _refuse_missing(store: str, verb: str, what: str) -> None:
 
 def _campaign(store: Store, name: str) -> str:
     """The campaign that is meant. Raises UserError where there is none."""
-    from rlalign.data.pairs.voted import one_campaign
+    from rlalign.data.pairs.campaign import one_campaign
 
     found = one_campaign(store, name)
     if not found:
@@ -144,7 +144,7 @@ def _export(store: Store, campaign: str, file: Path, limits: tuple[float, float]
 
 
 def _import(store: Store, campaign: str, file: Path) -> None:
-    from rlalign.voting.imported import import_votes
+    from rlalign.voting.imports import import_votes
 
     count = import_votes(store, campaign, file)
     print(f"{count} votes of {file} are in the store")

@@ -24,9 +24,9 @@ from rlalign.runtime.pool import ObjectGone, PoolLost, UnitFailed
 from rlalign.runtime.reservation import bundle_of
 from rlalign.runtime.roles import ROLLOUT
 from rlalign.runtime.workers import PolicySource
-from rlalign.voting.drawn import DrawnSource, Side, models_of
 from rlalign.voting.serve import Say, serve_vote
 from rlalign.voting.settings import Vote
+from rlalign.voting.sources.policy import DrawnSource, Side, models_of
 
 
 def serve_vote_on_ray(

@@ -27,10 +27,10 @@ from rlalign.ballots.deal import Rule as DealRule
 from rlalign.ballots.deal import choose_random
 from rlalign.ballots.records import Item
 from rlalign.ballots.store import Store
+from rlalign.data.pairs.campaign import read_voted
 from rlalign.data.pairs.settings import BallotSettings
-from rlalign.data.pairs.voted import read_voted
-from rlalign.voting.made import Made, read_media
 from rlalign.voting.pairing import Choice, Group, Pick, pick_random
+from rlalign.voting.pictures import Made, read_media
 from rlalign.voting.settings import Rule, Vote
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlalign.ballots.records import Item, Kind, digest
-from rlalign.voting.made import Made
+from rlalign.voting.pictures import Made
 from rlalign.voting.settings import Vote
 
 Group = Sequence[Made]

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError
-from rlalign.voting.made import Exhausted, Made, Pending, PictureSource
 from rlalign.voting.pairing import Pairing
+from rlalign.voting.pictures import Exhausted, Made, Pending, PictureSource
 from rlalign.voting.settings import Vote
 from rlalign.web.vote.ballots_desk import Supply
 

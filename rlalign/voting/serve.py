@@ -17,9 +17,9 @@ from rlalign.ballots.store import Store
 from rlalign.core.locations import locate
 from rlalign.core.registry import UserError
 from rlalign.voting.choice import make_rules
-from rlalign.voting.filtered import Filtering
-from rlalign.voting.made import PictureSource
+from rlalign.voting.filter import Filtering
 from rlalign.voting.pairing import Pairing
+from rlalign.voting.pictures import PictureSource
 from rlalign.voting.queue import Queue, keep_all
 from rlalign.voting.settings import Vote
 from rlalign.web.vote.ballots_desk import BallotsDesk
@@ -119,7 +119,7 @@ def open_source(vote: Vote) -> PictureSource:
     if source.kind in ("samples", "pictures"):
         return _files(vote)
     if source.kind == "run":
-        from rlalign.voting.followed import FollowedSource
+        from rlalign.voting.sources.run import FollowedSource
 
         return FollowedSource(
             folder=Path(source.run),
@@ -133,7 +133,7 @@ def open_source(vote: Vote) -> PictureSource:
 
 
 def _files(vote: Vote) -> PictureSource:
-    from rlalign.voting.files import FileSource, find_pictures, find_samples
+    from rlalign.voting.sources.files import FileSource, find_pictures, find_samples
 
     source = vote.source
     found = []
@@ -148,7 +148,7 @@ def _drawn(vote: Vote) -> PictureSource:
     from rlalign.alignment.models import ready_policy
     from rlalign.engine.local import LiveRewards, LocalEngine
     from rlalign.networks.devices import usable
-    from rlalign.voting.drawn import DrawnSource, Side, models_of
+    from rlalign.voting.sources.policy import DrawnSource, Side, models_of
 
     runtime = vote.runtime
     device = usable(runtime.device, "runtime.device")

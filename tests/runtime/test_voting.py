@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rlalign.core.registry import UserError
-from rlalign.voting.drawn import models_of, redraw
 from rlalign.voting.serve import open_source
 from rlalign.voting.settings import parse_vote
+from rlalign.voting.sources.policy import models_of, redraw
 
 pytestmark = pytest.mark.ray
 

@@ -13,7 +13,7 @@ from rlalign.ballots.records import picture_uid
 from rlalign.core.registry import build
 from rlalign.data.shapes import draw, random_scene
 from rlalign.voting.choice import FittedChoice, make_rules, posterior_mode
-from rlalign.voting.made import Made, read_media
+from rlalign.voting.pictures import Made, read_media
 from tests.votes import Voted
 from tests.voting.test_queue import settings
 

@@ -14,9 +14,9 @@ from rlalign.ballots.records import Campaign
 from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError, build
 from rlalign.voting import queue as queues
-from rlalign.voting.filtered import Filtering
-from rlalign.voting.made import Exhausted, Made, Pending
+from rlalign.voting.filter import Filtering
 from rlalign.voting.pairing import Pairing
+from rlalign.voting.pictures import Exhausted, Made, Pending
 from rlalign.voting.queue import Queue
 from rlalign.voting.settings import Filter, Vote, parse_vote
 from tests.votes import png

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rlalign.core.registry import UserError
+from rlalign.data.pairs.campaign import VotedPair, one_campaign, read_voted
 from rlalign.data.pairs.rows import Pair, to_pair
 from rlalign.data.pairs.settings import Pairing, PreferenceSettings
-from rlalign.data.pairs.voted import VotedPair, one_campaign, read_voted
 from rlalign.diffusion.noise import generator
 
 POLL_SECONDS = 0.5

@@ -12,11 +12,11 @@ from rlalign.ballots.records import Answer
 from rlalign.core.registry import UserError
 from rlalign.data.pairs import growing
 from rlalign.data.pairs.buckets import choose_bucket
+from rlalign.data.pairs.campaign import one_campaign, read_voted, write_voted
 from rlalign.data.pairs.growing import GrowingPairs
 from rlalign.data.pairs.reader import PairReader, first_pair, open_pairs_of
 from rlalign.data.pairs.rows import Pair
 from rlalign.data.pairs.settings import PreferenceSettings
-from rlalign.data.pairs.voted import one_campaign, read_voted, write_voted
 from tests.votes import Voted
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from rlalign.core.pictures import write_grid
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import write_pairs
-from rlalign.voting.files import FileSource, as_shown, find_pictures, find_samples
-from rlalign.voting.made import Exhausted, read_media
+from rlalign.voting.pictures import Exhausted, read_media
+from rlalign.voting.sources.files import FileSource, as_shown, find_pictures, find_samples
 from tests.votes import png
 
 
@@ -61,7 +61,7 @@ def test_captions_come_from_folders_texts_and_metadata(folder: Path) -> None:
 
 
 def _made(found: object) -> object:
-    from rlalign.voting.made import Made
+    from rlalign.voting.pictures import Made
 
     return Made(caption="", content=found.read())  # type: ignore[attr-defined]
 
@@ -143,5 +143,5 @@ def test_a_caption_needs_two_pictures(folder: Path) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    program = "import sys, rlalign.voting.files; sys.exit('torch' in sys.modules)"
+    program = "import sys, rlalign.voting.sources.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -8,8 +8,8 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import build
 from rlalign.data.prompts.base import Prompts
 from rlalign.engine.local import LiveRewards, LocalEngine
-from rlalign.voting.drawn import DrawnSource, Side, redraw
-from rlalign.voting.made import read_media
+from rlalign.voting.pictures import read_media
+from rlalign.voting.sources.policy import DrawnSource, Side, redraw
 
 PLAN = Plan(steps=2)
 

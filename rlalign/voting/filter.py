@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from rlalign.rewards.base import Scorer, score
-from rlalign.voting.made import Made, read_media
+from rlalign.voting.pictures import Made, read_media
 from rlalign.voting.settings import Filter
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
 from rlalign.data.prompts.base import Prompts, prompt_id
-from rlalign.voting.drawn import LISTED, TYPED, draw_rows
-from rlalign.voting.made import Exhausted, Made, Pending
+from rlalign.voting.pictures import Exhausted, Made, Pending
+from rlalign.voting.sources.policy import LISTED, TYPED, draw_rows
 
 _BATCHES = 10_000
 """Of one round, at most: a batch's number is this times the round and its number in it."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlalign.ballots.records import Picture
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.data.prompts.base import Prompts, prompt_id
-from rlalign.voting.made import Made
+from rlalign.voting.pictures import Made
 
 if TYPE_CHECKING:
     import numpy as np

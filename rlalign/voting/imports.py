@@ -17,9 +17,9 @@ from rlalign.ballots.label_studio import Judgement, read_judgements
 from rlalign.ballots.records import Answer, Campaign, Item, Kind, Picture, digest, picture_uid
 from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError
-from rlalign.data.pairs.voted import one_campaign
+from rlalign.data.pairs.campaign import one_campaign
 from rlalign.data.pairs.votes import rows_of_judgements
-from rlalign.voting.files import as_shown
+from rlalign.voting.sources.files import as_shown
 
 
 @dataclass(frozen=True, kw_only=True)

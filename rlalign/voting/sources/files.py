@@ -17,7 +17,7 @@ import numpy as np
 from rlalign.ballots.records import digest
 from rlalign.core.files import UnreadableText, parse_strict_json, read_text, split_lines
 from rlalign.core.registry import UserError, read_reason
-from rlalign.voting.made import Exhausted, Made
+from rlalign.voting.pictures import Exhausted, Made
 
 SHOWN = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 """Formats of Pillow that every browser shows -> their media types."""
