@@ -26,7 +26,7 @@ from rlalign.runtime.roles import ROLLOUT
 from rlalign.runtime.workers import PolicySource
 from rlalign.voting.serve import Say, serve_vote
 from rlalign.voting.settings import Vote
-from rlalign.voting.sources.policy import DrawnSource, Side, models_of
+from rlalign.voting.sources.policy import EngineSource, Side, models_of
 
 
 def serve_vote_on_ray(
@@ -60,7 +60,7 @@ def serve_vote_on_ray(
         ray.shutdown()
 
 
-def open_source_on_ray(vote: Vote, models: list[Model]) -> DrawnSource:
+def open_source_on_ray(vote: Vote, models: list[Model]) -> EngineSource:
     """A pool of rollout workers for each policy, owned by this process. Ray must be running."""
     import ray
 
@@ -87,7 +87,7 @@ def open_source_on_ray(vote: Vote, models: list[Model]) -> DrawnSource:
     except BaseException:
         release()
         raise
-    return DrawnSource(
+    return EngineSource(
         sides=sides,
         prompts_of=vote.prompts,
         plan=vote.source.plan,

@@ -17,7 +17,7 @@ from rlalign.ballots.store import Store
 from rlalign.core.locations import locate
 from rlalign.core.registry import UserError
 from rlalign.voting.choice import make_rules
-from rlalign.voting.filter import Filtering
+from rlalign.voting.filter import PictureFilter
 from rlalign.voting.pairing import Pairing
 from rlalign.voting.pictures import PictureSource
 from rlalign.voting.queue import Queue, keep_all
@@ -65,7 +65,7 @@ def opened(vote: Vote, source: PictureSource, say: Say) -> Iterator[Served]:
             vote=vote,
             source=source,
             pairing=Pairing(vote=vote, pick=rules.pick),
-            keep=Filtering(vote.filter) if vote.filter is not None else keep_all,
+            keep=PictureFilter(vote.filter) if vote.filter is not None else keep_all,
             watch=rules.watch,
             refresh=rules.refresh,
             ring=desk.notice.ring,
@@ -119,9 +119,9 @@ def open_source(vote: Vote) -> PictureSource:
     if source.kind in ("samples", "pictures"):
         return _files(vote)
     if source.kind == "run":
-        from rlalign.voting.sources.run import FollowedSource
+        from rlalign.voting.sources.run import RunSource
 
-        return FollowedSource(
+        return RunSource(
             folder=Path(source.run),
             seed=vote.seed,
             count=vote.per_caption,
@@ -148,7 +148,7 @@ def _drawn(vote: Vote) -> PictureSource:
     from rlalign.alignment.models import ready_policy
     from rlalign.engine.local import LiveRewards, LocalEngine
     from rlalign.networks.devices import usable
-    from rlalign.voting.sources.policy import DrawnSource, Side, models_of
+    from rlalign.voting.sources.policy import EngineSource, Side, models_of
 
     runtime = vote.runtime
     device = usable(runtime.device, "runtime.device")
@@ -163,7 +163,7 @@ def _drawn(vote: Vote) -> PictureSource:
         )
         sides.append(Side(title=model.title, engine=engine))
     assert vote.prompts is not None, "checked by the settings"
-    return DrawnSource(
+    return EngineSource(
         sides=sides,
         prompts_of=vote.prompts,
         plan=vote.source.plan,

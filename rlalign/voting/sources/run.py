@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
 from rlalign.data.prompts.base import Prompts, prompt_id
-from rlalign.voting.pictures import Exhausted, Made, Pending
+from rlalign.voting.pictures import Exhausted, Pending, PictureFile
 from rlalign.voting.sources.policy import LISTED, TYPED, draw_rows
 
 _BATCHES = 10_000
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class FollowedSource:
+class RunSource:
     """Pictures by the newest checkpoint of a run folder, the base policy before the first."""
 
     folder: Path
@@ -105,7 +105,7 @@ class FollowedSource:
             self._next = max(self._next, plan["batch"] % _BATCHES + 1)
             self._made += 1
 
-    def batch(self) -> list[list[Made]]:
+    def batch(self) -> list[list[PictureFile]]:
         """See ``PictureSource``."""
         self.refuse_ended()
         self._load()
@@ -132,7 +132,7 @@ class FollowedSource:
         ]
         return self._drawn(UnitKey(LISTED, place, 0), rows)
 
-    def of_prompt(self, prompt: str, number: int) -> list[Made]:
+    def of_prompt(self, prompt: str, number: int) -> list[PictureFile]:
         """See ``PictureSource``."""
         self.refuse_ended()
         self._load()
@@ -143,12 +143,12 @@ class FollowedSource:
     def close(self) -> None:
         """See ``PictureSource``."""
 
-    def _drawn(self, key: UnitKey, rows: list[tuple[int, str, int]]) -> list[list[Made]]:
+    def _drawn(self, key: UnitKey, rows: list[tuple[int, str, int]]) -> list[list[PictureFile]]:
         assert self._engine is not None
         unit = Unit.of_rows(key, rows, self.seed, self._plan)
         title = f"{self.folder.name}@{self._loaded}"
         drawn = draw_rows(self._engine, unit, {"round": self._loaded})
-        named = [Made(**{**vars(one), "policy": title}) for one in drawn]
+        named = [one.named(title) for one in drawn]
         return [named[at : at + self.count] for at in range(0, len(named), self.count)]
 
     @property

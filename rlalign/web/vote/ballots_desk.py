@@ -78,7 +78,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class PictureList:
     """A source of pictures that are all there."""
 
     pictures: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class BallotsDesk:
     store: Store
     campaign: str
     about: About
-    source: Source = field(default_factory=Listed)
+    source: Source = field(default_factory=PictureList)
     dealer: Deal = field(default_factory=Deal)
     votes_each: int = 0
     """Votes that a person is asked for; 0 has no end."""

@@ -61,9 +61,9 @@ def test_captions_come_from_folders_texts_and_metadata(folder: Path) -> None:
 
 
 def _made(found: object) -> object:
-    from rlalign.voting.pictures import Made
+    from rlalign.voting.pictures import PictureFile
 
-    return Made(caption="", content=found.read())  # type: ignore[attr-defined]
+    return PictureFile.of(found.read(), caption="")  # type: ignore[attr-defined]
 
 
 def test_batches_show_every_picture_once_and_end(folder: Path) -> None:
@@ -90,7 +90,7 @@ def test_two_sides_are_compared_caption_by_caption(folder: Path, tmp_path: Path)
     (other / "a dog" / "0.png").write_bytes(png(200))
     sides = [{"a dog": find_pictures(str(folder))["a dog"]}, find_pictures(str(other))]
     (group,) = FileSource(sides, seed=0, count=2).batch()
-    assert [made.policy for made in group] == [folder.name, "other"]
+    assert [made.picture.policy for made in group] == [folder.name, "other"]
     assert values([group])[0][1] == 200
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from rlalign.ballots.audit import audit
 from rlalign.ballots.store import Store
-from rlalign.web.vote.ballots_desk import Listed, Supply
+from rlalign.web.vote.ballots_desk import PictureList, Supply
 from rlalign.web.vote.people import join_url
 from rlalign.web.vote.serving import ADMIN_ENV
 from tests.web.vote.made_desk import Process, Served, fill
@@ -360,7 +360,7 @@ def test_a_join_link_asks_for_consent_and_leaves_no_token_behind(
         assert all(token not in asked for asked in visitor.asked[1:])
 
 
-class Drawing(Listed):
+class Drawing(PictureList):
     """A source that says what the test has it say."""
 
     said: Supply = Supply(code="drawing", made=1, to_make=4)
