@@ -21,7 +21,7 @@ from rlalign.voting.pictures import Exhausted, PictureFile
 
 SHOWN = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 """Formats of Pillow that every browser shows -> their media types."""
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CAPTIONS = ("caption", "text", "prompt")
 """Names of what says a picture's caption, in a table and in metadata.jsonl."""
 COLUMNS = ("jpg_0", "jpg_1", "image", "jpg", "picture")
@@ -131,33 +131,38 @@ def _rng(*key: object) -> np.random.Generator:
 
 
 def _read(caption: str, found: Location, seed: int, facts: Mapping[str, Any]) -> PictureFile:
-    content, kind = as_shown(found.read(), found.name)
-    return PictureFile.of(
-        content,
-        caption=caption,
-        policy=found.policy,
-        seed=seed,
-        plan={"file": found.name, **facts},
-        media_type=kind,
-    )
+    plan = {"file": found.name, **facts}
+    known = {"caption": caption, "policy": found.policy, "seed": seed, "plan": plan}
+    return as_shown(found.read(), found.name, **known)
 
 
-def as_shown(content: bytes, name: str) -> tuple[bytes, str]:
-    """(bytes that a browser shows, their media type) of a picture's file. Raises UserError where it
-    is none."""
+def as_shown(content: bytes, name: str, **facts: Any) -> PictureFile:
+    """A file of a format that every browser shows; another format becomes PNG. A clip is an
+    animated WebP, GIF or PNG, which a browser plays. ``facts`` are what else is known of it.
+
+    Raises UserError where it is no picture, or a clip of another format.
+    """
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content)) as opened:
             kind = SHOWN.get(opened.format or "")
-            if kind is None:
+            frames = getattr(opened, "n_frames", 1)
+            if kind is not None:
+                opened.verify()
+                return PictureFile.of(content, media_type=kind, frames=frames, **facts)
+            if frames == 1:
                 buffer = io.BytesIO()
                 opened.convert("RGB").save(buffer, format="PNG")
-                return buffer.getvalue(), "image/png"
-            opened.verify()
-            return content, kind
+                return PictureFile.of(buffer.getvalue(), **facts)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} must be a picture, and is none ({read_reason(error)})") from error
+        raise UserError(
+            f"{name} must be a picture, or a clip as animated WebP, GIF or PNG, and is none"
+            f" ({read_reason(error)})"
+        ) from error
+    raise UserError(
+        f"{name} has {frames} frames in a format that no browser plays; save it as animated WebP"
+    )
 
 
 # --- what is there -------------------------------------------------------------------------------
@@ -219,7 +224,7 @@ def _in_folder(folder: Path) -> dict[str, list[Location]]:
         raise UserError(
             f"source.pictures must have pictures with captions, got {str(folder)!r}: a"
             " metadata.jsonl with file_name and text, NAME.txt beside NAME.png, or a folder for"
-            " each caption"
+            " each caption (clips are animated WebP, GIF or PNG)"
         )
     return found
 

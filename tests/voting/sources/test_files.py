@@ -77,7 +77,7 @@ def test_batches_show_every_picture_once_and_end(folder: Path) -> None:
     # the same seed gives the same groups; another process goes on after the newest
     again = FileSource([find_pictures(str(folder))], seed=0, count=2)
     assert values(again.batch()) == values(groups)
-    again.take_up(iter([groups[-1][0].plan]))
+    again.take_up(iter([groups[-1][0].picture.plan]))
     assert all_batches(again) == []
     assert values(FileSource([find_pictures(str(folder))], seed=1, count=2).batch()) != values(
         groups
@@ -129,11 +129,33 @@ def test_what_a_browser_does_not_show_is_a_png() -> None:
     picture = Image.new("RGB", (4, 4), (9, 8, 7))
     buffer = io.BytesIO()
     picture.save(buffer, format="TIFF")
-    content, kind = as_shown(buffer.getvalue(), "x.tiff")
-    assert kind == "image/png" and read_media(content)[0, :, 0, 0].tolist() == [9, 8, 7]
-    assert as_shown(png(3), "x.png") == (png(3), "image/png")
-    with pytest.raises(UserError, match=r"x\.png must be a picture, and is none"):
-        as_shown(b"no picture", "x.png")
+    shown = as_shown(buffer.getvalue(), "x.tiff", caption="c")
+    assert shown.picture.media_type == "image/png"
+    assert read_media(shown.content)[0, :, 0, 0].tolist() == [9, 8, 7]
+    assert as_shown(png(3), "x.png", caption="c").content == png(3)
+    with pytest.raises(UserError, match=r"x\.png must be a picture, or a clip as animated WebP"):
+        as_shown(b"no picture", "x.png", caption="c")
+
+
+@pytest.mark.parametrize("format", ["webp", "gif", "png"])
+def test_a_clip_is_shown_as_it_is(tmp_path: Path, format: str) -> None:
+    (tmp_path / "ball").mkdir()
+    for first in (0, 100):
+        frames = [Image.new("L", (8, 8), first + 30 * number) for number in range(3)]
+        file = tmp_path / "ball" / f"{first}.{format}"
+        frames[0].save(file, save_all=True, append_images=frames[1:], duration=100)
+    (group,) = FileSource([find_pictures(str(tmp_path))], seed=0, count=2).batch()
+    for made in group:
+        assert (made.picture.frames, made.picture.media_type) == (3, f"image/{format}")
+        assert read_media(made.content).shape == (3, 3, 8, 8)
+
+
+def test_a_clip_that_no_browser_plays_is_refused() -> None:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (4, 4), (number, 0, 0)) for number in range(3)]
+    frames[0].save(buffer, format="TIFF", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match="3 frames in a format that no browser plays"):
+        as_shown(buffer.getvalue(), "x.tiff", caption="c")
 
 
 def test_a_caption_needs_two_pictures(folder: Path) -> None:
