@@ -4,6 +4,7 @@
 
 desk.py          what the page asks of whoever holds the ballots, and the records between the two
 ballots_desk.py  that desk over the store of rlalign/ballots
+chain.py         where a person is in the mode chain
 messages.py      the JSON of a browser, read by hand, and the JSON that it gets
 guard.py         what every request passes first, and the headers of every answer
 rates.py         how often a person and an address may ask

@@ -205,13 +205,6 @@ def test_a_long_prompt_leaves_room_for_the_pictures(
             )
             assert visitor.tab.get_attribute("#prompt", "tabindex") == ("0" if scrolled else None)
             assert accessibility_findings(visitor.tab) == []
-            page.store.close_ballot(*ballot_of(page))
-
-
-def ballot_of(page: Served) -> tuple[str, str]:
-    """(person, ballot) that was given last."""
-    annotator = page.store.annotators()[-1].id
-    return annotator, page.desk.ballot(annotator).ballot
 
 
 def test_reload_back_and_double_click_are_harmless(browser: Any, serve_page: Make) -> None:
