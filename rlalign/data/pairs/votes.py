@@ -97,7 +97,7 @@ def _why_not(vote: Vote, people: Mapping[str, str], filters: Filters) -> str:
     if vote.answer.choice == "skip":
         return "skips"
     if vote.answer.decide_ms < filters.min_ms:
-        return f"decided in under {filters.min_ms:g} ms"
+        return f"decided in under {filters.min_ms:.0f} ms"
     if not filters.ties and vote.answer.choice in ("tie", "both_bad"):
         return "ties"
     return ""
