@@ -121,7 +121,7 @@ def test_label_studios_votes_are_taken_in_once(
         (["PLACE", "export"], "export needs a file, as votes.parquet, got ''"),
         (
             ["PLACE", "export", "x.parquet", "--min-gold", "2"],
-            "'--min-gold': Input should be less than or equal to 1",
+            "should be less than or equal to 1",
         ),
         (["new.db", "import", "none.json"], "import needs a file that is there, got 'none.json'"),
         (["PLACE", "export", "x.csv"], "name a file that ends in .parquet, got 'x.csv'"),
