@@ -19,6 +19,23 @@ if TYPE_CHECKING:
 
 VERBS = ("results", "people", "export", "import", "leave-out", "take-in", "delete")
 
+CampaignName = Annotated[
+    str, typer.Option(metavar="NAME", help="Of which campaign; needed where there are several.")
+]
+LeastTime = Annotated[
+    int,
+    typer.Option(metavar="MS", min=0, help="export: leave out votes given in less than so long."),
+]
+LeastGold = Annotated[
+    float,
+    typer.Option(
+        metavar="S",
+        min=0.0,
+        max=1.0,
+        help="export: leave out people who find less than this share of 5 or more gold pairs.",
+    ),
+]
+
 
 def ballots(
     store: Annotated[
@@ -39,24 +56,9 @@ def ballots(
             show_default=False,
         ),
     ] = "",
-    campaign: Annotated[
-        str, typer.Option(metavar="NAME", help="Of which campaign; needed where there are several.")
-    ] = "",
-    min_ms: Annotated[
-        int,
-        typer.Option(
-            metavar="MS", min=0, help="export: leave out votes given in less than so long."
-        ),
-    ] = 0,
-    min_gold: Annotated[
-        float,
-        typer.Option(
-            metavar="S",
-            min=0.0,
-            max=1.0,
-            help="export: leave out people who find less than this share of 5 or more gold pairs.",
-        ),
-    ] = 0.0,
+    campaign: CampaignName = "",
+    min_ms: LeastTime = 0,
+    min_gold: LeastGold = 0.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="results: every number, as JSON.")
     ] = False,
