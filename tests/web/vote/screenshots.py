@@ -2,7 +2,7 @@
 
     python -m tests.web.vote.screenshots docs/images/people
 
-Made-up pictures of coloured shapes stand in for a model's. Every file is a WebP of at most some 20 kB.
+Made-up pictures of coloured shapes stand in for a model's. Every file is a WebP of some 20 kB.
 Japanese needs a font that has it (Debian: fonts-noto-cjk).
 """
 
