@@ -9,7 +9,7 @@ the next one ("learning"). Then the numbers of the run do not depend on how fast
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,23 @@ _BATCHES = 10_000
 """Of one round, at most: a batch's number is this times the round and its number in it."""
 
 if TYPE_CHECKING:
+    import torch
+
     from rlalign.config import Run
-    from rlalign.engine.local import LocalEngine
+    from rlalign.engine import Engine
     from rlalign.policies.base import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What draws under a run's weights."""
+
+    engine: Engine
+    set_weights: Callable[[Mapping[str, torch.Tensor]], None]
+
+
+MakeDrawing = Callable[["Run", int], Drawing]
+"""(run, pictures in a piece of work) -> what draws, under the weights that the policy loads."""
 
 
 @dataclass(kw_only=True)
@@ -43,9 +57,12 @@ class RunSource:
     prompts_of: Prompts | None = None
     """None takes the run's own."""
     draws: bool = True
+    make_drawing: MakeDrawing = lambda run, rows: draw_here(run, rows)
+    """Where the run's policy draws: in this process, or on a cluster."""
+    release: Callable[[], None] = lambda: None
+    """Lets go of what draws."""
     _run: Run | None = field(default=None, init=False)
-    _policy: Policy | None = field(default=None, init=False)
-    _engine: LocalEngine | None = field(default=None, init=False)
+    _drawing: Drawing | None = field(default=None, init=False)
     _loaded: int = field(default=-1, init=False)
     _made: int = field(default=0, init=False)
     """Groups under the loaded checkpoint so far."""
@@ -142,12 +159,13 @@ class RunSource:
 
     def close(self) -> None:
         """See ``PictureSource``."""
+        self.release()
 
     def _drawn(self, key: UnitKey, rows: list[tuple[int, str, int]]) -> list[list[PictureFile]]:
-        assert self._engine is not None
+        assert self._drawing is not None
         unit = Unit.of_rows(key, rows, self.seed, self._plan)
         title = f"{self.folder.name}@{self._loaded}"
-        drawn = draw_rows(self._engine, unit, {"round": self._loaded})
+        drawn = draw_rows(self._drawing.engine, unit, {"round": self._loaded})
         named = [one.named(title) for one in drawn]
         return [named[at : at + self.count] for at in range(0, len(named), self.count)]
 
@@ -161,35 +179,21 @@ class RunSource:
         newest = self.newest
         if newest == self._loaded:
             return
-        if self._policy is None:
-            self._begin()
-        policy: Any = self._policy
+        if self._drawing is None:
+            from rlalign.config import load_begun
+
+            self._run = load_begun(self.folder / "config.yaml")
+            self._drawing = self.make_drawing(self._run, self.rows)
         while newest:
             weights = self._weights()
             # the run may have written a newer one while this was read
             read, newest = newest, self.newest
             if read == newest:
-                policy.set_weights(weights)
+                self._drawing.set_weights(weights)
                 break
         self._loaded = newest
         self._made = 0
         self._next = 0
-
-    def _begin(self) -> None:
-        from rlalign.config import load_begun
-        from rlalign.engine.local import LiveRewards, LocalEngine
-        from rlalign.networks.devices import usable
-
-        self._run = load_begun(self.folder / "config.yaml")
-        runtime = self._run.runtime
-        self._policy = self._run.policy.load(usable(runtime.device, "runtime.device"))
-        self._engine = LocalEngine.with_lanes(
-            self._policy,
-            lambda: LiveRewards(()),
-            workers=1,
-            rows=self.rows,
-            threads=runtime.rollout.threads,
-        )
 
     def _weights(self) -> dict[str, Any]:
         from rlalign.learning import checkpoint
@@ -200,3 +204,19 @@ class RunSource:
         }
         assert found, "a checkpoint holds a policy"
         return found
+
+
+def draw_here(run: Run, rows: int) -> Drawing:
+    """A run's policy in this process."""
+    from rlalign.engine.local import LiveRewards, LocalEngine
+    from rlalign.networks.devices import usable
+
+    policy: Policy = run.policy.load(usable(run.runtime.device, "runtime.device"))
+    engine = LocalEngine.with_lanes(
+        policy,
+        lambda: LiveRewards(()),
+        workers=1,
+        rows=rows,
+        threads=run.runtime.rollout.threads,
+    )
+    return Drawing(engine=engine, set_weights=lambda weights: policy.set_weights(dict(weights)))
