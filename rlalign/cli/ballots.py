@@ -147,7 +147,9 @@ def _print_page(found: Mapping[str, Any]) -> None:
     chosen = ", ".join(f"{line['rule']} {line['votes']}" for line in page["rules"])
     waiting = ", ".join(f"{kind} {count}" for kind, count in found["stock"]["items"].items())
     print(f"campaign {found['campaign']}")
-    _print_table((), [*lines, ("Pairs chosen by", chosen, ""), ("Pairs waiting", waiting, "")])
+    _print_table(
+        (), [*lines, ("Pairs chosen by", chosen, ""), ("Pairs waiting", waiting or "none", "")]
+    )
     if page["ranking"] is not None:
         names = ("policy", "strength", "interval", "rate", "votes", "more")
         heads = [words[f"results_{name}"] for name in names]
