@@ -95,7 +95,9 @@ class RunSource:
     def refuse_ended(self) -> None:
         """Raises Exhausted where the run is over, and Pending where it has not begun."""
         if not (self.folder / "config.yaml").is_file():
-            raise Pending("learning", f"the run {self.folder} has not begun")
+            raise Pending(
+                "broken", f"the run {self.folder.name} has not begun; rlalign train begins it"
+            )
         if self.state() == "ended":
             raise Exhausted
 
