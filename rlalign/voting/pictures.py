@@ -17,16 +17,15 @@ class PictureFile:
 
     picture: Picture
     content: bytes
+    caption: str
+    """As it was drawn by; the store has its text alone."""
 
     @classmethod
-    def of(cls, content: bytes, **facts: Any) -> PictureFile:
+    def of(cls, content: bytes, caption: str, **facts: Any) -> PictureFile:
         """The file of these bytes, which name the picture; ``facts`` are the other fields of
         ``Picture``."""
-        return cls(picture=Picture(uid=picture_uid(content), **facts), content=content)
-
-    @property
-    def caption(self) -> str:
-        return self.picture.caption
+        picture = Picture(uid=picture_uid(content), caption=str(caption), **facts)
+        return cls(picture=picture, content=content, caption=caption)
 
     def named(self, policy: str) -> PictureFile:
         """The same, made by ``policy``."""
