@@ -74,6 +74,13 @@ _REPEATABLE = (
     .order_by(_BALLOT.number)
     .limit(WINDOW)
 )
+_OWN = sa.select(_ITEM.id).where(
+    _ITEM.campaign == _CAMPAIGN,
+    _ITEM.annotator == _ME,
+    _ITEM.id != sa.bindparam("keep"),
+    _ITEM.withdrawn.is_(False),
+    ~sa.exists().where(_BALLOT.item == _ITEM.id, _BALLOT.state.in_(("voted", "skipped"))),
+)
 
 
 class Dealer(Protocol):
@@ -113,6 +120,18 @@ def expire(connection: Connection, campaign: str, now: float) -> None:
         table = schema.ballot
         connection.execute(sa.update(table).where(_BALLOT.id.in_(ids)).values(state="expired"))
         change_held(connection, (row.item for row in over if row.status == "active"), -1)
+
+
+def withdraw_own(connection: Connection, campaign: str, annotator: str, keep: str) -> None:
+    """Withdraws what was put together for one person and is not answered, the item ``keep`` aside;
+    ballots of it that are open expire."""
+    mine = {"of_campaign": campaign, "me": annotator, "keep": keep}
+    items = connection.execute(_OWN, mine).scalars().all()
+    of_them = sa.and_(_BALLOT.item.in_(items), _BALLOT.state == "open")
+    opened = connection.execute(sa.select(_BALLOT.item).where(of_them)).scalars().all()
+    connection.execute(sa.update(schema.ballot).where(of_them).values(state="expired"))
+    connection.execute(sa.update(schema.item).where(_ITEM.id.in_(items)).values(withdrawn=True))
+    change_held(connection, opened, -1)
 
 
 def open_ballots(connection: Connection, campaign: str, annotator: str) -> list[Ballot]:

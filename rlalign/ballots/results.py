@@ -81,6 +81,8 @@ class Results:
     rules: Rules
     choices: Mapping[str, int]
     """Votes by choice, of people who count."""
+    by_rule: Mapping[str, int]
+    """Votes on pairs to learn from, by the rule that chose the pair; skips left out."""
     stock: Stock
     people: Sequence[Person]
     gold: Share
@@ -129,6 +131,7 @@ def collect_results(
         cursor=cursor,
         rules=rules,
         choices=dict(Counter(vote.answer.choice for vote in votes)),
+        by_rule=dict(Counter(_rule_of(v) for v in asked if v.answer.choice != "skip")),
         stock=store.stock(campaign, now),
         people=people,
         gold=_sum([one.gold for one in counting]),
@@ -155,6 +158,12 @@ def _people(store: Store, votes: Sequence[Vote], rules: Rules) -> list[Person]:
         )
         for one in measure(votes)
     ]
+
+
+def _rule_of(vote: Vote) -> str:
+    """The rule that chose a vote's pair: among those that waited, or among a caption's pictures."""
+    ballot = vote.ballot
+    return ballot.item.rule if ballot.rule == "random" else ballot.rule
 
 
 def _sum(shares: Sequence[Share]) -> Share:

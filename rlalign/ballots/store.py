@@ -324,17 +324,12 @@ class Store:
             _log.take_back(connection, found, nonce, now)
             return _log.renew(connection, _rows.to_ballot(found), now + keep_s)
 
-    def close_ballot(self, annotator: str, name: str) -> None:
-        """Has an open ballot expire now, for one that an undo has made stale; others stay as they
-        are."""
+    def withdraw_own(self, campaign: str, annotator: str, keep: str = "") -> None:
+        """Takes back what was put together for one person alone and is not answered, dealt or not:
+        a chain's pair once the choice that led to it is undone. The item ``keep`` stays."""
         with self._writing() as connection:
-            row = _log.ballot_row(connection, name)
-            if row is None or row["ballot_annotator"] != annotator:
-                return
-            if row["ballot_state"] == "open":
-                _log.set_ballot(connection, name, state="expired")
-                if _log.known_annotator(connection, annotator).status == "active":
-                    _dealing.change_held(connection, [row["item_id"]], -1)
+            if _log.known_annotator(connection, annotator).status == "active":
+                _dealing.withdraw_own(connection, campaign, annotator, keep)
 
     def ballot(self, name: str) -> Ballot | None:
         with self.reading() as connection:

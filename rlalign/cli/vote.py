@@ -35,8 +35,15 @@ def vote(
 ) -> None:
     """Serve the page where people choose between pictures, until Ctrl-C.
 
-    It prints the link that people open. Votes go to a store that rlalign train, fit-reward and
-    ballots read.
+    It prints the link that people open; /results there has the numbers. Votes go to a store that
+    rlalign train, fit-reward and ballots read.
+
+    A vote file says whose pictures people see and what they are asked. A short one, for two
+    pictures of a folder that has a subfolder for each caption:
+
+    \b
+    name: first
+    source: {pictures: my_pictures}
     """
     from rlalign.voting.serve import serve_vote
     from rlalign.voting.settings import load_vote

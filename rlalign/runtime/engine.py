@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import ray
 import ray.exceptions
+import torch
 from ray.actor import ActorHandle
 
 from rlalign.config import RuntimeSettings
@@ -204,7 +205,7 @@ class Pools(Mapping[Role, Pool]):
 
 
 class RayEngine(Engine):
-    """Pieces on a pool of policy workers, under the weights that each has loaded."""
+    """Pieces on a pool of policy workers, under the weights that each has loaded or was sent."""
 
     def __init__(
         self,
@@ -220,6 +221,7 @@ class RayEngine(Engine):
         self.cost = Cost()
         self.reason = ""
         self._unit = unit
+        self._weights: WeightsRef | None = None
         self._loop = asyncio.new_event_loop()
         self._pools = Pools(runtime, members)
         self._shapes: dict[Plan, tuple[int, ...]] = {}
@@ -244,13 +246,19 @@ class RayEngine(Engine):
         self._shapes[plan] = found.latent_shape
         return found
 
+    def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Has further pieces done under these weights; each worker gets them once."""
+        version = self._weights.tag[1] + 1 if self._weights is not None else 1
+        arrays = {name: tensor.cpu().numpy() for name, tensor in weights.items()}
+        self._weights = WeightsRef(tag=("policy", version), ref=ray.put(arrays))
+
     def perform(self, works: Sequence[Work]) -> list[WorkResult]:
         return self._wait(self._all(works))
 
     async def _all(self, works: Sequence[Work]) -> list[WorkResult]:
         names = [f"piece {number} of {len(works)}" for number in range(1, len(works) + 1)]
         tasks = [
-            asyncio.ensure_future(self._pools.do(name, work, _fetch))
+            asyncio.ensure_future(self._pools.do(name, work, _fetch, self._weights))
             for name, work in zip(names, works, strict=True)
         ]
         try:

@@ -8,15 +8,18 @@ scales. Pieces are fixed and noise is keyed, so the pictures are those of one pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ray.actor import ActorHandle
 
 from rlalign.alignment.models import Model
+from rlalign.config import Run
 from rlalign.core.locations import locate
-from rlalign.core.records import Unit, UnitKey
+from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
+from rlalign.data.prompts.base import Prompts
 from rlalign.runtime import cluster
 from rlalign.runtime.actors import create_policy_worker, name_owner
 from rlalign.runtime.engine import RayEngine
@@ -24,9 +27,11 @@ from rlalign.runtime.pool import ObjectGone, PoolLost, UnitFailed
 from rlalign.runtime.reservation import bundle_of
 from rlalign.runtime.roles import ROLLOUT
 from rlalign.runtime.workers import PolicySource
-from rlalign.voting.drawn import DrawnSource, Side, models_of
-from rlalign.voting.serve import Say, serve_vote
+from rlalign.voting.pictures import PictureSource
+from rlalign.voting.serve import Say, open_source, serve_vote
 from rlalign.voting.settings import Vote
+from rlalign.voting.sources.policy import EngineSource, Side, models_of
+from rlalign.voting.sources.run import Drawing, RunSource
 
 
 def serve_vote_on_ray(
@@ -38,71 +43,93 @@ def serve_vote_on_ray(
     """
     from rlalign.runtime.training.collect import RunFailed
 
-    if vote.source.kind != "policy":
+    if vote.source.kind not in ("policy", "run"):
         raise UserError(
-            "--address is for source.policy, whose pictures a cluster draws, got"
+            "--address is for source.policy and source.run, whose pictures a cluster draws, got"
             f" source.{vote.source.kind}; leave it out"
         )
     vote = locate(vote, here=address is None)
     models = models_of(vote)
-    workers = vote.runtime.rollout.workers * len(models)
+    workers = vote.runtime.rollout.workers * max(len(models), 1)
     bundles = [bundle_of(ROLLOUT, vote.runtime.rollout)] * workers
     cluster.connect(bundles, vote.runtime.device, address, say)
     import ray
 
     try:
-        serve_vote(
-            vote, say, on_ready=on_ready, make_source=lambda vote: open_source_on_ray(vote, models)
-        )
+        serve_vote(vote, say, on_ready=on_ready, make_source=open_any_on_ray)
     except (ObjectGone, PoolLost, UnitFailed) as error:
         raise RunFailed(str(error)) from error
     finally:
         ray.shutdown()
 
 
-def open_source_on_ray(vote: Vote, models: list[Model]) -> DrawnSource:
-    """A pool of rollout workers for each policy, owned by this process. Ray must be running."""
-    import ray
+def open_any_on_ray(vote: Vote) -> PictureSource:
+    """The source of a campaign, drawn by Ray, which must be running."""
+    if vote.source.kind == "run":
+        return open_run_on_ray(vote)
+    return open_source_on_ray(vote, models_of(vote))
 
+
+def open_run_on_ray(vote: Vote) -> RunSource:
+    """The newest checkpoint of a run on a pool of rollout workers, which is made once the run has
+    begun. Its weights are read here, and travel to each worker once."""
+    source = open_source(vote)
+    assert isinstance(source, RunSource), "the vote file says so"
+    pool = contextlib.ExitStack()
+
+    def draw_there(run: Run, rows: int) -> Drawing:
+        model = Model(title=source.folder.name, recipe=run.policy)
+        workers = pool.enter_context(_workers(vote, model))
+        unit = _example(run.prompts, vote.seed, run.plan)
+        engine = RayEngine(vote.runtime, {ROLLOUT: workers}, unit, rows=rows)
+        pool.callback(engine.close)
+        return Drawing(engine=engine, set_weights=engine.set_weights)
+
+    source.make_drawing = draw_there
+    source.release = pool.close
+    return source
+
+
+def open_source_on_ray(vote: Vote, models: list[Model]) -> EngineSource:
+    """A pool of rollout workers for each policy, owned by this process. Ray must be running."""
     assert vote.prompts is not None, "checked by the settings"
     sides: list[Side] = []
-    actors: list[ActorHandle] = []
-    engines: list[RayEngine] = []
-    caption = vote.prompts.pool()[0]
-    unit = Unit.of_rows(UnitKey("vote", 0, 0), [(0, caption, 0)], vote.seed, vote.source.plan)
-
-    def release() -> None:
-        for engine in engines:
-            engine.close()
-        for actor in actors:
-            ray.kill(actor)
-
-    try:
+    unit = _example(vote.prompts, vote.seed, vote.source.plan)
+    with contextlib.ExitStack() as pool:
         for model in models:
-            workers = _create_workers(vote, model)
-            actors += workers
+            workers = pool.enter_context(_workers(vote, model))
             engine = RayEngine(vote.runtime, {ROLLOUT: workers}, unit, rows=vote.source.rows)
-            engines.append(engine)
+            pool.callback(engine.close)
             sides.append(Side(title=model.title, engine=engine))
-    except BaseException:
-        release()
-        raise
-    return DrawnSource(
-        sides=sides,
-        prompts_of=vote.prompts,
-        plan=vote.source.plan,
-        seed=vote.seed,
-        count=vote.per_caption,
-        release=release,
-    )
+        return EngineSource(
+            sides=sides,
+            prompts_of=vote.prompts,
+            plan=vote.source.plan,
+            seed=vote.seed,
+            count=vote.per_caption,
+            release=pool.pop_all().close,
+        )
 
 
-def _create_workers(vote: Vote, model: Model) -> list[ActorHandle]:
+def _example(prompts: Prompts, seed: int, plan: Plan) -> Unit:
+    """A unit by which an engine asks what the policy is to a plan."""
+    return Unit.of_rows(UnitKey("vote", 0, 0), [(0, prompts.pool()[0], 0)], seed, plan)
+
+
+@contextlib.contextmanager
+def _workers(vote: Vote, model: Model) -> Iterator[list[ActorHandle]]:
+    """Rollout workers of a policy, killed at the end."""
+    import ray
+
     # what names a run folder names that of the command
     located = replace(model, recipe=locate(model.recipe, "source.policy", here=False))
     source = PolicySource(model=located, runtime=vote.runtime)
     owner = name_owner(vote.name)
-    return [
-        create_policy_worker(owner, number, source)
-        for number in range(vote.runtime.rollout.workers)
-    ]
+    actors: list[ActorHandle] = []
+    try:
+        for number in range(vote.runtime.rollout.workers):
+            actors.append(create_policy_worker(owner, number, source))
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)

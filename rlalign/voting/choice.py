@@ -27,10 +27,10 @@ from rlalign.ballots.deal import Rule as DealRule
 from rlalign.ballots.deal import choose_random
 from rlalign.ballots.records import Item
 from rlalign.ballots.store import Store
+from rlalign.data.pairs.campaign import read_vote_pairs
 from rlalign.data.pairs.settings import BallotSettings
-from rlalign.data.pairs.voted import read_voted
-from rlalign.voting.made import Made, read_media
 from rlalign.voting.pairing import Choice, Group, Pick, pick_random
+from rlalign.voting.pictures import PictureFile, read_media
 from rlalign.voting.settings import Rule, Vote
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Rules:
 
     deal: DealRule = choose_random
     pick: Pick = pick_random
-    watch: Callable[[Sequence[Made]], None] = lambda made: None
+    watch: Callable[[Sequence[PictureFile]], None] = lambda made: None
     """Told of pictures that were made."""
     refresh: Callable[[], None] = lambda: None
     """Takes up the votes that there are since the last time."""
@@ -97,7 +97,7 @@ class FittedChoice:
 
     # --- features --------------------------------------------------------------------------------
 
-    def watch(self, made: Sequence[Made]) -> None:
+    def watch(self, made: Sequence[PictureFile]) -> None:
         """Takes up the features of pictures that were made."""
         for one in made:
             uid = one.picture.uid
@@ -128,7 +128,7 @@ class FittedChoice:
         if cursor - self._cursor < REFIT_EVERY:
             return
         settings = BallotSettings(store="unused", campaign=self.campaign)
-        pairs = read_voted(self.store, self.campaign, settings, cursor)
+        pairs = read_vote_pairs(self.store, self.campaign, settings, cursor)
         self._cursor = cursor
         if not pairs:
             return

@@ -22,8 +22,8 @@ from rlalign.ballots.deal import Deal
 from rlalign.ballots.records import Answer, Ballot, picture_uid
 from rlalign.ballots.store import Store
 from rlalign.rewards.base import Scorer, score, total
-from rlalign.voting.made import read_media
 from rlalign.voting.pairing import rng_of
+from rlalign.voting.pictures import read_media
 from rlalign.voting.settings import Simulate
 
 POLL_SECONDS = 0.1

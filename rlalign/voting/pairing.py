@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rlalign.ballots.records import Item, Kind, digest
-from rlalign.voting.made import Made
+from rlalign.voting.pictures import PictureFile
 from rlalign.voting.settings import Vote
 
-Group = Sequence[Made]
+Group = Sequence[PictureFile]
 """Pictures of one caption."""
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError
-from rlalign.voting.made import Exhausted, Made, Pending, PictureSource
 from rlalign.voting.pairing import Pairing
+from rlalign.voting.pictures import Exhausted, Pending, PictureFile, PictureSource
 from rlalign.voting.settings import Vote
 from rlalign.web.vote.ballots_desk import Supply
 
@@ -30,11 +30,11 @@ WAIT_SECONDS = 1.0
 AGAIN_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 """After pictures could not be made: how long until they are tried again."""
 
-Keep = Callable[[Sequence[Made]], Sequence[Made]]
+Keep = Callable[[Sequence[PictureFile]], Sequence[PictureFile]]
 """Of a caption's pictures those that may be shown."""
 
 
-def keep_all(group: Sequence[Made]) -> Sequence[Made]:
+def keep_all(group: Sequence[PictureFile]) -> Sequence[PictureFile]:
     """A ``Keep`` where nothing is held back."""
     return group
 
@@ -52,7 +52,7 @@ class Queue:
     source: PictureSource
     pairing: Pairing
     keep: Keep = keep_all
-    watch: Callable[[Sequence[Made]], None] = lambda made: None
+    watch: Callable[[Sequence[PictureFile]], None] = lambda made: None
     """Told of the pictures of a caption that are kept."""
     refresh: Callable[[], None] = lambda: None
     """Called now and then, for what follows from new votes."""
@@ -208,7 +208,7 @@ class Queue:
         self._set(Supply(made=len(groups), to_make=missing, round=self.source.round))
         return True
 
-    def _add(self, groups: Sequence[Sequence[Made]]) -> None:
+    def _add(self, groups: Sequence[Sequence[PictureFile]]) -> None:
         """Pictures and items into the store; what a filter holds back is in neither."""
         kept = [list(self.keep(group)) for group in groups]
         kept = [group for group in kept if len(group) >= self.vote.per_item]

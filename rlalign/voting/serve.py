@@ -17,9 +17,9 @@ from rlalign.ballots.store import Store
 from rlalign.core.locations import locate
 from rlalign.core.registry import UserError
 from rlalign.voting.choice import make_rules
-from rlalign.voting.filtered import Filtering
-from rlalign.voting.made import PictureSource
+from rlalign.voting.filter import PictureFilter
 from rlalign.voting.pairing import Pairing
+from rlalign.voting.pictures import PictureSource
 from rlalign.voting.queue import Queue, keep_all
 from rlalign.voting.settings import Vote
 from rlalign.web.vote.ballots_desk import BallotsDesk
@@ -65,7 +65,7 @@ def opened(vote: Vote, source: PictureSource, say: Say) -> Iterator[Served]:
             vote=vote,
             source=source,
             pairing=Pairing(vote=vote, pick=rules.pick),
-            keep=Filtering(vote.filter) if vote.filter is not None else keep_all,
+            keep=PictureFilter(vote.filter) if vote.filter is not None else keep_all,
             watch=rules.watch,
             refresh=rules.refresh,
             ring=desk.notice.ring,
@@ -119,9 +119,9 @@ def open_source(vote: Vote) -> PictureSource:
     if source.kind in ("samples", "pictures"):
         return _files(vote)
     if source.kind == "run":
-        from rlalign.voting.followed import FollowedSource
+        from rlalign.voting.sources.run import RunSource
 
-        return FollowedSource(
+        return RunSource(
             folder=Path(source.run),
             seed=vote.seed,
             count=vote.per_caption,
@@ -133,7 +133,7 @@ def open_source(vote: Vote) -> PictureSource:
 
 
 def _files(vote: Vote) -> PictureSource:
-    from rlalign.voting.files import FileSource, find_pictures, find_samples
+    from rlalign.voting.sources.files import FileSource, find_pictures, find_samples
 
     source = vote.source
     found = []
@@ -148,7 +148,7 @@ def _drawn(vote: Vote) -> PictureSource:
     from rlalign.alignment.models import ready_policy
     from rlalign.engine.local import LiveRewards, LocalEngine
     from rlalign.networks.devices import usable
-    from rlalign.voting.drawn import DrawnSource, Side, models_of
+    from rlalign.voting.sources.policy import EngineSource, Side, models_of
 
     runtime = vote.runtime
     device = usable(runtime.device, "runtime.device")
@@ -163,7 +163,7 @@ def _drawn(vote: Vote) -> PictureSource:
         )
         sides.append(Side(title=model.title, engine=engine))
     assert vote.prompts is not None, "checked by the settings"
-    return DrawnSource(
+    return EngineSource(
         sides=sides,
         prompts_of=vote.prompts,
         plan=vote.source.plan,

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from rlalign.ballots.deal import Deal
 from rlalign.ballots.quality import Rules
 from rlalign.ballots.records import Answer, Campaign, Item, Picture
-from rlalign.ballots.results import collect_results, rank_policies
+from rlalign.ballots.results import _rule_of, collect_results, rank_policies
 from rlalign.ballots.store import Store
 from tests.ballots.made_votes import made_vote
 
@@ -75,9 +76,18 @@ def test_results_say_what_people_did(store: Store) -> None:
     assert found.repeats.of > 5
     assert 0.0 < found.alpha < 0.7
     assert found.shared >= 12
+    asked = found.choices["left"] + found.choices["right"] - found.gold.of - found.repeats.of
+    assert found.by_rule == {"random": asked}
     assert sum(count for _, count in found.per_hour) == sum(found.choices.values())
     assert [hour for hour, _ in found.per_hour] == [0.0, 3600.0]
     assert all(sum(line["votes"]) + line["none"] > 1 for line in found.disagreement)
+
+
+def test_a_votes_rule_is_that_of_the_deal_or_of_the_pair() -> None:
+    vote = made_vote(1, "anna", "left")
+    dealt = replace(vote, ballot=replace(vote.ballot, rule="fisher"))
+    paired = replace(vote, ballot=replace(vote.ballot, item=replace(vote.ballot.item, rule="gap")))
+    assert [_rule_of(one) for one in (vote, dealt, paired)] == ["random", "fisher", "gap"]
 
 
 def test_the_rankings_intervals_hold_the_strengths_and_the_bias(store: Store) -> None:

@@ -241,6 +241,31 @@ def test_an_item_for_one_person_is_asked_of_nobody_else(store: Store) -> None:
     assert store.issue("c", bob, 0.0, Deal(), ahead=1) is None
 
 
+def test_what_was_put_together_for_one_person_can_be_taken_back(store: Store) -> None:
+    ann, bob = begin(store, people=2)
+    plain = Deal(gold=0.0, repeat=0.0, shared=0.0)
+    store.add_items([item(0, annotator=ann), item(1, annotator=bob)])
+    answered = store.issue("c", ann, 0.0, plain)
+    assert answered is not None
+    store.vote(ann, answered.id, answer(), 1.0)
+
+    # of three that came after it one is dealt, one waits, and one is kept
+    store.add_items([item(number, annotator=ann) for number in (2, 3, 4)])
+    dealt = store.issue("c", ann, 2.0, plain)
+    assert dealt is not None
+    kept = next(f"i{number}" for number in (2, 3, 4) if f"i{number}" != dealt.item.id)
+    store.withdraw_own("c", ann, keep=kept)
+    assert audit(store, "c") == []
+    assert store.stock("c", 3.0).items == {"live": 2}, "the kept one, and that of somebody else"
+    with pytest.raises(Refused, match="waited too long"):
+        store.vote(ann, dealt.id, answer("late"), 4.0)
+    following = store.issue("c", ann, 5.0, plain)
+    assert following is not None and following.item.id == kept
+    assert [vote.ballot.id for vote in store.votes("c")] == [answered.id], "votes stay"
+    theirs = store.issue("c", bob, 6.0, plain)
+    assert theirs is not None and theirs.item.id == "i1"
+
+
 def test_who_is_left_out_gives_the_places_back_and_may_return(store: Store) -> None:
     ann, bob = begin(store, item(0), people=2)
     ballot = store.issue("c", ann, 0.0, Deal())

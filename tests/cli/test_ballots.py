@@ -27,10 +27,22 @@ def place(voted: Voted, tmp_path: Path) -> str:
 
 
 def test_results_are_json_of_every_number(place: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ballots", place]) == 0
+    assert main(["ballots", place, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["campaign"] == "shapes" and len(found["people"]) == 2
     assert sum(found["choices"].values()) == 5
+
+
+def test_results_are_told_in_the_pages_words(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ballots", place]) == 0
+    lines = {tuple(line.split()[:2]): line for line in capsys.readouterr().out.splitlines()}
+    assert lines["campaign", "shapes"]
+    assert "0 skipped" in lines["Votes", "5"]
+    assert lines["People", "2"]
+    assert "random 5" in lines["Pairs", "chosen"]
+    assert any(line.startswith("p100") and "0.00" in line for line in lines.values()), "a ranking"
 
 
 def test_people_are_listed_left_out_taken_in_and_deleted(
@@ -87,6 +99,9 @@ def test_label_studios_votes_are_taken_in_once(
         }
     ]
     (tmp_path / "export.json").write_text(json.dumps(tasks), encoding="utf-8")
+    new = str(tmp_path / "new.db")
+    assert main(["ballots", new, "import", str(tmp_path / "export.json")]) == 2
+    assert "--campaign must name the campaign" in capsys.readouterr().err
     command = ["ballots", place, "import", str(tmp_path / "export.json"), "--campaign", "studio"]
     assert main(command) == 0
     assert "3 votes" in capsys.readouterr().out
@@ -103,7 +118,12 @@ def test_label_studios_votes_are_taken_in_once(
     [
         (["nowhere.db"], "STORE must be the file of a store of votes or a URL, got 'nowhere.db'"),
         (["PLACE", "shout"], "VERB must be one of results, people, export"),
-        (["PLACE", "export"], "export needs a file, got ''"),
+        (["PLACE", "export"], "export needs a file, as votes.parquet, got ''"),
+        (
+            ["PLACE", "export", "x.parquet", "--min-gold", "2"],
+            "should be less than or equal to 1",
+        ),
+        (["new.db", "import", "none.json"], "import needs a file that is there, got 'none.json'"),
         (["PLACE", "export", "x.csv"], "name a file that ends in .parquet, got 'x.csv'"),
         (["PLACE", "leave-out"], "leave-out needs a person's name"),
         (["PLACE", "leave-out", "ann"], "NAME must be a person's, got 'ann'; did you mean 'anna'?"),

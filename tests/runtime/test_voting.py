@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from rlalign.alignment.loop import train_local
+from rlalign.config import load_run
 from rlalign.core.registry import UserError
-from rlalign.voting.drawn import models_of, redraw
 from rlalign.voting.serve import open_source
 from rlalign.voting.settings import parse_vote
+from rlalign.voting.sources.policy import models_of, redraw
+from tests.runs import CONFIGS, quiet
 
 pytestmark = pytest.mark.ray
 
@@ -19,6 +25,18 @@ VOTE = parse_vote(
         "prompts": {"name": "shapes", "per_round": 3, "per_unit": 1},
         "runtime": {"rollout": {"workers": 1}},
     }
+)
+
+SMALL = (
+    "rounds=1",
+    "plan.steps=2",
+    "prompts.per_round=2",
+    "prompts.samples_per_prompt=2",
+    "prompts.per_unit=1",
+    "learner.lr=1.0e-2",
+    "evaluate.every=0",
+    "evaluate.prompts=2",
+    "checkpoint.every=1",
 )
 
 
@@ -38,9 +56,41 @@ def test_a_cluster_draws_the_pictures_of_one_process(ray_cluster: None) -> None:
         here.close()
 
 
+@pytest.mark.promise
+def test_a_cluster_draws_under_the_newest_checkpoint_of_a_run(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    from rlalign.runtime.voting import open_run_on_ray
+
+    run = load_run(CONFIGS / "quickstart.yaml", SMALL)
+    train_local(run, tmp_path / "run", resume=False, on_record=quiet)
+    (tmp_path / "run" / "status.json").unlink()  # as one that goes on
+    vote = parse_vote(
+        {
+            "name": "r",
+            "source": {"run": str(tmp_path / "run"), "rows": 2},
+            "prompts": {"name": "shapes", "per_round": 2, "per_unit": 1},
+            "runtime": {"rollout": {"workers": 2}},
+        }
+    )
+    here, there = open_source(vote), open_run_on_ray(vote)
+    try:
+        mine = here.batch()
+        assert there.batch() == mine
+        assert mine[0][0].picture.policy == "run@1"
+
+        # before the first checkpoint the base policy draws, and it draws otherwise
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        base = open_source(vote).batch()
+        assert [one.content for one in base[0]] != [one.content for one in mine[0]]
+    finally:
+        there.close()
+        here.close()
+
+
 def test_files_are_no_work_for_a_cluster() -> None:
     from rlalign.runtime import serve_vote_on_ray
 
     vote = parse_vote({"name": "q", "source": {"pictures": "set"}})
-    with pytest.raises(UserError, match=r"--address is for source\.policy.* got source\.pictures"):
+    with pytest.raises(UserError, match=r"--address is for .* got source\.pictures"):
         serve_vote_on_ray(vote, print, on_ready=print, address="auto")

@@ -13,19 +13,19 @@ from rlalign.ballots.records import picture_uid
 from rlalign.core.registry import build
 from rlalign.data.shapes import draw, random_scene
 from rlalign.voting.choice import FittedChoice, make_rules, posterior_mode
-from rlalign.voting.made import Made, read_media
+from rlalign.voting.pictures import PictureFile, read_media
 from tests.votes import Voted
 from tests.voting.test_queue import settings
 
 
-def drawn(number: int) -> Made:
+def drawn(number: int) -> PictureFile:
     """A picture of shapes under the caption of another one, or of its own where it is even."""
     from rlalign.data.pairs.ranking import encode
 
     rng = np.random.default_rng(number)
     scene, other = random_scene(rng, "train"), random_scene(rng, "train")
     content = encode(draw(scene, rng).transpose(2, 0, 1))
-    return Made(caption=(other if number % 2 else scene).caption, content=content)
+    return PictureFile.of(content, caption=(other if number % 2 else scene).caption)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_the_posterior_is_where_its_slope_is_zero() -> None:
 def test_the_widest_gap_is_chosen_and_its_propensity_is_known(fitted: FittedChoice) -> None:
     group = [drawn(n) for n in range(4)]
     caption = group[0].caption
-    group = [Made(caption=caption, content=made.content) for made in group]
+    group = [PictureFile.of(made.content, caption=caption) for made in group]
     fitted._features.clear()
     fitted.watch(group)
     score = {m.picture.uid: fitted._features[m.picture.uid] @ fitted.weights_D for m in group}

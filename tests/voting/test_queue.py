@@ -14,9 +14,9 @@ from rlalign.ballots.records import Campaign
 from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError, build
 from rlalign.voting import queue as queues
-from rlalign.voting.filtered import Filtering
-from rlalign.voting.made import Exhausted, Made, Pending
+from rlalign.voting.filter import PictureFilter
 from rlalign.voting.pairing import Pairing
+from rlalign.voting.pictures import Exhausted, Pending, PictureFile
 from rlalign.voting.queue import Queue
 from rlalign.voting.settings import Filter, Vote, parse_vote
 from tests.votes import png
@@ -40,7 +40,7 @@ class Counted:
     def take_up(self, plans: Iterator[Mapping[str, Any]]) -> None:
         self.number = int(next(plans, {}).get("batch", -1)) + 1
 
-    def batch(self) -> list[list[Made]]:
+    def batch(self) -> list[list[PictureFile]]:
         if self.raises is not None:
             raise self.raises
         if self.number >= self.ends:
@@ -49,13 +49,13 @@ class Counted:
         batch = self.number - 1
         return [self.group(f"c{n}", 8 * batch + 2 * n, {"batch": batch}) for n in range(4)]
 
-    def of_prompt(self, prompt: str, number: int) -> list[Made]:
+    def of_prompt(self, prompt: str, number: int) -> list[PictureFile]:
         if prompt == "no":
             raise Exhausted
         return self.group(prompt, 100 + 2 * number, {})
 
-    def group(self, caption: str, value: int, plan: Mapping[str, Any]) -> list[Made]:
-        return [Made(caption=caption, content=png(value + k), plan=plan) for k in (0, 1)]
+    def group(self, caption: str, value: int, plan: Mapping[str, Any]) -> list[PictureFile]:
+        return [PictureFile.of(png(value + k), caption=caption, plan=plan) for k in (0, 1)]
 
     def close(self) -> None:
         pass
@@ -182,7 +182,7 @@ def test_a_picture_below_the_threshold_reaches_nobody(
 ) -> None:
     # jpeg: minus the size of the file; centroid would need no such picture
     reward = build("rewards", {"name": "function", "call": "tests.voting.test_queue:brightness"})
-    filtering = Filtering(Filter(reward=reward, least=3.5 / 255))  # type: ignore[arg-type]
+    filtering = PictureFilter(Filter(reward=reward, least=3.5 / 255))  # type: ignore[arg-type]
     make(Counted(ends=1), keep=filtering)
     until(lambda: waiting(store) == 2)
     until(lambda: filtering.held_back == 4)

@@ -8,7 +8,7 @@ settings.py where pairs come from; what gives them by round (``Pairing``)
 reader.py   which pairs of files a round learns from, in an order that depends on seed and round
             alone
 votes.py    people's votes as pairs, with a card; Label Studio's exports too
-voted.py    the pairs of a campaign that a run learns from
+campaign.py the pairs of a campaign that a run learns from
 growing.py  pairs out of people's votes, while they vote
 ranking.py  pairs out of a round's own samples
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rlalign.core.registry import UserError
+from rlalign.data.pairs.campaign import VotePair, one_campaign, read_vote_pairs
 from rlalign.data.pairs.rows import Pair, to_pair
 from rlalign.data.pairs.settings import Pairing, PreferenceSettings
-from rlalign.data.pairs.voted import VotedPair, one_campaign, read_voted
 from rlalign.diffusion.noise import generator
 
 POLL_SECONDS = 0.5
@@ -163,20 +163,20 @@ class GrowingPairs(Pairing):
         found = self._usable(campaign, self._store.cursor()) if campaign else []
         return list(dict.fromkeys(pair.caption for pair in found))
 
-    def _usable(self, campaign: str, cursor: int) -> list[VotedPair]:
-        found = read_voted(self._store, campaign, self._ballots, cursor)
+    def _usable(self, campaign: str, cursor: int) -> list[VotePair]:
+        found = read_vote_pairs(self._store, campaign, self._ballots, cursor)
         if self.settings.ties == "drop":
             found = [pair for pair in found if pair.label_0 != 0.5]
         return [pair for pair in found if pair.uid_0 != pair.uid_1]
 
-    def _chosen(self, number: int, pairs: Sequence[VotedPair]) -> list[VotedPair]:
+    def _chosen(self, number: int, pairs: Sequence[VotePair]) -> list[VotePair]:
         """As many as a round takes: new ones, then earlier ones, each in a keyed order."""
         assert pairs, "a round that has waited has a pair"
         seen = self.cursors[number - 1] if number else 0
         fresh = [pair for pair in pairs if pair.seq > seen]
         earlier = [pair for pair in pairs if pair.seq <= seen]
         size = self.settings.pairs_per_round
-        chosen: list[VotedPair] = []
+        chosen: list[VotePair] = []
         while len(chosen) < size:
             chosen += self._shuffled(fresh, number, "fresh", len(chosen))
             chosen += self._shuffled(earlier, number, "earlier", len(chosen))
@@ -184,12 +184,12 @@ class GrowingPairs(Pairing):
         return [chosen[i] for i in order]
 
     def _shuffled(
-        self, pairs: Sequence[VotedPair], number: int, which: str, place: int
-    ) -> Iterator[VotedPair]:
+        self, pairs: Sequence[VotePair], number: int, which: str, place: int
+    ) -> Iterator[VotePair]:
         order = generator("votes", self.seed, which, number, place).permutation(len(pairs))
         return (pairs[i] for i in order)
 
-    def _pair(self, one: VotedPair) -> Pair:
+    def _pair(self, one: VotePair) -> Pair:
         """Raises UserError where the store lacks a picture, or has one that cannot be decoded."""
         made = self._store.picture(one.uid_0)
         row = {

@@ -97,7 +97,7 @@ def _why_not(vote: Vote, people: Mapping[str, str], filters: Filters) -> str:
     if vote.answer.choice == "skip":
         return "skips"
     if vote.answer.decide_ms < filters.min_ms:
-        return f"decided in under {filters.min_ms:g} ms"
+        return f"decided in under {filters.min_ms:.0f} ms"
     if not filters.ties and vote.answer.choice in ("tie", "both_bad"):
         return "ties"
     return ""
@@ -165,8 +165,20 @@ def export_votes(
             " filters or go on voting"
         )
     count = write_pairs(path, rows_of_votes(store, selection.votes), extras=EXTRAS)
-    write_whole(path.with_suffix(".card.md"), _card(campaign, path, filters, selection, count))
+    card = _card(campaign, path, filters, selection, count)
+    clips = _count_clips(store, selection.votes)
+    if clips:
+        card += f"\n{clips} votes are on clips; fit-reward and train read a clip's first frame.\n"
+    write_whole(path.with_suffix(".card.md"), card)
     return count
+
+
+def _count_clips(store: Store, votes: Sequence[Vote]) -> int:
+    """Votes on pictures of several frames."""
+    uids = {uid for vote in votes for uid in vote.ballot.shown}
+    pictures = {uid: store.picture(uid) for uid in uids}
+    clips = {uid for uid, picture in pictures.items() if picture and picture.frames > 1}
+    return sum(not clips.isdisjoint(vote.ballot.shown) for vote in votes)
 
 
 def _card(campaign: str, path: Path, filters: Filters, selection: Selection, count: int) -> str:

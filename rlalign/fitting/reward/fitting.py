@@ -14,8 +14,8 @@ from rlalign.core.files import replacing, write_whole
 from rlalign.core.locations import locate
 from rlalign.core.progress import Report, console_progress
 from rlalign.core.registry import UserError
+from rlalign.data.pairs.campaign import write_vote_pairs
 from rlalign.data.pairs.reader import PairReader, first_pair
-from rlalign.data.pairs.voted import write_voted
 from rlalign.data.prompts.base import prompt_id
 from rlalign.fitting.checkpoints import StageCheckpoints
 from rlalign.fitting.reward.losses import Losses, contrastive_losses, pair_losses
@@ -104,7 +104,7 @@ def _make_pairs(config: FitReward, resume: bool, report: Report) -> None:
     if config.preferences.ballots is None:
         simulate_pairs(config, file, report)
     else:
-        said["cursor"] = write_voted(config.preferences.ballots, file)
+        said["cursor"] = write_vote_pairs(config.preferences.ballots, file)
     write_whole(note, json.dumps(said, indent=2) + "\n")
 
 

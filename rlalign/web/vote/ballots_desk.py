@@ -20,6 +20,7 @@ from rlalign.ballots.records import Answer, Ballot, Item, Refused, Vote, digest
 from rlalign.ballots.results import collect_results
 from rlalign.ballots.store import Store
 from rlalign.core.files import dump_json
+from rlalign.web.vote.chain import Chain
 from rlalign.web.vote.desk import (
     About,
     Choice,
@@ -78,7 +79,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class PictureList:
     """A source of pictures that are all there."""
 
     pictures: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -102,16 +103,6 @@ class Listed:
         return Supply()
 
 
-@dataclass
-class _Chain:
-    """Where a person is in a chain: of its prompt, what has been seen, and what has won."""
-
-    prompt: str = ""
-    seen: list[str] = field(default_factory=list)
-    winner: str = ""
-    length: int = 0
-
-
 @dataclass(kw_only=True)
 class BallotsDesk:
     """One campaign of a store as a desk (``desk.Desk``)."""
@@ -119,7 +110,7 @@ class BallotsDesk:
     store: Store
     campaign: str
     about: About
-    source: Source = field(default_factory=Listed)
+    source: Source = field(default_factory=PictureList)
     dealer: Deal = field(default_factory=Deal)
     votes_each: int = 0
     """Votes that a person is asked for; 0 has no end."""
@@ -129,7 +120,7 @@ class BallotsDesk:
     """The policy whose strength is 0 in the results, "" for the one with most votes."""
     clock: Callable[[], float] = time.time
     notice: Notice = field(default_factory=Notice)
-    _chains: dict[str, _Chain] = field(default_factory=dict, init=False)
+    _chains: dict[str, Chain] = field(default_factory=dict, init=False)
     _turns: dict[str, threading.Lock] = field(default_factory=dict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -234,7 +225,7 @@ class BallotsDesk:
             assert ballot is not None, "it was voted on"
             chain = self._chains.get(annotator)
             if chain is not None and receipt.outcome == "recorded":
-                _follow(chain, Vote(seq=receipt.seq, ballot=ballot, answer=answer, at=now), 0)
+                chain.follow(Vote(seq=receipt.seq, ballot=ballot, answer=answer, at=now))
         return Receipt(status=receipt.outcome, names=self._names(ballot, choice))
 
     def _known_reasons(self, reasons: Sequence[str]) -> tuple[str, ...]:
@@ -253,14 +244,10 @@ class BallotsDesk:
     def undo(self, annotator: str, nonce: str) -> bool:
         """See ``Desk``."""
         with self._turn(annotator):
-            now = self.clock()
-            stale = None
-            if self.about.mode == "chain":
+            found = self._asked(self.store.undo, self.campaign, annotator, nonce, self.clock())
+            if found is not None and self.about.mode == "chain":
                 # the pair that the choice led to is asked no more
-                stale = self._asked(self.store.issue, self.campaign, annotator, now, self.dealer)
-            found = self._asked(self.store.undo, self.campaign, annotator, nonce, now)
-            if found is not None and stale is not None and stale.id != found.id:
-                self._drop(stale)
+                self.store.withdraw_own(self.campaign, annotator, found.item.id)
             self._chains.pop(annotator, None)
             return found is not None
 
@@ -286,18 +273,11 @@ class BallotsDesk:
             text = text or self._next_prompt(chain.prompt)
             if not text:
                 raise Declined(409, "prompts", "there is no list of prompts; type one")
-            now = self.clock()
-            found = self._asked(self.store.issue, self.campaign, annotator, now, self.dealer)
-            if found is not None and found.item.caption != text:
-                self._drop(found)
-            self.store.add_prompt(self.campaign, annotator, text, now)
+            if text != chain.prompt:
+                self.store.withdraw_own(self.campaign, annotator)
+            self.store.add_prompt(self.campaign, annotator, text, self.clock())
             self._chains.pop(annotator, None)
             self.source.ask(text)
-
-    def _drop(self, ballot: Ballot) -> None:
-        """Takes a chain's pair back that nobody has voted on."""
-        self.store.withdraw_items([ballot.item.id])
-        self.store.close_ballot(ballot.annotator, ballot.id)
 
     def _next_prompt(self, before: str) -> str:
         """The prompt after this one in the list, the first after the last."""
@@ -306,19 +286,18 @@ class BallotsDesk:
             return ""
         return prompts[(prompts.index(before) + 1) % len(prompts) if before in prompts else 0]
 
-    def _chain(self, annotator: str) -> _Chain:
+    def _chain(self, annotator: str) -> Chain:
         """Where a person is, read off the log where this process does not know."""
         found = self._chains.get(annotator)
         if found is not None:
             return found
-        chain = _Chain()
         prompts = self.store.prompts(self.campaign, annotator)
-        chosen_at, chain.prompt = prompts[-1] if prompts else (0, "")
-        if chain.prompt:
+        chosen_at, prompt = prompts[-1] if prompts else (0, "")
+        chain = Chain(prompt=prompt, chosen_at=chosen_at)
+        if prompt:
             for vote in self.store.votes(self.campaign):
-                mine = vote.ballot.annotator == annotator
-                if mine and vote.ballot.item.caption == chain.prompt:
-                    _follow(chain, vote, chosen_at)
+                if vote.ballot.annotator == annotator:
+                    chain.follow(vote)
         self._chains[annotator] = chain
         return chain
 
@@ -345,7 +324,7 @@ class BallotsDesk:
             new = [uid for uid in new if uid not in pair[:2]]
         return self._sheet(found, given, new[:2], chain.length)
 
-    def _link(self, annotator: str, chain: _Chain, pair: Sequence[str]) -> Item:
+    def _link(self, annotator: str, chain: Chain, pair: Sequence[str]) -> Item:
         key = (self.campaign, annotator, self.store.cursor(), token_urlsafe(8))
         return Item(
             id=digest("chain", *key),
@@ -370,15 +349,3 @@ class BallotsDesk:
         for vote in self.store.votes(self.campaign):
             ballot = vote.ballot
             yield dump_json({**asdict(vote), "shown": list(ballot.shown)})
-
-
-def _follow(chain: _Chain, vote: Vote, chosen_at: int) -> None:
-    """Goes one vote further: the winner stays, after a tie the left one, after "both bad" and a
-    skip none."""
-    shown = vote.ballot.shown
-    chain.seen.extend(shown)
-    if vote.seq < chosen_at:
-        return
-    chain.length += 1
-    left = shown[0] if vote.answer.choice == "tie" else ""
-    chain.winner = vote.best or left

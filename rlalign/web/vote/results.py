@@ -21,6 +21,10 @@ def lay_out(
     return {
         "cards": _cards(found, words),
         "people": [_person(line, words) for line in found["people"]],
+        "rules": [
+            {"rule": rule, "votes": f"{votes:,}"}
+            for rule, votes in sorted(found["by_rule"].items(), key=lambda one: -one[1])
+        ],
         "ranking": _ranking(found["ranking"]),
         "hours": _hours(found["per_hour"]),
         "disagreement": [

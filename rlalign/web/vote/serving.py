@@ -18,6 +18,7 @@ from rlalign.web.vote.app import Page
 from rlalign.web.vote.desk import Desk
 from rlalign.web.vote.people import Secret
 from rlalign.web.vote.rates import Rate
+from rlalign.web.vote.routes.visitors import Visitors
 from rlalign.web.vote.templates import Templates
 from rlalign.web.vote.words import BLOCKED, read_blocked, read_languages
 
@@ -94,12 +95,14 @@ def make_page(desk: Desk, settings: PageSettings, secret: Secret, *, encrypted: 
         loopback=is_loopback(settings.host),
         encrypted=encrypted or urlsplit(settings.origin).scheme == "https",
         with_token=settings.with_token,
-        admin=admin,
-        by_person=Rate(
-            per_second=settings.person_per_second, burst=12 * settings.person_per_second
-        ),
-        by_address=Rate(
-            per_second=settings.address_per_second, burst=6 * settings.address_per_second
+        visitors=Visitors(
+            admin=admin,
+            by_person=Rate(
+                per_second=settings.person_per_second, burst=12 * settings.person_per_second
+            ),
+            by_address=Rate(
+                per_second=settings.address_per_second, burst=6 * settings.address_per_second
+            ),
         ),
     )
 

@@ -12,11 +12,11 @@ from rlalign.ballots.records import Answer
 from rlalign.core.registry import UserError
 from rlalign.data.pairs import growing
 from rlalign.data.pairs.buckets import choose_bucket
+from rlalign.data.pairs.campaign import one_campaign, read_vote_pairs, write_vote_pairs
 from rlalign.data.pairs.growing import GrowingPairs
 from rlalign.data.pairs.reader import PairReader, first_pair, open_pairs_of
 from rlalign.data.pairs.rows import Pair
 from rlalign.data.pairs.settings import PreferenceSettings
-from rlalign.data.pairs.voted import one_campaign, read_voted, write_voted
 from tests.votes import Voted
 
 
@@ -87,7 +87,7 @@ def test_a_ranking_is_every_pair_of_its_pictures(tmp_path: Path) -> None:
     best, second, third = (place[uid] for uid in item.uids)
     answer = Answer(nonce="n", choice="rank", ranking=((third,), (best, second)))
     voted.store.vote(anna, ballot.id, answer, voted.now)
-    found = read_voted(
+    found = read_vote_pairs(
         voted.store,
         "order",
         settings(tmp_path).ballots,  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def test_people_are_left_out_as_of_the_cursor(voted: Voted, tmp_path: Path) -> N
 
     def captions(cursor: int, **changes: object) -> list[str]:
         chosen = ballots.model_copy(update=changes)
-        return [pair.caption for pair in read_voted(voted.store, "shapes", chosen, cursor)]
+        return [pair.caption for pair in read_vote_pairs(voted.store, "shapes", chosen, cursor)]
 
     assert captions(before) == ["of anna", "of bert"]
     assert captions(after) == ["of anna"]
@@ -283,7 +283,7 @@ def test_votes_on_pictures_of_any_shape_go_into_buckets(voted: Voted, tmp_path: 
 
     ballots = grown.settings.ballots
     assert ballots is not None
-    write_voted(ballots, tmp_path / "pairs.parquet")
+    write_vote_pairs(ballots, tmp_path / "pairs.parquet")
     files = grown.settings.model_copy(
         update={"path": str(tmp_path / "pairs.parquet"), "ballots": None}
     )
@@ -319,7 +319,7 @@ def test_an_export_has_the_pairs_that_a_run_sees(voted: Voted, tmp_path: Path) -
     assert grown.wait(0, print)
     ballots = grown.settings.ballots
     assert ballots is not None
-    assert write_voted(ballots, tmp_path / "pairs.parquet") == 5
+    assert write_vote_pairs(ballots, tmp_path / "pairs.parquet") == 5
     files = PreferenceSettings(path=str(tmp_path / "pairs.parquet"), pairs_per_pass=4)
     written = sorted(said(pair) for pair in PairReader(files, 0).all())
     assert written == sorted(said(pair) for pair in grown.round(0))

@@ -22,6 +22,7 @@ from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import OPTIONAL, REQUIRED, write_pairs
 from rlalign.data.pairs.reader import PairReader, PreferenceSettings
+from rlalign.data.pairs.rows import decode
 from rlalign.data.pairs.votes import (
     EXTRAS,
     Filters,
@@ -128,6 +129,33 @@ def test_the_card_states_filters_and_counts(store: Store, tmp_path: Path) -> Non
     assert "ties left out" in card
     assert "People left out: 1.\n- median of 50 ms, 100 asked\n" in card
     assert max(map(len, card.splitlines())) < 200
+
+
+def test_the_card_says_that_a_clip_is_read_as_its_first_frame(tmp_path: Path) -> None:
+    """One vote on two clips; the file has their bytes, the reader the first of their frames."""
+    store = Store.open(tmp_path / "clips.db")
+    store.create_campaign(Campaign(id="c", mode="pairs"))
+    contents = []
+    for shade in (10, 20):
+        file = io.BytesIO()
+        frames = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in (shade, 200)]
+        frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+        contents.append(file.getvalue())
+        picture = Picture(uid=picture_uid(contents[-1]), caption="x", frames=2)
+        store.add_picture(picture, contents[-1])
+    uids = tuple(picture_uid(content) for content in contents)
+    store.add_items([Item(id="i", campaign="c", caption="x", uids=uids)])
+    ann = store.join("ann", "token", "", 0.0).id
+    ballot = store.issue("c", ann, 0.0, Deal())
+    assert ballot is not None
+    store.vote(ann, ballot.id, answer("left"), 1.0)
+    export_votes(store, "c", tmp_path / "pairs.parquet")
+    card = (tmp_path / "pairs.card.md").read_text()
+    assert "1 votes are on clips; fit-reward and train read a clip's first frame." in card
+    (row,) = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    assert {row["jpg_0"], row["jpg_1"]} == set(contents)
+    reds = {int(decode(row[f"jpg_{side}"])[0, 0, 0]) for side in (0, 1)}
+    assert reds == {10, 20}
 
 
 def test_a_cursor_gives_the_same_file_whatever_is_voted_later(store: Store, tmp_path: Path) -> None:

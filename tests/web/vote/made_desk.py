@@ -22,7 +22,7 @@ from rlalign.ballots.deal import Deal
 from rlalign.ballots.records import Campaign, Item, Picture, digest, picture_uid
 from rlalign.ballots.store import Store
 from rlalign.web.listening import bound, certificate_files, listen, url_of
-from rlalign.web.vote.ballots_desk import BallotsDesk, Listed
+from rlalign.web.vote.ballots_desk import BallotsDesk, PictureList
 from rlalign.web.vote.desk import About
 from rlalign.web.vote.people import Secret, read_secret
 from rlalign.web.vote.serving import PageSettings, make_page, serve
@@ -115,7 +115,7 @@ def desk_of(store: Store, mode: str, pictures: dict[str, list[str]]) -> BallotsD
         store=store,
         campaign="shapes",
         about=about,
-        source=Listed(pictures=pictures),
+        source=PictureList(pictures=pictures),
         dealer=deal,
         votes_each=votes,
     )

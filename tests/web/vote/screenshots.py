@@ -1,8 +1,9 @@
-"""Takes pictures of the page in every mode, wide and narrow, light and dark, for the docs:
+"""Takes pictures of the page in every mode, wide and narrow, light and dark, for docs/people.md:
 
-    python -m tests.web.vote.screenshots FOLDER
+    python -m tests.web.vote.screenshots docs/images/people
 
-Made-up pictures of coloured shapes stand in for a model's. Every file is a WebP of under 60 kB.
+Made-up pictures of coloured shapes stand in for a model's. Every file is a WebP of some 20 kB.
+Japanese needs a font that has it (Debian: fonts-noto-cjk).
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from rlalign.ballots.store import Store
 from tests.web.vote.conftest import FLAGS
 from tests.web.vote.made_desk import fill, served
 from tests.web.vote.person import Person
-from tests.web.vote.visitor import TELEPHONE, WIDE, Visitor
+from tests.web.vote.visitor import TELEPHONE, Visitor
 
-MOST_BYTES = 60_000
-SIZES = {"wide": WIDE, "narrow": TELEPHONE, "side": {"width": 844, "height": 390}}
+MOST_BYTES = 16_500
+SIZES = {"wide": {"width": 1280, "height": 800}, "narrow": TELEPHONE}
+SIDEWAYS = {"width": 844, "height": 390}
+TOUCH = {"has_touch": True, "is_mobile": True}
 MODES = ("pairs", "chain", "rank", "ab")
 CONSENT = (
     "What you choose is stored with the name that you give and the time that you take, and trains"
@@ -36,7 +39,7 @@ CONSENT = (
 def take(visitor: Visitor, folder: Path, name: str) -> None:
     """Writes what the browser shows as a WebP, at the best quality that is small enough."""
     with Image.open(io.BytesIO(visitor.tab.screenshot())) as shot:
-        for quality in (90, 75, 60, 40):
+        for quality in (85, 70, 55, 40, 25):
             file = io.BytesIO()
             shot.convert("RGB").save(file, "webp", quality=quality, method=6)
             if file.tell() < MOST_BYTES:
@@ -66,19 +69,34 @@ def shoot_mode(browser: Any, folder: Path, mode: str, place: Path) -> None:
     with served(fill(store, mode, **filling), place) as page:
         for size, viewport in SIZES.items():
             for theme in ("light", "dark"):
-                how = {"has_touch": size != "wide", "is_mobile": size != "wide"}
+                how = TOUCH if size == "narrow" else {}
                 context = browser.new_context(viewport=viewport, color_scheme=theme, **how)
                 visitor = Visitor(context, page.url)
                 prepare(visitor, mode)
                 take(visitor, folder, f"{mode}-{size}-{theme}")
-                if mode == "pairs" and size == "wide":
-                    visitor.press("z")
-                    take(visitor, folder, f"zoom-{size}-{theme}")
-                    visitor.press("Escape")
-                    visitor.press("?")
-                    take(visitor, folder, f"help-{size}-{theme}")
                 context.close()
+        if mode == "pairs":
+            shoot_tools(browser, folder, page.url)
     store.close()
+
+
+def shoot_tools(browser: Any, folder: Path, url: str) -> None:
+    """Zoom, help, and a telephone on its side."""
+    context = browser.new_context(viewport=SIZES["wide"], color_scheme="light")
+    visitor = Visitor(context, url)
+    visitor.settle()
+    visitor.press("z")
+    visitor.press("Shift+ArrowRight")
+    take(visitor, folder, "zoom-wide-light")
+    visitor.press("Escape")
+    visitor.press("?")
+    take(visitor, folder, "help-wide-light")
+    context.close()
+    context = browser.new_context(viewport=SIDEWAYS, color_scheme="dark", **TOUCH)
+    visitor = Visitor(context, url)
+    visitor.settle()
+    take(visitor, folder, "pairs-side-dark")
+    context.close()
 
 
 def shoot_rest(browser: Any, folder: Path, place: Path) -> None:
@@ -91,26 +109,22 @@ def shoot_rest(browser: Any, folder: Path, place: Path) -> None:
             for choice in choices[:8]:
                 person.vote(person.ballot()["ballot"], choice, decide_ms=1800 + 700 * number)
         for theme in ("light", "dark"):
-            context = browser.new_context(viewport=WIDE, color_scheme=theme)
+            context = browser.new_context(viewport=SIZES["wide"], color_scheme=theme)
             visitor = Visitor(context, page.url + "/results")
             take(visitor, folder, f"results-wide-{theme}")
             context.close()
         consent = {"consent": CONSENT, "consent_version": "1"}
         desk.about = dataclasses.replace(desk.about, **consent)
-        for size in ("wide", "narrow"):
-            context = browser.new_context(viewport=SIZES[size], locale="ja-JP")
+        for language in ("en", "ja"):
+            context = browser.new_context(viewport=TELEPHONE, locale=language, **TOUCH)
             visitor = Visitor(context, page.url)
             visitor.tab.wait_for_selector("#join:visible")
-            take(visitor, folder, f"join-{size}-light")
-            visitor.tab.check("#join-consent")
-            visitor.click("#join button.main")
-            visitor.settle()
-            take(visitor, folder, f"japanese-{size}-light")
-            desk.votes_each = 1
-            visitor.press("ArrowLeft")
-            visitor.tab.wait_for_selector("#wait:visible")
-            take(visitor, folder, f"end-{size}-light")
-            desk.votes_each = 10
+            take(visitor, folder, f"join-narrow-{language}")
+            if language == "ja":
+                visitor.tab.check("#join-consent")
+                visitor.click("#join button.main")
+                visitor.settle()
+                take(visitor, folder, "ballot-narrow-ja")
             context.close()
     store.close()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from rlalign.ballots.deal import Deal
 from rlalign.ballots.store import Store
 from rlalign.web.vote.serving import ADMIN_ENV, PageSettings
 from tests.certificates import write_certificate
@@ -320,6 +321,43 @@ def test_undo_in_a_chain_brings_the_pair_back_and_the_other_winner_after_it(
     assert person.undo().json()["pictures"] == [left, right]
     following = person.vote(first["ballot"], "right").json()["next"]
     assert right in following["pictures"] and left not in following["pictures"]
+
+
+def test_undo_in_a_chain_takes_back_the_pair_that_waits_behind_a_repeat(serve_page: Make) -> None:
+    page = serve_page("chain")
+    person = Person(page.url)
+    first = person.post("/prompts", {"text": ""}).json()
+    second = person.vote(first["ballot"], "left").json()["next"]
+
+    # an own pair again comes before the pair that the choice has led to
+    page.desk.dealer = Deal(gold=0.0, repeat=0.999, shared=0.0, repeat_after=1)
+    repeat = person.vote(second["ballot"], "left").json()["next"]
+    (annotator,) = page.store.annotators()
+    asked = page.store.ballot(repeat["ballot"])
+    assert asked is not None and asked.item.kind == "repeat"
+    waiting = [one for one in page.store.items("shapes") if one.kind == "live"][-1]
+    assert page.store.stock("shapes", 0.0).items == {"live": 1}
+
+    assert person.undo().json()["ballot"] == second["ballot"]
+    assert page.store.stock("shapes", 0.0).items == {}, "nothing of the undone choice is left"
+    page.desk.dealer = Deal(gold=0.0, repeat=0.0, shared=0.0)
+    following = person.vote(second["ballot"], "right").json()["next"]
+    asked = page.store.ballot(following["ballot"])
+    assert asked is not None and asked.item.id != waiting.id
+    assert second["pictures"][1] in following["pictures"], "the other winner stays"
+    assert annotator.id == asked.annotator
+
+
+def test_a_repeat_does_not_move_a_chain(serve_page: Make) -> None:
+    page = serve_page("chain")
+    person = Person(page.url)
+    first = person.post("/prompts", {"text": ""}).json()
+    page.desk.dealer = Deal(gold=0.0, repeat=0.999, shared=0.0, repeat_after=0)
+    repeat = person.vote(first["ballot"], "left").json()["next"]
+    assert set(repeat["pictures"]) == set(first["pictures"])
+    following = person.vote(repeat["ballot"], "left").json()["next"]
+    assert following["chain"] == 1
+    assert first["pictures"][0] in following["pictures"], "the winner of the pair itself"
 
 
 def test_events_tell_of_votes_and_end_with_the_server(serve_page: Make) -> None:

@@ -3,13 +3,14 @@ read and steered by everybody. ``test_more_in_browser.py`` has the rest."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.web.vote.made_desk import Served
-from tests.web.vote.visitor import TELEPHONE, Visitor, accessibility_findings, visiting
+from tests.web.vote.visitor import TELEPHONE, WIDE, Visitor, accessibility_findings, visiting
 
 pytestmark = pytest.mark.promise
 
@@ -121,6 +122,21 @@ def test_rank_by_keys_and_mouse(browser: Any, serve_page: Make) -> None:
         assert rankings == [((2,), (1,), (3,), (0,)), ((1,), (0,), (3,), (2,))]
 
 
+def test_a_place_in_a_ranking_is_taken_back(browser: Any, serve_page: Make) -> None:
+    page = serve_page("rank", {"count": 3, "items": 2})
+    with visiting(browser, page.url) as visitor:
+        visitor.settle()
+        for key in ("2", "3"):
+            visitor.press(key)
+        medals = visitor.tab.locator(".medal")
+        assert medals.all_inner_texts() == ["#3", "#1", "#2"], "the last one places itself"
+        visitor.press("Backspace")
+        assert medals.all_inner_texts() == ["#1"], "and goes with the one before it"
+        visitor.click('[data-do="back"]')
+        assert medals.count() == 0
+        assert visitor.tab.is_disabled(visitor.choose("rank"))
+
+
 def test_chain_with_a_typed_prompt_and_the_next_one(browser: Any, serve_page: Make) -> None:
     page = serve_page("chain")
     prompts = list(page.desk.source.prompts())
@@ -155,6 +171,40 @@ def test_two_policies_are_named_after_the_vote(browser: Any, serve_page: Make) -
         (vote,) = page.store.votes("shapes")
         left, right = (page.store.picture(uid).policy for uid in vote.ballot.shown)
         assert visitor.tab.inner_text("#names") == f"Last pair: you chose {right}, not {left}."
+
+
+def test_the_name_of_a_policy_moves_no_picture(browser: Any, serve_page: Make) -> None:
+    with visiting(browser, serve_page("ab").url) as visitor:
+        visitor.settle()
+        before = visitor.tab.query_selector(".picture").bounding_box()
+        visitor.after(lambda: visitor.press("ArrowRight"))
+        assert visitor.tab.query_selector(".picture").bounding_box() == before
+        visitor.after(lambda: visitor.press("s"))
+        assert visitor.tab.inner_text("#names") == ""
+        assert visitor.tab.query_selector(".picture").bounding_box() == before
+
+
+@pytest.mark.parametrize("words", [40, 90])
+def test_a_long_prompt_leaves_room_for_the_pictures(
+    browser: Any, serve_page: Make, words: int
+) -> None:
+    page = serve_page()
+    item = page.store.items("shapes")[0]
+    caption = " ".join(["a robot"] * (words // 2))
+    page.store.withdraw_items(one.id for one in page.store.items("shapes"))
+    page.store.add_items([dataclasses.replace(item, id="long", caption=caption)])
+    for viewport in (WIDE, TELEPHONE):
+        with visiting(browser, page.url, viewport=viewport) as visitor:
+            visitor.settle()
+            assert visitor.prompt == caption
+            assert_fits(visitor)
+            assert visitor.tab.query_selector(".picture").bounding_box()["width"] > 220
+            # what has to be scrolled can be scrolled by keys
+            scrolled = visitor.tab.evaluate(
+                "(e => e.scrollHeight > e.clientHeight + 1)(document.querySelector('#prompt'))"
+            )
+            assert visitor.tab.get_attribute("#prompt", "tabindex") == ("0" if scrolled else None)
+            assert accessibility_findings(visitor.tab) == []
 
 
 def test_reload_back_and_double_click_are_harmless(browser: Any, serve_page: Make) -> None:
@@ -247,7 +297,7 @@ def test_keys_can_be_switched_off(browser: Any, serve_page: Make) -> None:
 def test_the_page_speaks_japanese(browser: Any, serve_page: Make) -> None:
     with visiting(browser, serve_page().url, locale="ja-JP") as visitor:
         visitor.settle()
-        assert visitor.tab.inner_text(".ask-line") == "この文章に合うのはどちらですか？"
+        assert visitor.tab.inner_text(".ask-line") == "お題に合うのはどちらですか？"
         visitor.tab.select_option("#language", "en")
         visitor.tab.wait_for_selector("html[lang=en]")
         visitor.settle()

@@ -3,6 +3,7 @@ killed servers, two people, second tabs, pictures that are not there yet."""
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from rlalign.ballots.audit import audit
+from rlalign.ballots.records import Item
 from rlalign.ballots.store import Store
-from rlalign.web.vote.ballots_desk import Listed, Supply
+from rlalign.voting.sources.files import as_shown
+from rlalign.web.vote.ballots_desk import PictureList, Supply
 from rlalign.web.vote.people import join_url
 from rlalign.web.vote.serving import ADMIN_ENV
 from tests.web.vote.made_desk import Process, Served, fill
@@ -360,7 +364,7 @@ def test_a_join_link_asks_for_consent_and_leaves_no_token_behind(
         assert all(token not in asked for asked in visitor.asked[1:])
 
 
-class Drawing(Listed):
+class Drawing(PictureList):
     """A source that says what the test has it say."""
 
     said: Supply = Supply(code="drawing", made=1, to_make=4)
@@ -390,6 +394,37 @@ def test_it_says_why_there_are_no_pictures_and_goes_on_by_itself(
                 visitor.press("ArrowLeft")
             visitor.tab.wait_for_selector("body[data-state=open], body[data-state=waiting]")
         visitor.wait_for("There are no pictures now")
+
+
+def test_clips_play(browser: Any, serve_page: Make) -> None:
+    page = serve_page("pairs", {"items": 0})
+    clips = []
+    for colour in ("red", "blue"):
+        frames = [Image.new("RGB", (64, 64), name) for name in (colour, "white")]
+        file = io.BytesIO()
+        frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=50, loop=0)
+        clips.append(as_shown(file.getvalue(), "clip", caption="a light that blinks"))
+        page.store.add_picture(clips[-1].picture, clips[-1].content)
+    assert [clip.picture.frames for clip in clips] == [2, 2]
+    uids = tuple(clip.picture.uid for clip in clips)
+    item = Item(id="clips", campaign="shapes", caption="a light that blinks", uids=uids)
+    page.store.add_items([item])
+    with visiting(browser, page.url) as visitor:
+        visitor.settle()
+        for place in (0, 1):
+            picture = visitor.tab.locator(f".picture >> nth={place}")
+            first = picture.screenshot()
+            while picture.screenshot() == first:
+                pass  # until another frame is shown
+        visitor.press("ArrowLeft")
+        visitor.wait_for("That was all. Thank you!")
+        assert [vote.answer.choice for vote in votes_of(page)] == ["left"]
+
+
+def test_who_has_given_no_vote_is_not_thanked_for_it(browser: Any, serve_page: Make) -> None:
+    with visiting(browser, serve_page("pairs", {"items": 0}).url) as visitor:
+        visitor.wait_for("There is nothing to choose from now")
+        assert not visitor.tab.is_visible("#wait-undo")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -171,6 +171,7 @@ def test_results_are_laid_out_on_one_scale() -> None:
     standing = {"wins": 3.0, "votes": 4, "win_rate": 0.6, "more_votes": 190}
     found = {
         "choices": {"left": 3, "right": 1, "skip": 1},
+        "by_rule": {"random": 1, "fisher": 3},
         "people": [{"quality": quality, "name": "", "status": "left_out", "fault": ""}],
         "per_hour": [(0.0, 2), (3600.0, 4)],
         "gold": share,
@@ -197,6 +198,7 @@ def test_results_are_laid_out_on_one_scale() -> None:
     line = page["ranking"]["lines"][0]
     assert (line["from"], line["at"], line["to"]) == (0.0, 165.0, 220.0)
     assert (page["ranking"]["zero"], line["interval"]) == (110.0, "−1.00 … 1.00")
+    assert page["rules"] == [{"rule": "fisher", "votes": "3"}, {"rule": "random", "votes": "1"}]
     assert [hour["height"] for hour in page["hours"]] == [50.0, 100.0]
     assert page["disagreement"][0]["pictures"] == [
         {"key": "A", "votes": 1},

@@ -63,10 +63,12 @@ export class Pictures {
     this.buttons.forEach((button, place) => {
       const image = images[place];
       const own = ratioOf(image);
-      const across = Math.min(best.across, best.down * own);
-      button.style.width = `${Math.floor(across)}px`;
-      button.style.height = `${Math.floor(across / own)}px`;
+      const across = snap(image, Math.floor(Math.min(best.across, best.down * own)));
+      button.style.width = `${across}px`;
+      button.style.height = `${Math.round(across / own)}px`;
     });
+    const tallest = Math.max(...this.buttons.map((button) => parseFloat(button.style.height)));
+    this.box.style.gridAutoRows = `${tallest}px`;
     this.drawMarks();
   }
 
@@ -168,6 +170,13 @@ export class Pictures {
 
 function ratioOf(image) {
   return image.naturalWidth / image.naturalHeight || 1;
+}
+
+/** A width at which each pixel of a small picture is as wide as the others, where that costs little. */
+function snap(image, across) {
+  const unit = image.naturalWidth / devicePixelRatio;
+  const even = Math.floor(across / unit) * unit;
+  return image.classList.contains("pixels") && even > 0.9 * across ? even : across;
 }
 
 function widest(images) {

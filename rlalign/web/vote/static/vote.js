@@ -11,6 +11,7 @@ import { Watch, seen } from "./watch.js";
 
 const OPEN_AFTER_MS = 200; // nobody decides sooner; what comes sooner was meant for the pictures before
 const ASK_AGAIN_MS = 5000;
+const LONG_PROMPT = 90; // characters
 
 const page = JSON.parse(document.getElementById("page-data").textContent);
 const words = page.words;
@@ -147,8 +148,9 @@ function showWaiting(found) {
   fetchAhead(found.ahead);
   showProgress(found.progress);
   const values = { ...found.progress, words: found.words };
-  const title = words[`wait_${found.waiting}`] ?? words[`error_${found.waiting}`] ?? words.error_other;
-  const text = fill(words[`wait_${found.waiting}_words`] ?? "", values);
+  const code = found.waiting === "empty" && !found.progress.done ? "nothing" : found.waiting;
+  const title = words[`wait_${code}`] ?? words[`error_${found.waiting}`] ?? words.error_other;
+  const text = fill(words[`wait_${code}_words`] ?? "", values);
   const counted = found.waiting === "drawing" && found.progress.to_make > 0;
   const count = { made: found.progress.made, of: found.progress.to_make };
   if (part("wait-title").textContent !== title) say(`${title}. ${text}`);
@@ -157,7 +159,7 @@ function showWaiting(found) {
   part("wait-made").hidden = !counted;
   part("wait-made").max = count.of || 1;
   part("wait-made").value = count.made ?? 0;
-  part("wait-undo").hidden = !found.progress.done;
+  part("wait-more").hidden = !found.progress.done;
   if (found.waiting === "prompt") part("ask-text")?.focus();
   clearTimeout(timer);
   if (found.waiting !== "prompt" && found.waiting !== "left_out") {
@@ -188,7 +190,7 @@ async function showBallot(found, heard) {
   ballot = found;
   nonce = makeNonce();
   ranking = [];
-  part("prompt").textContent = found.prompt;
+  showPrompt(found.prompt);
   pictures.show(images);
   pictures.zoom(false);
   pictures.mark(false);
@@ -206,6 +208,16 @@ async function showBallot(found, heard) {
   say([heard, fill(words.now_prompt, found)].filter(Boolean).join(" "));
   setTimeout(() => mine === turn && setState("open"), OPEN_AFTER_MS);
   return undefined;
+}
+
+/** A long prompt is written smaller; one that has to be scrolled can be reached by Tab. */
+function showPrompt(text) {
+  const prompt = part("prompt");
+  prompt.textContent = text;
+  prompt.classList.toggle("long", text.length > LONG_PROMPT);
+  prompt.scrollTop = 0;
+  if (prompt.scrollHeight > prompt.clientHeight + 1) prompt.tabIndex = 0;
+  else prompt.removeAttribute("tabindex");
 }
 
 /** What follows from what was pressed: names of pictures, ranks, pressed buttons. */
@@ -308,8 +320,7 @@ function sayNames(choice, names) {
 }
 
 function showNames(text) {
-  part("names").textContent = text;
-  part("names").hidden = !text;
+  if (part("names")) part("names").textContent = text;
 }
 
 async function undo() {
@@ -357,8 +368,10 @@ const deeds = {
     pictures.mark(!pictures.marking);
     drawState();
   },
-  clear() {
-    ranking = [];
+  back() {
+    if (ranking.at(-1) === placedItself) ranking = ranking.slice(0, -1);
+    ranking = ranking.slice(0, -1);
+    placedItself = null;
     drawState();
   },
 };
@@ -415,10 +428,7 @@ function pressed(event) {
 function pressedRank(event) {
   if (page.mode !== "rank") return false;
   if (/^[1-6]$/.test(event.key)) return place(Number(event.key) - 1) ?? true;
-  if (event.key === "Backspace") {
-    ranking = ranking.slice(0, -1);
-    return drawState() ?? true;
-  }
+  if (event.key === "Backspace") return deeds.back() ?? true;
   const onButton = event.target.closest?.("button");
   if (event.key === "Enter" && (!onButton || onButton.dataset.choice === "rank")) return choose("rank", "key") && true;
   return false;

@@ -9,7 +9,7 @@ the next one ("learning"). Then the numbers of the run do not depend on how fast
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,20 +17,34 @@ from typing import TYPE_CHECKING, Any
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
 from rlalign.data.prompts.base import Prompts, prompt_id
-from rlalign.voting.drawn import LISTED, TYPED, draw_rows
-from rlalign.voting.made import Exhausted, Made, Pending
+from rlalign.voting.pictures import Exhausted, Pending, PictureFile
+from rlalign.voting.sources.policy import LISTED, TYPED, draw_rows
 
 _BATCHES = 10_000
 """Of one round, at most: a batch's number is this times the round and its number in it."""
 
 if TYPE_CHECKING:
+    import torch
+
     from rlalign.config import Run
-    from rlalign.engine.local import LocalEngine
+    from rlalign.engine import Engine
     from rlalign.policies.base import Policy
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What draws under a run's weights."""
+
+    engine: Engine
+    set_weights: Callable[[Mapping[str, torch.Tensor]], None]
+
+
+MakeDrawing = Callable[["Run", int], Drawing]
+"""(run, pictures in a piece of work) -> what draws, under the weights that the policy loads."""
+
+
 @dataclass(kw_only=True)
-class FollowedSource:
+class RunSource:
     """Pictures by the newest checkpoint of a run folder, the base policy before the first."""
 
     folder: Path
@@ -43,9 +57,12 @@ class FollowedSource:
     prompts_of: Prompts | None = None
     """None takes the run's own."""
     draws: bool = True
+    make_drawing: MakeDrawing = lambda run, rows: draw_here(run, rows)
+    """Where the run's policy draws: in this process, or on a cluster."""
+    release: Callable[[], None] = lambda: None
+    """Lets go of what draws."""
     _run: Run | None = field(default=None, init=False)
-    _policy: Policy | None = field(default=None, init=False)
-    _engine: LocalEngine | None = field(default=None, init=False)
+    _drawing: Drawing | None = field(default=None, init=False)
     _loaded: int = field(default=-1, init=False)
     _made: int = field(default=0, init=False)
     """Groups under the loaded checkpoint so far."""
@@ -78,7 +95,9 @@ class FollowedSource:
     def refuse_ended(self) -> None:
         """Raises Exhausted where the run is over, and Pending where it has not begun."""
         if not (self.folder / "config.yaml").is_file():
-            raise Pending("learning", f"the run {self.folder} has not begun")
+            raise Pending(
+                "broken", f"the run {self.folder.name} has not begun; rlalign train begins it"
+            )
         if self.state() == "ended":
             raise Exhausted
 
@@ -105,7 +124,7 @@ class FollowedSource:
             self._next = max(self._next, plan["batch"] % _BATCHES + 1)
             self._made += 1
 
-    def batch(self) -> list[list[Made]]:
+    def batch(self) -> list[list[PictureFile]]:
         """See ``PictureSource``."""
         self.refuse_ended()
         self._load()
@@ -132,7 +151,7 @@ class FollowedSource:
         ]
         return self._drawn(UnitKey(LISTED, place, 0), rows)
 
-    def of_prompt(self, prompt: str, number: int) -> list[Made]:
+    def of_prompt(self, prompt: str, number: int) -> list[PictureFile]:
         """See ``PictureSource``."""
         self.refuse_ended()
         self._load()
@@ -142,13 +161,14 @@ class FollowedSource:
 
     def close(self) -> None:
         """See ``PictureSource``."""
+        self.release()
 
-    def _drawn(self, key: UnitKey, rows: list[tuple[int, str, int]]) -> list[list[Made]]:
-        assert self._engine is not None
+    def _drawn(self, key: UnitKey, rows: list[tuple[int, str, int]]) -> list[list[PictureFile]]:
+        assert self._drawing is not None
         unit = Unit.of_rows(key, rows, self.seed, self._plan)
         title = f"{self.folder.name}@{self._loaded}"
-        drawn = draw_rows(self._engine, unit, {"round": self._loaded})
-        named = [Made(**{**vars(one), "policy": title}) for one in drawn]
+        drawn = draw_rows(self._drawing.engine, unit, {"round": self._loaded})
+        named = [one.named(title) for one in drawn]
         return [named[at : at + self.count] for at in range(0, len(named), self.count)]
 
     @property
@@ -161,35 +181,21 @@ class FollowedSource:
         newest = self.newest
         if newest == self._loaded:
             return
-        if self._policy is None:
-            self._begin()
-        policy: Any = self._policy
+        if self._drawing is None:
+            from rlalign.config import load_begun
+
+            self._run = load_begun(self.folder / "config.yaml")
+            self._drawing = self.make_drawing(self._run, self.rows)
         while newest:
             weights = self._weights()
             # the run may have written a newer one while this was read
             read, newest = newest, self.newest
             if read == newest:
-                policy.set_weights(weights)
+                self._drawing.set_weights(weights)
                 break
         self._loaded = newest
         self._made = 0
         self._next = 0
-
-    def _begin(self) -> None:
-        from rlalign.config import load_begun
-        from rlalign.engine.local import LiveRewards, LocalEngine
-        from rlalign.networks.devices import usable
-
-        self._run = load_begun(self.folder / "config.yaml")
-        runtime = self._run.runtime
-        self._policy = self._run.policy.load(usable(runtime.device, "runtime.device"))
-        self._engine = LocalEngine.with_lanes(
-            self._policy,
-            lambda: LiveRewards(()),
-            workers=1,
-            rows=self.rows,
-            threads=runtime.rollout.threads,
-        )
 
     def _weights(self) -> dict[str, Any]:
         from rlalign.learning import checkpoint
@@ -200,3 +206,19 @@ class FollowedSource:
         }
         assert found, "a checkpoint holds a policy"
         return found
+
+
+def draw_here(run: Run, rows: int) -> Drawing:
+    """A run's policy in this process."""
+    from rlalign.engine.local import LiveRewards, LocalEngine
+    from rlalign.networks.devices import usable
+
+    policy: Policy = run.policy.load(usable(run.runtime.device, "runtime.device"))
+    engine = LocalEngine.with_lanes(
+        policy,
+        lambda: LiveRewards(()),
+        workers=1,
+        rows=rows,
+        threads=run.runtime.rollout.threads,
+    )
+    return Drawing(engine=engine, set_weights=lambda weights: policy.set_weights(dict(weights)))

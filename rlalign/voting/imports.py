@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from rlalign.ballots.label_studio import Judgement, read_judgements
-from rlalign.ballots.records import Answer, Campaign, Item, Kind, Picture, digest, picture_uid
+from rlalign.ballots.records import Answer, Campaign, Item, Kind, digest
 from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError
-from rlalign.data.pairs.voted import one_campaign
+from rlalign.data.pairs.campaign import one_campaign
 from rlalign.data.pairs.votes import rows_of_judgements
-from rlalign.voting.files import as_shown
+from rlalign.voting.pictures import PictureFile
+from rlalign.voting.sources.files import as_shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +58,17 @@ def import_votes(store: Store, campaign: str, file: Path) -> int:
     store.create_campaign(Campaign(id=name, mode="pairs", created=time.time()))
     taken = 0
     for judgement, row in zip(judgements, rows, strict=True):
-        contents = [as_shown(row[f"jpg_{side}"], judgement.task)[0] for side in (0, 1)]
-        taken += _take(store, name, judgement, contents)
+        known = {"caption": judgement.caption}
+        files = [as_shown(row[f"jpg_{side}"], judgement.task, **known) for side in (0, 1)]
+        taken += _take(store, name, judgement, files)
     return taken
 
 
-def _take(store: Store, campaign: str, said: Judgement, contents: Sequence[bytes]) -> int:
+def _take(store: Store, campaign: str, said: Judgement, files: Sequence[PictureFile]) -> int:
     """Adds one judgement; 0 where it is there already."""
-    uids = tuple(picture_uid(content) for content in contents)
-    for uid, content in zip(uids, contents, strict=True):
-        store.add_picture(Picture(uid=uid, caption=said.caption), content)
+    uids = tuple(file.picture.uid for file in files)
+    for file in files:
+        store.add_picture(file.picture, file.content)
     person = store.join(said.annotator, f"label studio/{said.annotator}", "", said.at).id
     item = Item(
         id=digest("label studio", campaign, said.task, said.annotator, *uids),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VotedPair:
+class VotePair:
     """Two pictures of one vote; the first stood left."""
 
     seq: int
@@ -31,7 +31,9 @@ class VotedPair:
     """1 where picture 0 was preferred, 0 where picture 1 was, 0.5 for a tie."""
 
 
-def read_voted(store: Store, campaign: str, settings: BallotSettings, upto: int) -> list[VotedPair]:
+def read_vote_pairs(
+    store: Store, campaign: str, settings: BallotSettings, upto: int
+) -> list[VotePair]:
     """The pairs of a campaign's votes that stood and counted when the log had ``upto`` rows, in the
     order of the log.
 
@@ -52,12 +54,12 @@ def filters_of(settings: BallotSettings) -> Filters:
     return Filters(people=rules, min_ms=settings.min_ms)
 
 
-def pairs_of_vote(vote: Vote) -> Iterator[VotedPair]:
+def pairs_of_vote(vote: Vote) -> Iterator[VotePair]:
     """Every pair of pictures that a vote compares."""
     from rlalign.data.pairs.votes import LABELS
 
     for left, right, outcome in vote.pairs:
-        yield VotedPair(
+        yield VotePair(
             seq=vote.seq,
             caption=vote.ballot.item.caption,
             uid_0=left,
@@ -87,7 +89,7 @@ def one_campaign(store: Store, name: str) -> str:
     return there[0]
 
 
-def write_voted(settings: BallotSettings, file: Path) -> int:
+def write_vote_pairs(settings: BallotSettings, file: Path) -> int:
     """Writes the pairs of all votes that there are now as one Parquet file; returns the cursor.
 
     Raises UserError where there is none.

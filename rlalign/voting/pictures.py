@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,31 +12,24 @@ from rlalign.ballots.records import Picture, picture_uid
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """A picture as its file's bytes, and what is known of it."""
+class PictureFile:
+    """A picture or clip: its row in a store, and its file's bytes."""
 
-    caption: str
+    picture: Picture
     content: bytes
-    policy: str = ""
-    """Who made it."""
-    seed: int = 0
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    """What it was drawn by, JSON-able; enough to draw it again (``drawn.redraw``)."""
-    frames: int = 1
-    media_type: str = "image/png"
+    caption: str
+    """As it was drawn by; the store has its text alone."""
 
-    @property
-    def picture(self) -> Picture:
-        """Its row in a store."""
-        return Picture(
-            uid=picture_uid(self.content),
-            caption=self.caption,
-            policy=self.policy,
-            seed=self.seed,
-            plan=self.plan,
-            frames=self.frames,
-            media_type=self.media_type,
-        )
+    @classmethod
+    def of(cls, content: bytes, caption: str, **facts: Any) -> PictureFile:
+        """The file of these bytes, which name the picture; ``facts`` are the other fields of
+        ``Picture``."""
+        picture = Picture(uid=picture_uid(content), caption=str(caption), **facts)
+        return cls(picture=picture, content=content, caption=caption)
+
+    def named(self, policy: str) -> PictureFile:
+        """The same, made by ``policy``."""
+        return replace(self, picture=replace(self.picture, policy=policy))
 
 
 def read_media(content: bytes) -> np.ndarray:
@@ -88,7 +81,7 @@ class PictureSource(Protocol):
         """Whether it would draw otherwise now than it did: a run has learned meanwhile."""
         ...
 
-    def batch(self) -> list[list[Made]]:
+    def batch(self) -> list[list[PictureFile]]:
         """Pictures of each caption of the next batch, which depend on its number alone (of a run
         that learns: on its round too).
 
@@ -97,7 +90,7 @@ class PictureSource(Protocol):
         """
         ...
 
-    def of_prompt(self, prompt: str, number: int) -> list[Made]:
+    def of_prompt(self, prompt: str, number: int) -> list[PictureFile]:
         """Pictures of one prompt, other ones for each number. Raises as ``batch`` does."""
         ...
 

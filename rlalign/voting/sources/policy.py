@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlalign.ballots.records import Picture
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.data.prompts.base import Prompts, prompt_id
-from rlalign.voting.made import Made
+from rlalign.voting.pictures import PictureFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ class Side:
 
 
 @dataclass(kw_only=True)
-class DrawnSource:
+class EngineSource:
     """Pictures by one policy or two, on an engine of this process or of a cluster."""
 
     sides: Sequence[Side]
@@ -60,14 +60,14 @@ class DrawnSource:
         """See ``PictureSource``."""
         self._next = int(next(plans, {}).get("batch", -1)) + 1
 
-    def batch(self) -> list[list[Made]]:
+    def batch(self) -> list[list[PictureFile]]:
         """See ``PictureSource``."""
         number = self._next
         self._next += 1
         captions = [text for _, text in self.prompts_of.draw(self.seed, number)]
         return self.draw(UnitKey(LISTED, number, 0), list(dict.fromkeys(captions)), 0)
 
-    def of_prompt(self, prompt: str, number: int) -> list[Made]:
+    def of_prompt(self, prompt: str, number: int) -> list[PictureFile]:
         """See ``PictureSource``."""
         first = number * self._of_side
         return self.draw(UnitKey(TYPED, 0, 0), [prompt], first)[0]
@@ -80,9 +80,9 @@ class DrawnSource:
     def _of_side(self) -> int:
         return -(-self.count // len(self.sides))
 
-    def draw(self, key: UnitKey, captions: Sequence[str], first: int) -> list[list[Made]]:
+    def draw(self, key: UnitKey, captions: Sequence[str], first: int) -> list[list[PictureFile]]:
         """The group of each caption, samples from number ``first`` on."""
-        made: list[list[list[Made]]] = []
+        made: list[list[list[PictureFile]]] = []
         for index, side in enumerate(self.sides):
             # two sides never share noise
             own = key._replace(index=index, stream=key.stream + ("/other" if index else ""))
@@ -96,8 +96,8 @@ class DrawnSource:
             groups.append([one for some in zip(*parts, strict=True) for one in some])
         return groups
 
-    def _named(self, side: Side, drawn: Sequence[Made]) -> list[Made]:
-        return [Made(**{**vars(one), "policy": side.title}) for one in drawn]
+    def _named(self, side: Side, drawn: Sequence[PictureFile]) -> list[PictureFile]:
+        return [one.named(side.title) for one in drawn]
 
 
 def models_of(vote: Vote) -> list[Model]:
@@ -117,7 +117,9 @@ def models_of(vote: Vote) -> list[Model]:
     return found
 
 
-def draw_rows(engine: Engine, unit: Unit, facts: Mapping[str, Any] | None = None) -> list[Made]:
+def draw_rows(
+    engine: Engine, unit: Unit, facts: Mapping[str, Any] | None = None
+) -> list[PictureFile]:
     """The pictures of a unit's rows, each with what it takes to draw it again. ``facts`` join it.
 
     Raises UserError where the policy cannot draw them.
@@ -130,15 +132,15 @@ def draw_rows(engine: Engine, unit: Unit, facts: Mapping[str, Any] | None = None
         unit.take(range(at, min(at + engine.rows, count))) for at in range(0, count, engine.rows)
     ]
     works = [Pictures(unit=piece, version=0) for piece in pieces]
-    found: list[Made] = []
+    found: list[PictureFile] = []
     for piece, media_BFCHW in zip(pieces, engine.map(works), strict=True):
         said = {**_facts_of(piece), **(facts or {})}
         for row, media_FCHW in enumerate(media_BFCHW):
             content, kind = encode_media(media_FCHW)
             found.append(
-                Made(
+                PictureFile.of(
+                    content,
                     caption=piece.prompts[row],
-                    content=content,
                     seed=piece.seed,
                     plan={**said, "row": row},
                     frames=len(media_FCHW),

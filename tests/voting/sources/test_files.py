@@ -16,8 +16,8 @@ from PIL import Image
 from rlalign.core.pictures import write_grid
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import write_pairs
-from rlalign.voting.files import FileSource, as_shown, find_pictures, find_samples
-from rlalign.voting.made import Exhausted, read_media
+from rlalign.voting.pictures import Exhausted, read_media
+from rlalign.voting.sources.files import FileSource, as_shown, find_pictures, find_samples
 from tests.votes import png
 
 
@@ -61,9 +61,9 @@ def test_captions_come_from_folders_texts_and_metadata(folder: Path) -> None:
 
 
 def _made(found: object) -> object:
-    from rlalign.voting.made import Made
+    from rlalign.voting.pictures import PictureFile
 
-    return Made(caption="", content=found.read())  # type: ignore[attr-defined]
+    return PictureFile.of(found.read(), caption="")  # type: ignore[attr-defined]
 
 
 def test_batches_show_every_picture_once_and_end(folder: Path) -> None:
@@ -77,7 +77,7 @@ def test_batches_show_every_picture_once_and_end(folder: Path) -> None:
     # the same seed gives the same groups; another process goes on after the newest
     again = FileSource([find_pictures(str(folder))], seed=0, count=2)
     assert values(again.batch()) == values(groups)
-    again.take_up(iter([groups[-1][0].plan]))
+    again.take_up(iter([groups[-1][0].picture.plan]))
     assert all_batches(again) == []
     assert values(FileSource([find_pictures(str(folder))], seed=1, count=2).batch()) != values(
         groups
@@ -90,7 +90,7 @@ def test_two_sides_are_compared_caption_by_caption(folder: Path, tmp_path: Path)
     (other / "a dog" / "0.png").write_bytes(png(200))
     sides = [{"a dog": find_pictures(str(folder))["a dog"]}, find_pictures(str(other))]
     (group,) = FileSource(sides, seed=0, count=2).batch()
-    assert [made.policy for made in group] == [folder.name, "other"]
+    assert [made.picture.policy for made in group] == [folder.name, "other"]
     assert values([group])[0][1] == 200
 
 
@@ -129,11 +129,33 @@ def test_what_a_browser_does_not_show_is_a_png() -> None:
     picture = Image.new("RGB", (4, 4), (9, 8, 7))
     buffer = io.BytesIO()
     picture.save(buffer, format="TIFF")
-    content, kind = as_shown(buffer.getvalue(), "x.tiff")
-    assert kind == "image/png" and read_media(content)[0, :, 0, 0].tolist() == [9, 8, 7]
-    assert as_shown(png(3), "x.png") == (png(3), "image/png")
-    with pytest.raises(UserError, match=r"x\.png must be a picture, and is none"):
-        as_shown(b"no picture", "x.png")
+    shown = as_shown(buffer.getvalue(), "x.tiff", caption="c")
+    assert shown.picture.media_type == "image/png"
+    assert read_media(shown.content)[0, :, 0, 0].tolist() == [9, 8, 7]
+    assert as_shown(png(3), "x.png", caption="c").content == png(3)
+    with pytest.raises(UserError, match=r"x\.png must be a picture, or a clip as animated WebP"):
+        as_shown(b"no picture", "x.png", caption="c")
+
+
+@pytest.mark.parametrize("format", ["webp", "gif", "png"])
+def test_a_clip_is_shown_as_it_is(tmp_path: Path, format: str) -> None:
+    (tmp_path / "ball").mkdir()
+    for first in (0, 100):
+        frames = [Image.new("L", (8, 8), first + 30 * number) for number in range(3)]
+        file = tmp_path / "ball" / f"{first}.{format}"
+        frames[0].save(file, save_all=True, append_images=frames[1:], duration=100)
+    (group,) = FileSource([find_pictures(str(tmp_path))], seed=0, count=2).batch()
+    for made in group:
+        assert (made.picture.frames, made.picture.media_type) == (3, f"image/{format}")
+        assert read_media(made.content).shape == (3, 3, 8, 8)
+
+
+def test_a_clip_that_no_browser_plays_is_refused() -> None:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (4, 4), (number, 0, 0)) for number in range(3)]
+    frames[0].save(buffer, format="TIFF", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match="3 frames in a format that no browser plays"):
+        as_shown(buffer.getvalue(), "x.tiff", caption="c")
 
 
 def test_a_caption_needs_two_pictures(folder: Path) -> None:
@@ -143,5 +165,5 @@ def test_a_caption_needs_two_pictures(folder: Path) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    program = "import sys, rlalign.voting.files; sys.exit('torch' in sys.modules)"
+    program = "import sys, rlalign.voting.sources.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from rlalign.rewards.base import Scorer, score
-from rlalign.voting.made import Made, read_media
+from rlalign.voting.pictures import PictureFile, read_media
 from rlalign.voting.settings import Filter
 
 
-class Filtering:
+class PictureFilter:
     """Keeps pictures whose score is at least the threshold; one without a score is not shown.
 
     A clip is scored as a whole. Raises UserError where the reward cannot be loaded.
@@ -24,12 +24,12 @@ class Filtering:
         self.held_back = 0
         """Pictures that were not shown so far."""
 
-    def __call__(self, group: Sequence[Made]) -> Sequence[Made]:
+    def __call__(self, group: Sequence[PictureFile]) -> Sequence[PictureFile]:
         kept = [made for made in group if self._may_be_shown(made)]
         self.held_back += len(group) - len(kept)
         return kept
 
-    def _may_be_shown(self, made: Made) -> bool:
+    def _may_be_shown(self, made: PictureFile) -> bool:
         media_BFCHW = read_media(made.content)[None]
         found = float(score(self._reward, self._scorer, media_BFCHW, [made.caption])[0])
         return math.isfinite(found) and found >= self.settings.least

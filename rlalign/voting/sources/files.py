@@ -17,11 +17,11 @@ import numpy as np
 from rlalign.ballots.records import digest
 from rlalign.core.files import UnreadableText, parse_strict_json, read_text, split_lines
 from rlalign.core.registry import UserError, read_reason
-from rlalign.voting.made import Exhausted, Made
+from rlalign.voting.pictures import Exhausted, PictureFile
 
 SHOWN = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 """Formats of Pillow that every browser shows -> their media types."""
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CAPTIONS = ("caption", "text", "prompt")
 """Names of what says a picture's caption, in a table and in metadata.jsonl."""
 COLUMNS = ("jpg_0", "jpg_1", "image", "jpg", "picture")
@@ -31,7 +31,7 @@ _BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Location:
     """Where a picture's bytes are."""
 
     read: Callable[[], bytes]
@@ -49,7 +49,7 @@ class FileSource:
     round: int | None = None
 
     def __init__(
-        self, sides: Sequence[Mapping[str, Sequence[Found]]], *, seed: int, count: int
+        self, sides: Sequence[Mapping[str, Sequence[Location]]], *, seed: int, count: int
     ) -> None:
         """``sides`` are caption -> pictures: one, or two that are compared blind. ``count``
         pictures of a caption make a group.
@@ -81,7 +81,7 @@ class FileSource:
         """See ``PictureSource``."""
         self._next = int(next(plans, {}).get("batch", -1)) + 1
 
-    def batch(self) -> list[list[Made]]:
+    def batch(self) -> list[list[PictureFile]]:
         """See ``PictureSource``."""
         number = self._next
         self._next += 1
@@ -97,7 +97,7 @@ class FileSource:
             raise Exhausted
         return groups
 
-    def of_prompt(self, prompt: str, number: int) -> list[Made]:
+    def of_prompt(self, prompt: str, number: int) -> list[PictureFile]:
         """See ``PictureSource``."""
         group = self._group(prompt, number, {}) if prompt in self._sides[0] else []
         if not group:
@@ -113,9 +113,9 @@ class FileSource:
         most = max(len(found) for side in self._sides for found in side.values())
         return most // self._of_side
 
-    def _group(self, caption: str, epoch: int, facts: Mapping[str, Any]) -> list[Made]:
+    def _group(self, caption: str, epoch: int, facts: Mapping[str, Any]) -> list[PictureFile]:
         """The pictures of a caption that are new in an epoch; none where too few are left."""
-        chosen: list[Found] = []
+        chosen: list[Location] = []
         for number, side in enumerate(self._sides):
             there = side.get(caption, ())
             order = _rng(self._seed, "pictures", number, caption).permutation(len(there))
@@ -123,47 +123,52 @@ class FileSource:
             if len(mine) < self._of_side:
                 return []
             chosen += [there[int(i)] for i in mine]
-        return [_made(caption, found, self._seed, facts) for found in chosen]
+        return [_read(caption, found, self._seed, facts) for found in chosen]
 
 
 def _rng(*key: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(int(digest("files", *key), 16)))
 
 
-def _made(caption: str, found: Found, seed: int, facts: Mapping[str, Any]) -> Made:
-    content, kind = as_shown(found.read(), found.name)
-    return Made(
-        caption=caption,
-        content=content,
-        policy=found.policy,
-        seed=seed,
-        plan={"file": found.name, **facts},
-        media_type=kind,
-    )
+def _read(caption: str, found: Location, seed: int, facts: Mapping[str, Any]) -> PictureFile:
+    plan = {"file": found.name, **facts}
+    known = {"caption": caption, "policy": found.policy, "seed": seed, "plan": plan}
+    return as_shown(found.read(), found.name, **known)
 
 
-def as_shown(content: bytes, name: str) -> tuple[bytes, str]:
-    """(bytes that a browser shows, their media type) of a picture's file. Raises UserError where it
-    is none."""
+def as_shown(content: bytes, name: str, **facts: Any) -> PictureFile:
+    """A file of a format that every browser shows; another format becomes PNG. A clip is an
+    animated WebP, GIF or PNG, which a browser plays. ``facts`` are what else is known of it.
+
+    Raises UserError where it is no picture, or a clip of another format.
+    """
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content)) as opened:
             kind = SHOWN.get(opened.format or "")
-            if kind is None:
+            frames = getattr(opened, "n_frames", 1)
+            if kind is not None:
+                opened.verify()
+                return PictureFile.of(content, media_type=kind, frames=frames, **facts)
+            if frames == 1:
                 buffer = io.BytesIO()
                 opened.convert("RGB").save(buffer, format="PNG")
-                return buffer.getvalue(), "image/png"
-            opened.verify()
-            return content, kind
+                return PictureFile.of(buffer.getvalue(), **facts)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} must be a picture, and is none ({read_reason(error)})") from error
+        raise UserError(
+            f"{name} must be a picture, or a clip as animated WebP, GIF or PNG, and is none"
+            f" ({read_reason(error)})"
+        ) from error
+    raise UserError(
+        f"{name} has {frames} frames in a format that no browser plays; save it as animated WebP"
+    )
 
 
 # --- what is there -------------------------------------------------------------------------------
 
 
-def find_samples(folder: Path) -> dict[str, list[Found]]:
+def find_samples(folder: Path) -> dict[str, list[Location]]:
     """The pictures of a run's grids (``samples/``), or of what ``rlalign sample`` wrote."""
     grids = sorted(folder.glob("samples/round-*.png")) or sorted(folder.glob("samples*.png"))
     if not grids:
@@ -171,7 +176,7 @@ def find_samples(folder: Path) -> dict[str, list[Found]]:
             f"source.samples must be a folder of a run or of rlalign sample, got {str(folder)!r},"
             " which has no samples/round-*.png and no samples.png"
         )
-    found: dict[str, list[Found]] = {}
+    found: dict[str, list[Location]] = {}
     for grid in grids:
         for caption, content in _cells(grid):
             name = f"{folder.name}/{grid.stem}"
@@ -188,38 +193,38 @@ def _cells(grid: Path) -> Iterator[tuple[str, bytes]]:
         yield cell.caption, buffer.getvalue()
 
 
-def _bytes(content: bytes, policy: str, name: str) -> Found:
-    return Found(read=lambda: content, policy=policy, name=name)
+def _bytes(content: bytes, policy: str, name: str) -> Location:
+    return Location(read=lambda: content, policy=policy, name=name)
 
 
-def find_pictures(path: str) -> dict[str, list[Found]]:
+def find_pictures(path: str) -> dict[str, list[Location]]:
     """The pictures of a Parquet set, or of a folder. Raises UserError where there is none."""
     folder = Path(path)
     if folder.is_dir() and not any(folder.rglob("*.parquet")):
         return _in_folder(folder)
     from rlalign.data.pairs.columns import pair_files
 
-    found: dict[str, list[Found]] = {}
+    found: dict[str, list[Location]] = {}
     for file in pair_files(path, "source.pictures"):
         for caption, one in _in_table(file):
             found.setdefault(caption, []).append(one)
     return found
 
 
-def _in_folder(folder: Path) -> dict[str, list[Found]]:
+def _in_folder(folder: Path) -> dict[str, list[Location]]:
     files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
     said = _metadata(folder)
-    found: dict[str, list[Found]] = {}
+    found: dict[str, list[Location]] = {}
     for file in files:
         caption = said.get(str(file.relative_to(folder))) or _caption_of(file, folder)
         if caption:
-            one = Found(read=file.read_bytes, policy=folder.name, name=str(file))
+            one = Location(read=file.read_bytes, policy=folder.name, name=str(file))
             found.setdefault(caption, []).append(one)
     if not found:
         raise UserError(
             f"source.pictures must have pictures with captions, got {str(folder)!r}: a"
             " metadata.jsonl with file_name and text, NAME.txt beside NAME.png, or a folder for"
-            " each caption"
+            " each caption (clips are animated WebP, GIF or PNG)"
         )
     return found
 
@@ -272,7 +277,7 @@ def _first(entry: Any, names: Sequence[str]) -> str:
 # --- a Parquet set -------------------------------------------------------------------------------
 
 
-def _in_table(file: Path) -> Iterator[tuple[str, Found]]:
+def _in_table(file: Path) -> Iterator[tuple[str, Location]]:
     """(caption, picture) of every row; bytes are read when they are asked for."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -302,7 +307,7 @@ def _in_table(file: Path) -> Iterator[tuple[str, Found]]:
                     yield text, _cell((file, group, row, column), str(made_by))
 
 
-def _cell(place: tuple[Path, int, int, str], made_by: str) -> Found:
+def _cell(place: tuple[Path, int, int, str], made_by: str) -> Location:
     file, group, row, column = place
 
     def read() -> bytes:
@@ -315,4 +320,4 @@ def _cell(place: tuple[Path, int, int, str], made_by: str) -> Found:
             value = value.get("bytes") or (beside.read_bytes() if beside else b"")
         return value or b""
 
-    return Found(read=read, policy=made_by, name=f"{file}:{group}:{row} {column}")
+    return Location(read=read, policy=made_by, name=f"{file}:{group}:{row} {column}")

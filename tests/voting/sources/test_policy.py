@@ -8,8 +8,8 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import build
 from rlalign.data.prompts.base import Prompts
 from rlalign.engine.local import LiveRewards, LocalEngine
-from rlalign.voting.drawn import DrawnSource, Side, redraw
-from rlalign.voting.made import read_media
+from rlalign.voting.pictures import read_media
+from rlalign.voting.sources.policy import EngineSource, Side, redraw
 
 PLAN = Plan(steps=2)
 
@@ -29,9 +29,9 @@ def tiny() -> LocalEngine:
     return engine()
 
 
-def source(tiny: LocalEngine, *titles: str, seed: int = 0) -> DrawnSource:
+def source(tiny: LocalEngine, *titles: str, seed: int = 0) -> EngineSource:
     sides = [Side(title=title, engine=tiny) for title in titles]
-    return DrawnSource(sides=sides, prompts_of=prompts(), plan=PLAN, seed=seed, count=2)
+    return EngineSource(sides=sides, prompts_of=prompts(), plan=PLAN, seed=seed, count=2)
 
 
 def test_a_picture_is_drawn_again_from_its_row(tiny: LocalEngine) -> None:
@@ -57,7 +57,7 @@ def test_noise_is_keyed_by_seed_and_batch(tiny: LocalEngine) -> None:
 
 def test_two_sides_alternate_and_share_no_noise(tiny: LocalEngine) -> None:
     (group, *_) = source(tiny, "old", "new").batch()
-    assert [made.policy for made in group] == ["old", "new"]
+    assert [made.picture.policy for made in group] == ["old", "new"]
     # the same policy on both sides, and other pictures
     assert group[0].content != group[1].content
 
