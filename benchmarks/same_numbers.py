@@ -94,8 +94,11 @@ def run(checkout: Path, name: str, folder: Path, pairs: Path, *, whole: bool) ->
     text = config.read_text()
     overrides = [*ROUNDS, *(() if whole else SMALL)]
     if "\npreferences:" in text:
+        overrides += ["preferences.ballots=null"] if "ballots:" in text else []
         overrides.append(f"preferences.path={pairs}")
         overrides += OF_PAIRS
+    if "\nrefit:" in text:
+        overrides += ["refit=null", "rewards=[{name: bradley_terry}]"]
     if "group" not in text and "updates_per_round: 1," in text:
         overrides.append("learner.updates_per_round=1")
     command = [sys.executable, "-m", "rlalign", "train", str(config), *overrides]

@@ -3,6 +3,7 @@
 loop.py         produce, score, make a batch, learn: one loop, in one process or on a cluster
 _rounds.py      one round of it, and what a run holds between two
 cursors.py      which votes of people a round sees, where it learns from such
+refit.py        the reward that a run fits anew on them between rounds
 collect.py      what differs between the two (``Collect``), and how one process does it
 assemble.py     the live parts of a run, and what is refused before it starts
 control.py      what others ask of a run while it works (stop, scale), and how it stands

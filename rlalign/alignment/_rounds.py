@@ -12,6 +12,7 @@ from rlalign.algorithms.base import Memory
 from rlalign.alignment import control, costs, cursors
 from rlalign.alignment.assemble import differentiable_scorer, preference_pairs
 from rlalign.alignment.collect import Collect
+from rlalign.alignment.refit import Refit
 from rlalign.config import Run, dump, identity_of, plain_identity_of
 from rlalign.core.batches import Batch, DifferentiableScorer, PairBatch, PromptBatch
 from rlalign.core.files import write_whole
@@ -55,6 +56,7 @@ class Alignment:
         self.recorder: Recorder | None = None
         self.identity = identity_of(run)
         self.pairs: Pairing | None = None
+        self.refit = Refit(run, folder) if run.refit is not None else None
         self.scorer: DifferentiableScorer | None = None
         if run.algorithm.eats.sampled_by_loss:
             self.scorer = differentiable_scorer(run, learner.policy.device)
@@ -73,7 +75,7 @@ class Alignment:
             self.learner.scale_rate(self.guard.rate)
             self.counts = dict(found.facts["counts"])
             self.done = self.ordered = found.round
-        cursors.resume(self.pairs, self.folder, {} if found is None else found.facts)
+        cursors.resume(self.votes, self.folder, {} if found is None else found.facts)
         if self.learner.is_main:
             with checkpoint.disk_errors(self.folder):
                 write_whole(self.folder / "config.yaml", dump(self.run))
@@ -81,13 +83,19 @@ class Alignment:
         if self.done == 0:
             self.evaluate(self.learner.base_weights())
 
+    @property
+    def votes(self) -> Pairing | None:
+        """The pairs that rounds, or the fits of the reward, learn from."""
+        return self.pairs if self.refit is None else self.refit.votes
+
     def has_pairs(self) -> bool:
         """Waits until there is what the next round learns from; false where the run is asked to
         stop meanwhile."""
-        if self.pairs is None or not self.pairs.grows:
+        if self.votes is None or not self.votes.grows:
             return True
+        number = self.done if self.refit is None else self.refit.number(self.done)
         ready = cursors.wait(
-            self.pairs, self.done, self.folder, self.learner.accelerator, self.on_record
+            self.votes, number, self.folder, self.learner.accelerator, self.on_record
         )
         self.asked_to_stop = not ready
         if self.asked_to_stop and self.done:
@@ -175,10 +183,20 @@ class Alignment:
         last = min(self.done + 1 + run.runtime.max_staleness, barrier, run.rounds)
         if self.ordered < last and run.rolls_out:
             weights = self.learner.weights()
+            reward = self.reward_weights(self.done)
             for round in range(self.ordered + 1, last + 1):
-                self.tickets.append((self.collect.order(self.units(round), weights), self.done))
+                ticket = self.collect.order(self.units(round), weights, reward)
+                self.tickets.append((ticket, self.done))
             self.ordered = last
         return time.monotonic() - start
+
+    def reward_weights(self, round: int) -> Weights | None:
+        """Those of the reward that scores the round after ``round``, at the process that orders;
+        -1 means before the first. None where no reward is fitted anew."""
+        if self.refit is None or not self.learner.is_main:
+            return None
+        tell = self.telling("updates of the reward", round=self.done + 1)
+        return self.refit.weights(self.refit.number(round), tell)
 
     def check_ratio(self, learned: Mapping[str, float], staleness: int) -> None:
         """Refuses to go on when the first batch of an on-policy run replays to other numbers than
@@ -220,7 +238,9 @@ class Alignment:
         }
         line.update(evaluate.round_facts(scored, self.trained))
         line.update(learned)
-        if self.pairs is not None:
+        if self.refit is not None:
+            line.update(self.refit.measures(self.refit.number(self.done - 1)))
+        elif self.pairs is not None:
             line.update(self.pairs.measures(self.done - 1))
         line["staleness/max"] = staleness
         line.update(self.collect.facts())
@@ -263,7 +283,7 @@ class Alignment:
                     "memory": self.memory.facts(),
                     "guard": self.guard.facts(),
                     "counts": self.counts,
-                    **cursors.facts(self.pairs),
+                    **cursors.facts(self.votes),
                 },
             ),
             run_identity=self.identity,
@@ -279,7 +299,7 @@ class Alignment:
             run.evaluate.seed,
             run.samples_per_unit,
         )
-        ticket = self.collect.order(units, weights)
+        ticket = self.collect.order(units, weights, self.reward_weights(self.done - 1))
         return self.collect.gather(ticket, self.telling("units", round=0))
 
     def evaluate(self, weights: Weights) -> None:

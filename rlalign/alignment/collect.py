@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, cast
 
 from rlalign.alignment.assemble import build_learner
 from rlalign.alignment.words import encoding_reader
@@ -21,13 +21,15 @@ from rlalign.engine.pieces import Produce, Produced
 from rlalign.learning.learner import Learner
 from rlalign.networks.devices import usable
 from rlalign.networks.embeddings import Reader
+from rlalign.rewards.base import FittedScorer
 
 
 class Collect(Protocol):
     """Turns units of work into scored samples, wherever that happens."""
 
-    def order(self, units: Sequence[Unit], weights: Weights) -> int:
-        """Starts the units under these weights and returns a ticket."""
+    def order(self, units: Sequence[Unit], weights: Weights, reward: Weights | None = None) -> int:
+        """Starts the units under these weights and returns a ticket. ``reward`` are those of the
+        reward that a run fits anew; None leaves every reward as it was loaded."""
         ...
 
     def gather(self, ticket: int, tell: Tell = tell_nobody) -> list[Scored]:
@@ -56,6 +58,7 @@ class LocalCollect:
         runtime = run.runtime
         device = usable(runtime.device, "runtime.device")
         scorers = {r.title: r.load(runtime.reward_device) for r in run.rewards_for("evaluate")}
+        self._scorers = scorers
 
         # the policy and its lanes
         self._policy = run.policy.load(device, reader=reader)
@@ -66,22 +69,30 @@ class LocalCollect:
             rows=run.samples_per_unit,
             threads=runtime.rollout.threads,
         )
-        self._tag = ("", -1)
+        self._tag = self._reward_tag = ("", -1)
         self._tickets: dict[int, list[tuple[Produce, Future[WorkResult]]]] = {}
         self.cost = Cost()
         """Of everything that was gathered so far."""
 
-    def order(self, units: Sequence[Unit], weights: Weights) -> int:
+    def order(self, units: Sequence[Unit], weights: Weights, reward: Weights | None = None) -> int:
         if self._tag != weights.tag:
-            # units in flight finish under the weights they were ordered with
-            for _, future in chain.from_iterable(self._tickets.values()):
-                future.exception()
+            self._finish_units()
             self._policy.set_weights(dict(weights.tensors))
             self._tag = weights.tag
+        if reward is not None and self._reward_tag != reward.tag:
+            self._finish_units()
+            scorer = cast(FittedScorer, self._scorers[reward.kind])
+            scorer.set_weights(reward.tensors)
+            self._reward_tag = reward.tag
         ticket = max(self._tickets, default=0) + 1
         works = [Produce(unit=unit, version=weights.version) for unit in units]
         self._tickets[ticket] = [(work, self._engine.submit(work)) for work in works]
         return ticket
+
+    def _finish_units(self) -> None:
+        """Units in flight finish under the weights they were ordered with."""
+        for _, future in chain.from_iterable(self._tickets.values()):
+            future.exception()
 
     def gather(self, ticket: int, tell: Tell = tell_nobody) -> list[Scored]:
         ordered = self._tickets.pop(ticket)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FILE = "votes.json"
+WAITING = "votes/waiting"
+"""1 while a round waits for votes, 0 when it has waited: a metric of the cluster."""
 
 
 def resume(pairs: Pairing | None, folder: Path, saved: Mapping[str, Any]) -> None:
@@ -30,10 +32,15 @@ def resume(pairs: Pairing | None, folder: Path, saved: Mapping[str, Any]) -> Non
     if not isinstance(pairs, GrowingPairs):
         return
     kept = list(saved.get("cursors", ()))
-    since: list[int] = []
-    with contextlib.suppress(OSError, ValueError):
-        since = list(json.loads((folder / FILE).read_bytes())["cursors"])
+    since = read_cursors(folder)
     pairs.load({"cursors": since if since[: len(kept)] == kept else kept})
+
+
+def read_cursors(folder: Path) -> list[int]:
+    """The cursors that a run has written down so far; none where it has not."""
+    with contextlib.suppress(OSError, ValueError):
+        return list(json.loads((folder / FILE).read_bytes())["cursors"])
+    return []
 
 
 def facts(pairs: Pairing | None) -> Mapping[str, Any]:
@@ -53,11 +60,16 @@ def wait(
     ready = True
     if accelerator.is_main_process:
         known = len(pairs.cursors)
-        ready = pairs.wait(
-            number,
-            lambda missing: on_record({"note": missing}),
-            stopped=lambda: control.asked(folder).stop,
-        )
+        waited = False
+
+        def say(missing: str) -> None:
+            nonlocal waited
+            waited = True
+            on_record({"note": missing, WAITING: 1})
+
+        ready = pairs.wait(number, say, stopped=lambda: control.asked(folder).stop)
+        if waited and ready:
+            on_record({"note": "the votes are there", WAITING: 0})
         if len(pairs.cursors) > known:
             with checkpoint.disk_errors(folder):
                 write_whole(folder / FILE, json.dumps(dict(pairs.facts())))

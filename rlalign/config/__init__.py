@@ -3,6 +3,7 @@ and a "did you mean".
 
 settings.py  the Run, and what must fit together
 runtime.py   the settings of its runtime: who does the work and where
+refit.py     the settings of a reward that it fits anew
 files.py     YAML in and out, overrides by dotted path
 earlier.py   runs of earlier versions: what their config.yaml means
 spelling.py  the runtime's settings as they were spelt before

@@ -49,7 +49,22 @@ def summarise_run(run: Run) -> dict[str, str]:
     of_rounds = _of_samples(run) if run.preferences is None else _of_pairs(run)
     return {
         **of_rounds,
+        **_of_fits(run),
         "evaluations": f"{evaluations:,} of {run.evaluate.prompts} samples",
+    }
+
+
+def _of_fits(run: Run) -> dict[str, str]:
+    """What a reward comes to that is fitted anew."""
+    refit = run.refit
+    if refit is None:
+        return {}
+    each = "round" if refit.every == 1 else f"{refit.every:,} rounds"
+    return {
+        f"fits of {refit.reward}": (
+            f"one before each {each}, of {refit.fit.updates:,} updates of"
+            f" {refit.preferences.pairs_per_round:,} pairs: {refit.preferences.source}"
+        )
     }
 
 

@@ -15,9 +15,10 @@ from pydantic import (
 )
 
 from rlalign.algorithms.base import Algorithm
+from rlalign.config.refit import RefitSettings
 from rlalign.config.runtime import RuntimeSettings
 from rlalign.core.records import Plan
-from rlalign.core.registry import UserError, plugin_field
+from rlalign.core.registry import Before, UserError, plugin_field
 from rlalign.data.pairs.reader import PreferenceSettings
 from rlalign.data.prompts.base import Prompts
 from rlalign.learning.checkpoint import CheckpointSettings
@@ -55,6 +56,9 @@ class Run(BaseModel):
     preferences: PreferenceSettings | None = Field(
         default=None,
         description="a set of preference pairs to learn from, in place of samples of one's own",
+    )
+    refit: Annotated[RefitSettings | None, Before(None)] = Field(
+        default=None, description="a reward that is fitted anew on people's votes between rounds"
     )
     write_pairs: Literal["", "best_and_worst", "all"] = Field(
         default="",
@@ -105,6 +109,23 @@ class Run(BaseModel):
             raise UserError(
                 "write_pairs needs rounds of scored samples, and this run makes none; leave it"
                 " empty"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_refit(self) -> Run:
+        if self.refit is None:
+            return self
+        if not self.rolls_out:
+            raise UserError(
+                "refit is for runs whose samples are scored by rewards (ddpo, grpo and the like),"
+                f" and this one, of {self.algorithm.name}, is not"
+            )
+        fitted = [r.title for r in self.rewards if r.fitted is not None]
+        if self.refit.reward not in fitted:
+            raise UserError(
+                "refit.reward must be one of the run's rewards that fit-reward has written"
+                f" ({', '.join(fitted) or 'none'}), got {self.refit.reward!r}"
             )
         return self
 

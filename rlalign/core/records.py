@@ -191,7 +191,7 @@ class Weights:
 
     version: int
     kind: str
-    """"current", "average" (EMA) or "base" (before any update)."""
+    """"current", "average" (EMA) or "base" (before any update); of a reward its title."""
     tensors: Mapping[str, torch.Tensor]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -19,6 +20,14 @@ class Scorer(Protocol):
     scores of shape (B,)."""
 
     def __call__(self, media_BFCHW: torch.Tensor, prompts: Sequence[str], /) -> torch.Tensor: ...
+
+
+class FittedScorer(Scorer, Protocol):
+    """A loaded reward of ``rlalign fit-reward``: it takes other weights of the same network."""
+
+    def set_weights(self, tensors: Mapping[str, torch.Tensor], /) -> None:
+        """Takes over weights by their names in the folder's safetensors file."""
+        ...
 
 
 class Reward(Recipe):
@@ -43,6 +52,12 @@ class Reward(Recipe):
     def title(self) -> str:
         """The name under which the score is logged."""
         return self.label or self.name.rsplit(":", 1)[-1]
+
+    @property
+    def fitted(self) -> Path | None:
+        """The folder of ``rlalign fit-reward`` that it loads; None where it is no such reward. One
+        that has it loads a ``FittedScorer``."""
+        return None
 
     def load(self, device: str) -> Scorer:
         """The live scorer on ``device``."""

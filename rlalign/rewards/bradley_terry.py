@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,8 +11,8 @@ import torch
 from pydantic import Field
 
 from rlalign.core.locations import LocalPath
-from rlalign.networks.towers import load_towers
-from rlalign.rewards.base import Reward, Scorer
+from rlalign.networks.towers import Towers, load_towers
+from rlalign.rewards.base import FittedScorer, Reward
 
 ASSET = Path(__file__).parent.parent / "assets" / "tiny_reward"
 
@@ -39,11 +40,23 @@ class BradleyTerry(Reward):
         ),
     )
 
-    def load(self, device: str) -> Scorer:
+    @property
+    def fitted(self) -> Path:
+        """See ``Reward``."""
+        return Path(self.path) if self.path else ASSET
+
+    def load(self, device: str) -> FittedScorer:
         """The scorer, its weights frozen. A missing or damaged folder is a UserError."""
-        towers = load_towers(self.path or ASSET, f"rewards.{self.title}.path", device)
+        return _TowersScorer(load_towers(self.fitted, f"rewards.{self.title}.path", device))
 
-        def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-            return towers(media_BFCHW, prompts)
 
-        return scorer
+@dataclass(frozen=True)
+class _TowersScorer:
+    towers: Towers
+
+    def __call__(self, media_BFCHW: torch.Tensor, prompts: Sequence[str], /) -> torch.Tensor:
+        score_B: torch.Tensor = self.towers(media_BFCHW, prompts)
+        return score_B
+
+    def set_weights(self, tensors: Mapping[str, torch.Tensor], /) -> None:
+        self.towers.clip.load_state_dict(dict(tensors))

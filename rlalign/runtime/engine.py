@@ -158,16 +158,20 @@ class Pools(Mapping[Role, Pool]):
         *,
         unit: str = "",
         drop: bool = False,
+        weights: WeightsRef | None = None,
     ) -> dict[str, RewardAnswer]:
         """Reward title -> what it says of uint8 media, each asked at the same time as the others.
 
         ``unit`` is the media's name in messages. With ``drop`` a failing score is missing, whatever
-        its ``on_error``.
+        its ``on_error``. ``weights`` are those of the reward whose title is their kind.
         """
 
         async def ask(title: str) -> tuple[str, RewardAnswer]:
+            own = weights is not None and weights.tag[0] == title
+            given = (weights.tag, weights.ref) if weights is not None and own else ()
+
             def begin(actor: ActorHandle) -> ray.ObjectRef:
-                return actor.score.remote(media, prompts, unit, drop)
+                return actor.score.remote(media, prompts, unit, drop, *given)
 
             return title, RewardAnswer(*await self._ask_reward(title, begin, unit))
 

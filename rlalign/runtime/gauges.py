@@ -1,5 +1,6 @@
 """What a run tells Ray's metrics, and so Prometheus: every number of a metrics line as a gauge, and
-what only pools know.
+what only pools know. What the page of ``rlalign vote`` tells them beside a cluster; a campaign's
+name then stands for a run's.
 
 ``ray_rlalign_reward_total_mean{run}`` and so on; the names are listed by ``metric_names``. One
 object a process; metrics are made when they are first set, because Ray must run by then.
@@ -26,14 +27,21 @@ COUNTERS = {
         ("run", "role"),
     ),
     "rlalign_reward_errors_total": ("scores that failed or were not finite", ("run", "reward")),
+    "rlalign_votes_total": ("votes on a campaign's page, skips and undone ones aside", ("run",)),
 }
 POOL_GAUGES = {
     "rlalign_queue_depth": ("units ordered and not finished", ("run",)),
     "rlalign_workers": ("workers by role and state", ("run", "role", "state")),
+    "rlalign_pairs_ready": ("pairs of a campaign that wait for a vote", ("run",)),
+    "rlalign_ballots_open": ("ballots that people have before them", ("run",)),
 }
 HISTOGRAMS = {
     "rlalign_unit_seconds": ("seconds a rollout worker took for a unit", ("run",)),
     "rlalign_reward_seconds": ("seconds a reward worker took for a unit", ("run", "reward")),
+    "rlalign_drawing_seconds": (
+        "seconds until a batch of a campaign's pictures was there",
+        ("run",),
+    ),
 }
 BOUNDARIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 

@@ -150,10 +150,11 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
     from rlalign.runtime import cluster
     from rlalign.runtime.reservation import run_bundles
 
-    if run.policy.lora_rank or run.policy.adapter or run.preferences is not None:
+    for_train = run.preferences is not None or run.refit is not None
+    if run.policy.lora_rank or run.policy.adapter or for_train:
         raise UserError(
-            "rllib trains all weights of a policy on samples of its own; lora_rank, adapter and"
-            " preferences are for train"
+            "rllib trains all weights of a policy on samples of its own; lora_rank, adapter,"
+            " preferences and refit are for train"
         )
     run = locate_run(run, begun=False)
     cluster.connect(run_bundles(run), run.runtime.device, None)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from ray.actor import ActorHandle
 
 from rlalign.alignment.models import Model
+from rlalign.ballots.records import Stock
 from rlalign.config import Run
 from rlalign.core.locations import locate
 from rlalign.core.records import Plan, Unit, UnitKey
@@ -23,11 +24,13 @@ from rlalign.data.prompts.base import Prompts
 from rlalign.runtime import cluster
 from rlalign.runtime.actors import create_policy_worker, name_owner
 from rlalign.runtime.engine import RayEngine
+from rlalign.runtime.gauges import Gauges
 from rlalign.runtime.pool import ObjectGone, PoolLost, UnitFailed
 from rlalign.runtime.reservation import bundle_of
 from rlalign.runtime.roles import ROLLOUT
 from rlalign.runtime.workers import PolicySource
 from rlalign.voting.pictures import PictureSource
+from rlalign.voting.queue import LEARNED
 from rlalign.voting.serve import Say, open_source, serve_vote
 from rlalign.voting.settings import Vote
 from rlalign.voting.sources.policy import EngineSource, Side, models_of
@@ -56,11 +59,39 @@ def serve_vote_on_ray(
     import ray
 
     try:
-        serve_vote(vote, say, on_ready=on_ready, make_source=open_any_on_ray)
+        serve_vote(
+            vote,
+            say,
+            on_ready=on_ready,
+            make_source=open_any_on_ray,
+            meter=RayMeter(vote.name),
+        )
     except (ObjectGone, PoolLost, UnitFailed) as error:
         raise RunFailed(str(error)) from error
     finally:
         ray.shutdown()
+
+
+class RayMeter:
+    """Tells Ray's metrics how a campaign stands: a ``Meter``."""
+
+    def __init__(self, campaign: str) -> None:
+        self._gauges = Gauges(campaign)
+        self._votes: int | None = None
+
+    def note_stock(self, stock: Stock) -> None:
+        """See ``Meter``. Votes of before are not counted, and one that is undone stays counted."""
+        before = stock.votes if self._votes is None else self._votes
+        self._gauges.count("rlalign_votes_total", max(stock.votes - before, 0))
+        self._votes = max(stock.votes, before)
+        ready = sum(stock.items.get(kind, 0) for kind in LEARNED)
+        self._gauges.set("rlalign_pairs_ready", ready)
+        self._gauges.set("rlalign_ballots_open", stock.open)
+        self._gauges.flush()
+
+    def note_drawing(self, seconds: float) -> None:
+        """See ``Meter``."""
+        self._gauges.observe("rlalign_drawing_seconds", seconds)
 
 
 def open_any_on_ray(vote: Vote) -> PictureSource:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -22,7 +22,7 @@ from rlalign.engine import Work
 from rlalign.engine.local import LiveRewards, do_and_count
 from rlalign.networks.devices import usable
 from rlalign.networks.embeddings import Reader
-from rlalign.rewards.base import Reward
+from rlalign.rewards.base import FittedScorer, Reward
 from rlalign.runtime.began import BEGAN
 from rlalign.runtime.gauges import shown
 from rlalign.runtime.rewards import RemoteRewards, RewardActors
@@ -166,22 +166,36 @@ class RewardWorker(Worker):
         self.label = label
         self._reward = reward
         with naming_the_node():
-            scorers = {reward.title: reward.load(usable(device, "runtime.device"))}
+            scorer = reward.load(usable(device, "runtime.device"))
+        scorers = {reward.title: scorer}
+        self._scorer = scorer
+        self._tag: tuple[str, int] | None = None
         self._strict = LiveRewards([reward], scorers=scorers, strict=True)
         self._lenient = LiveRewards([reward], scorers=scorers)
         self.ready_at = time.time()
 
     def score(
-        self, media_BFCHW: np.ndarray, prompts: Sequence[str], unit: str = "", drop: bool = False
+        self,
+        media_BFCHW: np.ndarray,
+        prompts: Sequence[str],
+        unit: str = "",
+        drop: bool = False,
+        tag: tuple[str, int] | None = None,
+        tensors: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, float, str]:
         """(raw scores (B,) float32 of uint8 media, seconds, what the scorer last said when it
         failed).
 
         A failing score is answered by the reward's own error policy, and with ``drop`` is NaN.
-        ``unit`` names the media.
+        ``unit`` names the media. ``tag`` is that of the weights that are meant, where a run fits
+        the reward anew; they come along, and stay in shared memory for who has them.
         """
         start = time.monotonic()
         rewards = self._lenient if drop else self._strict
+        if tag is not None and tag != self._tag and tensors is not None:
+            scorer = cast(FittedScorer, self._scorer)
+            scorer.set_weights({n: torch.from_numpy(np.array(a)) for n, a in tensors.items()})
+            self._tag = tag
         with shown(f"{self._reward.title} of {unit or 'media'}"):
             found = rewards.score_bytes(media_BFCHW, prompts)
         return found.raw[self._reward.title], time.monotonic() - start, rewards.reason

@@ -67,6 +67,12 @@ class PictureSource(Protocol):
         """The round of training that its pictures' votes teach; None where no run learns."""
         ...
 
+    @property
+    def votes(self) -> tuple[int, int] | None:
+        """The first and the last vote, by their numbers in the log, that this round takes beyond
+        those of earlier ones; None until the round has begun."""
+        ...
+
     def prompts(self) -> Sequence[str]:
         """Captions that a person may take the next of."""
         ...

@@ -13,8 +13,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
+from rlalign.ballots.records import Stock
 from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError
 from rlalign.voting.pairing import Pairing
@@ -32,6 +34,18 @@ AGAIN_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 Keep = Callable[[Sequence[PictureFile]], Sequence[PictureFile]]
 """Of a caption's pictures those that may be shown."""
+
+
+class Meter(Protocol):
+    """Is told how a campaign stands."""
+
+    def note_stock(self, stock: Stock) -> None:
+        """What there is to ask, and what was answered; now and then."""
+        ...
+
+    def note_drawing(self, seconds: float) -> None:
+        """How long a batch of pictures took."""
+        ...
 
 
 def keep_all(group: Sequence[PictureFile]) -> Sequence[PictureFile]:
@@ -58,6 +72,7 @@ class Queue:
     """Called now and then, for what follows from new votes."""
     ring: Callable[[], None] = lambda: None
     """Called when something may have changed for those who wait."""
+    meter: Meter | None = None
     say: Callable[[str], None] = lambda words: None
     """Told of what goes wrong, once each time that it does."""
     clock: Callable[[], float] = time.time
@@ -121,9 +136,9 @@ class Queue:
             why = self._broken.get(prompt)
             asked = prompt in self._asked
         if prompt and why is not None:
-            return Supply(code="broken", words=why, round=state.round)
+            return replace(state, code="broken", words=why, made=0, to_make=0)
         if prompt and asked and state.code == "empty":
-            return Supply(code="drawing", to_make=self.vote.per_caption, round=state.round)
+            return replace(state, code="drawing", to_make=self.vote.per_caption)
         return state
 
     @property
@@ -167,7 +182,7 @@ class Queue:
         """Says on the page and here why there are no pictures; how long to wait."""
         if self._state.words != words:
             self.say(f"no pictures: {words}")
-        self._set(Supply(code="broken", words=words, round=self.source.round))
+        self._set(self._supply(code="broken", words=words))
         pause = AGAIN_SECONDS[min(self._failures, len(AGAIN_SECONDS) - 1)]
         self._failures += 1
         return pause
@@ -175,37 +190,42 @@ class Queue:
     def _one_turn(self) -> bool:
         """Makes what is most wanted; whether there was something to make."""
         self.refresh()
+        stock = self.store.stock(self.vote.name, self.clock())
+        if self.meter is not None:
+            self.meter.note_stock(stock)
         if self._answer_typed():
             return True
         if self.vote.mode == "chain":
-            self._set(Supply(code="empty", round=self.source.round))
+            self._set(self._supply(code="empty"))
             return False
-        stock = self.store.stock(self.vote.name, self.clock())
         waiting = stock.items.get("live", 0) + stock.items.get("shared", 0)
         if self._over or (waiting > self.vote.low and not self.source.renewed):
-            self._set(Supply(code="empty" if self._over else "drawing", round=self.source.round))
+            self._set(self._supply(code="empty" if self._over else "drawing"))
             return False
         return self._make_batch(waiting)
 
     def _make_batch(self, waiting: int) -> bool:
         missing = max(self.vote.ahead - waiting, 1)
-        self._set(Supply(code="drawing", to_make=missing, round=self.source.round))
+        self._set(self._supply(code="drawing", to_make=missing))
         renewed = self.source.renewed
+        began = time.monotonic()
         try:
             groups = self.source.batch()
         except Exhausted:
             self._over = True
-            self._set(Supply(code="empty", round=self.source.round))
+            self._set(self._supply(code="empty"))
             return False
         except Pending as error:
-            self._set(Supply(code=error.code, words=str(error), round=self.source.round))
+            self._set(self._supply(code=error.code, words=str(error)))
             return False
+        if self.meter is not None:
+            self.meter.note_drawing(time.monotonic() - began)
         if renewed:
             # nobody is asked any more about pictures of older weights
             self.store.withdraw_items(self._waiting)
             self._waiting = []
         self._add(groups)
-        self._set(Supply(made=len(groups), to_make=missing, round=self.source.round))
+        self._set(self._supply(made=len(groups), to_make=missing))
         return True
 
     def _add(self, groups: Sequence[Sequence[PictureFile]]) -> None:
@@ -235,7 +255,7 @@ class Queue:
             if not there:
                 self._broken[prompt] = f"there are no pictures of {prompt!r}"
         except Pending as error:
-            self._set(Supply(code=error.code, words=str(error), round=self.source.round))
+            self._set(self._supply(code=error.code, words=str(error)))
             return False
         for one in made:
             self.store.add_picture(one.picture, one.content)
@@ -244,6 +264,9 @@ class Queue:
             self._asked.remove(prompt)
         self.ring()
         return True
+
+    def _supply(self, **more: Any) -> Supply:
+        return Supply(round=self.source.round, votes=self.source.votes, **more)
 
     def _set(self, state: Supply) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ from rlalign.voting.choice import make_rules
 from rlalign.voting.filter import PictureFilter
 from rlalign.voting.pairing import Pairing
 from rlalign.voting.pictures import PictureSource
-from rlalign.voting.queue import Queue, keep_all
+from rlalign.voting.queue import Meter, Queue, keep_all
 from rlalign.voting.settings import Vote
 from rlalign.web.vote.ballots_desk import BallotsDesk
 from rlalign.web.vote.desk import About
@@ -40,7 +40,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def opened(vote: Vote, source: PictureSource, say: Say) -> Iterator[Served]:
+def opened(
+    vote: Vote, source: PictureSource, say: Say, meter: Meter | None = None
+) -> Iterator[Served]:
     """A campaign with its queue at work, until the end of the body; then its votes are exported
     where that is asked for."""
     store = Store.open(vote.place)
@@ -69,6 +71,7 @@ def opened(vote: Vote, source: PictureSource, say: Say) -> Iterator[Served]:
             watch=rules.watch,
             refresh=rules.refresh,
             ring=desk.notice.ring,
+            meter=meter,
             say=say,
         )
         desk.source = queue
@@ -181,6 +184,7 @@ def serve_vote(
     *,
     on_ready: Callable[[str], None],
     make_source: Callable[[Vote], PictureSource] = open_source,
+    meter: Meter | None = None,
 ) -> None:
     """Serves the campaign's page until SIGINT or SIGTERM; simulated people vote meanwhile.
 
@@ -194,7 +198,7 @@ def serve_vote(
     try:
         vote = locate(vote)
         secret = secret_of(vote)
-        with opened(vote, make_source(vote), say) as served:
+        with opened(vote, make_source(vote), say, meter) as served:
             stop = threading.Event()
             thread = simulate_beside(served, stop, say)
 

@@ -332,14 +332,18 @@ class Voting(RuleBasedStateMachine):
         assert audit(self.stores[1], self.campaign) == []
 
 
-@pytest.mark.promise
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_store_does_what_its_model_does(kind: str, new_place: Callable[[str], str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "examples"),
+    [("sqlite", 2), *(pytest.param(kind, 8, marks=pytest.mark.promise) for kind in KINDS)],
+)
+def test_the_store_does_what_its_model_does(
+    kind: str, examples: int, new_place: Callable[[str], str]
+) -> None:
     machine = type("VotingIn" + kind, (Voting,), {"place": new_place(kind)})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=8,
+            max_examples=examples,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,

@@ -242,6 +242,61 @@ def test_the_job_runs_a_command_that_exists() -> None:
     assert_unprivileged(spec["submitterPodTemplate"]["spec"])
 
 
+def test_the_page_beside_the_cluster_owns_its_store_alone() -> None:
+    from typer.testing import CliRunner
+
+    from rlalign.cli.app import app
+    from rlalign.voting.settings import parse_vote
+
+    config, claim, deployment, service, policy = documents("kuberay/vote.yaml")
+    vote = parse_vote(yaml.safe_load(config["data"]["vote.yaml"]))
+    assert vote.source.kind == "policy", "what --address is for"
+    assert vote.server.with_token and vote.server.origin.startswith("https://")
+    assert vote.runtime.rollout.resources.keys() <= set(ROLES)
+
+    # one at a time, with a disk of its own below the store, and nobody's rights
+    assert (deployment["spec"]["replicas"], deployment["spec"]["strategy"]) == (
+        1,
+        {"type": "Recreate"},
+    )
+    template = deployment["spec"]["template"]
+    pod = template["spec"]
+    (container,) = pod["containers"]
+    assert_unprivileged(pod)
+    assert container["image"].endswith(f"/rlalign:{VERSION}-cpu")
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
+    assert set(volumes) == set(mounts)
+    assert vote.place.startswith(mounts["votes"] + "/")
+    assert volumes["votes"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+
+    # it joins as a node that offers nothing, by the operator's token, and serves the page
+    start, serve = container["args"][0].splitlines()
+    assert "--num-cpus 0" in start and "--address rlalign-head-svc:6379" in start
+    program, command, file, *options = serve.removeprefix("exec ").split()
+    assert (program, command) == ("rlalign", "vote")
+    assert file == f"{mounts['config']}/vote.yaml"
+    told = CliRunner().invoke(app, [command, "--help"]).output
+    assert all(option in told for option in options if option.startswith("--"))
+    env = {one["name"]: one for one in container["env"]}
+    assert env["RAY_AUTH_MODE"]["value"] == "token"
+    assert env["RAY_AUTH_TOKEN_PATH"]["value"].startswith(mounts["token"])
+    assert "secretKeyRef" in env[vote.server.admin_token_env]["valueFrom"]
+
+    # who may reach it, and who reads its metrics
+    ports = {p["name"]: p["containerPort"] for p in container["ports"]}
+    assert ports == {"page": vote.server.port, "metrics": 8080}
+    labels = template["metadata"]["labels"]
+    for chosen in (service["spec"]["selector"], policy["spec"]["podSelector"]["matchLabels"]):
+        assert chosen.items() <= labels.items()
+    assert labels["app.kubernetes.io/name"] == "rlalign", "shared.yaml's policy, and the monitor"
+    assert service["spec"]["type"] == "ClusterIP"
+    (rule,) = policy["spec"]["ingress"]
+    assert rule["from"] and rule["ports"] == [{"port": vote.server.port}]
+
+
 def test_the_network_policy_is_about_these_pods_and_ports() -> None:
     (policy,) = (d for d in documents("kuberay/shared.yaml") if d["kind"] == "NetworkPolicy")
     chosen = policy["spec"]["podSelector"]["matchLabels"]

@@ -31,13 +31,16 @@ def close_the_loop(
     place: Path,
     store: Path,
     *,
+    config: str = "tiny_people",
     run: tuple[str, ...] = (),
     vote: tuple[str, ...] = (),
     resume: bool = False,
 ) -> Loop:
-    """Runs ``configs/tiny_people.yaml`` in a folder beside ``configs/vote_tiny_people.yaml`` until
-    the run is over; both with overrides."""
-    settings = load_run(CONFIGS / "tiny_people.yaml", [f"preferences.ballots.store={store}", *run])
+    """Runs a config that learns from votes in a folder beside ``configs/vote_tiny_people.yaml``
+    until the run is over; both with overrides."""
+    refits = load_run(CONFIGS / f"{config}.yaml").refit is not None
+    ballots = f"{'refit.' if refits else ''}preferences.ballots"
+    settings = load_run(CONFIGS / f"{config}.yaml", [f"{ballots}.store={store}", *run])
     campaign = load_vote(
         CONFIGS / "vote_tiny_people.yaml", [f"store={store}", f"source.run={place}", *vote]
     )

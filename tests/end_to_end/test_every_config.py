@@ -46,6 +46,8 @@ SMALL = (
     "checkpoint.every=2",
     "runtime.rollout.workers=2",
 )
+REFITTED = ["refit=null", "rewards=[{name: bradley_terry}]", "evaluate.rewards=[]"]
+"""tests/end_to_end/test_people.py has a run with votes; the actors serve two rewards at most."""
 
 
 def small(name: str, pairs: Path) -> Run:
@@ -64,6 +66,7 @@ def small(name: str, pairs: Path) -> Run:
             "preferences.pairs_per_round=8",
             "preferences.pairs_per_pass=4",
         ]
+    more += REFITTED if run.refit is not None else []
     return load_run(CONFIGS / f"{name}.yaml", [*SMALL, *more])
 
 

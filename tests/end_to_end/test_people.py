@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlalign.alignment.loop import train_local
 from rlalign.ballots.store import Store
+from rlalign.config import Run, load_run
+from rlalign.data.shapes import captions
+from rlalign.learning import checkpoint
+from rlalign.runtime import train_on_ray
 from tests.end_to_end.people import Loop, close_the_loop
-from tests.runs import assert_same_run, metrics
+from tests.processes import kill_first
+from tests.runs import CONFIGS, assert_same_run, metrics, quiet
 from tests.votes import Voted
 
 SMALL_RUN = (
@@ -65,6 +75,105 @@ def test_a_resumed_run_sees_the_votes_that_it_saw(small: Loop, tmp_path: Path) -
         again, small.store, run=SMALL_RUN, vote=(*SMALL_VOTE, "simulate.votes=1"), resume=True
     )
     assert_same_run(small.run, again)
+
+
+# --- a reward that is fitted anew on votes, and GRPO under it -------------------------------------
+
+SMALL_GRPO = (
+    "rounds=3",
+    "plan.steps=3",
+    "rewards=[{name: bradley_terry}]",
+    "prompts.per_round=4",
+    "prompts.samples_per_prompt=2",
+    "prompts.per_unit=1",
+    "learner.updates_per_round=2",
+    "learner.epochs=1",
+    "evaluate.every=0",
+    "evaluate.prompts=4",
+    "evaluate.grid=4",
+    "refit.every=1",
+    "refit.preferences.pairs_per_round=8",
+    "refit.preferences.pairs_per_pass=8",
+    "refit.held_out=0.5",
+    "refit.fit={updates: 2, warmup: 0, lr: 1.0e-3}",
+)
+
+
+class Voters:
+    """Give eight votes before the first round, and eight after each; what else happens after one is
+    said by its number."""
+
+    def __init__(self, place: Path, after: dict[int, Callable[[], None]] | None = None) -> None:
+        self._voted = Voted(place, campaign="tiny_people_grpo", side=32)
+        self._anna = self._voted.person()
+        self._after = after or {}
+        self._rounds = {0}
+        self._vote()
+
+    def _vote(self) -> None:
+        first = 8 * len(self._rounds)
+        for number in range(first, first + 8):
+            self._voted.vote(self._anna, captions("train")[number], [200, number])
+
+    def record(self, line: dict[str, Any]) -> None:
+        number = line.get("round", 0)
+        if "evaluation" in line or number in self._rounds:
+            return
+        self._rounds.add(number)
+        self._vote()
+        self._after.get(number, lambda: None)()
+
+
+def of_votes(place: Path) -> Run:
+    ballots = f"{{store: {place}, least: 8, fresh: 8}}"
+    more = f"refit.preferences.ballots={ballots}"
+    return load_run(CONFIGS / "tiny_people_grpo.yaml", [*SMALL_GRPO, more])
+
+
+class Stopped(Exception):
+    """As if the process were killed."""
+
+
+def stop() -> None:
+    raise Stopped
+
+
+def kill_learner(folder: Path) -> None:
+    process = checkpoint.writer(folder)
+    assert process is not None
+    os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.ray
+@pytest.mark.promise
+def test_grpo_under_a_refitted_reward_is_one_run_locally_resumed_and_on_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Ray with a reward worker killed after the first round, and the learner after the
+    second."""
+    monkeypatch.setattr("rlalign.report.write_report", quiet)
+    place = tmp_path / "whole.db"
+    train_local(of_votes(place), tmp_path / "whole", resume=False, on_record=Voters(place).record)
+    lines = metrics(tmp_path / "whole")
+    assert [line["votes/cursor"] for line in lines] == [8, 16, 24]
+    assert all("refit/accuracy" in line for line in lines)
+    scores = [line["reward/bradley_terry/mean"] for line in lines]
+    assert len(set(scores)) == 3
+
+    # killed after the second round, of which no checkpoint was written; gone on with
+    place = tmp_path / "resumed.db"
+    voters = Voters(place, {2: stop})
+    with pytest.raises(Stopped):
+        train_local(of_votes(place), tmp_path / "resumed", resume=False, on_record=voters.record)
+    train_local(of_votes(place), tmp_path / "resumed", resume=True, on_record=voters.record)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+    place = tmp_path / "ray.db"
+    folder = tmp_path / "ray"
+    kills = {1: lambda: kill_first("reward"), 2: lambda: kill_learner(folder)}
+    voters = Voters(place, kills)
+    train_on_ray(of_votes(place), folder, resume=False, on_record=voters.record)
+    assert_same_run(tmp_path / "ray", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlalign.alignment.loop import train_local
+from rlalign.ballots.records import Stock
 from rlalign.config import load_run
 from rlalign.core.registry import UserError
 from rlalign.voting.serve import open_source
@@ -94,3 +95,26 @@ def test_files_are_no_work_for_a_cluster() -> None:
     vote = parse_vote({"name": "q", "source": {"pictures": "set"}})
     with pytest.raises(UserError, match=r"--address is for .* got source\.pictures"):
         serve_vote_on_ray(vote, print, on_ready=print, address="auto")
+
+
+@pytest.mark.promise
+def test_the_page_tells_rays_metrics_how_it_stands(ray_cluster: None) -> None:
+    from rlalign.runtime.gauges import metric_names
+    from rlalign.runtime.voting import RayMeter
+
+    meter = RayMeter("q")
+    counted: list[float] = []
+    for votes in (7, 9, 8, 10):
+        meter.note_stock(Stock(items={"live": 3, "shared": 1, "gold": 2}, votes=votes, open=2))
+        counter = meter._gauges._made.get("rlalign_votes_total")
+        counted.append(counter is not None)
+    meter.note_drawing(0.5)
+    meter.note_stock(Stock(items={}, votes=10, open=0))
+    assert counted == [False, True, True, True], "votes of before are not counted"
+    assert {f"ray_{name}" for name in meter._gauges._made} <= metric_names()
+    assert set(meter._gauges._made) == {
+        "rlalign_votes_total",
+        "rlalign_pairs_ready",
+        "rlalign_ballots_open",
+        "rlalign_drawing_seconds",
+    }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlalign.ballots.records import Campaign
+from rlalign.ballots.records import Campaign, Stock
 from rlalign.ballots.store import Store
 from rlalign.core.registry import UserError, build
 from rlalign.voting import queue as queues
@@ -28,6 +28,7 @@ class Counted:
     draws = True
     renewed = False
     round: int | None = None
+    votes: tuple[int, int] | None = None
 
     def __init__(self, ends: int = 100) -> None:
         self.ends = ends
@@ -135,6 +136,28 @@ def test_it_keeps_pairs_ahead_and_goes_on_after_a_restart(
     make(second)
     until(lambda: waiting(store) >= 8)
     assert second.number == 4
+
+
+class Noted:
+    """A meter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.stocks: list[Stock] = []
+        self.seconds: list[float] = []
+
+    def note_stock(self, stock: Stock) -> None:
+        self.stocks.append(stock)
+
+    def note_drawing(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+
+def test_a_meter_is_told_how_the_campaign_stands(store: Store, make: Callable[..., Queue]) -> None:
+    meter = Noted()
+    make(Counted(), meter=meter)
+    until(lambda: bool(meter.stocks) and meter.stocks[-1].items.get("live") == 8)
+    assert meter.stocks[-1].votes == 0
+    assert len(meter.seconds) == 2 and all(seconds >= 0 for seconds in meter.seconds)
 
 
 def test_it_says_why_there_are_no_pictures_and_tries_again(

@@ -89,8 +89,9 @@ def one_campaign(store: Store, name: str) -> str:
     return there[0]
 
 
-def write_vote_pairs(settings: BallotSettings, file: Path) -> int:
-    """Writes the pairs of all votes that there are now as one Parquet file; returns the cursor.
+def write_vote_pairs(settings: BallotSettings, file: Path, upto: int | None = None) -> int:
+    """Writes the pairs of the votes up to a row of the log (None: of all that there are now) as one
+    Parquet file; returns the row.
 
     Raises UserError where there is none.
     """
@@ -104,6 +105,6 @@ def write_vote_pairs(settings: BallotSettings, file: Path) -> int:
                 "preferences.ballots must have votes, and has none yet; let people vote (rlalign"
                 " vote)"
             )
-        cursor = store.cursor()
+        cursor = store.cursor() if upto is None else upto
         export_votes(store, campaign, file, filters_of(settings), cursor)
     return cursor

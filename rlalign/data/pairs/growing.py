@@ -40,12 +40,14 @@ class GrowingPairs(Pairing):
 
     grows: ClassVar[bool] = True
 
-    def __init__(self, settings: PreferenceSettings, seed: int) -> None:
+    def __init__(self, settings: PreferenceSettings, seed: int, what: str = "round") -> None:
+        """``what`` is it that waits, in words."""
         from rlalign.ballots.store import Store
 
         assert settings.ballots is not None, "settings of a set that grows"
         self.settings = settings
         self.seed = seed
+        self._what = what
         self._ballots = settings.ballots
         self._store = Store.open(settings.ballots.store)
         self.cursors: list[int] = []
@@ -107,7 +109,9 @@ class GrowingPairs(Pairing):
         campaign = one_campaign(self._store, ballots.campaign)
         if not campaign:
             which = f"campaign {ballots.campaign!r}" if ballots.campaign else "a campaign"
-            return f"round {number + 1} waits for {which} in {self._shown}, which has none yet"
+            return (
+                f"{self._what} {number + 1} waits for {which} in {self._shown}, which has none yet"
+            )
 
         # votes since the round before, and in all
         seen = self.cursors[number - 1] if number else 0
@@ -117,9 +121,10 @@ class GrowingPairs(Pairing):
         wanted = ballots.fresh if number else max(ballots.fresh, ballots.least)
         if fresh >= wanted and votes:
             return ""
+        since = f" since {self._what} {number}" if number else ""
         return (
-            f"round {number + 1} waits for votes in {self._shown}: {fresh} of {max(wanted, 1)} are"
-            f" there{f' since round {number}' if number else ''}"
+            f"{self._what} {number + 1} waits for votes in {self._shown}: {fresh} of"
+            f" {max(wanted, 1)} are there{since}"
         )
 
     @property

@@ -101,18 +101,21 @@ def _make_pairs(config: FitReward, resume: bool, report: Report) -> None:
                 f"{file} was {made} under other settings; choose another out, or delete it"
             )
         return
-    if config.preferences.ballots is None:
+    given = config.preferences
+    if given.ballots is None:
         simulate_pairs(config, file, report)
     else:
-        said["cursor"] = write_vote_pairs(config.preferences.ballots, file)
+        said["cursor"] = write_vote_pairs(given.ballots, file, given.upto)
     write_whole(note, json.dumps(said, indent=2) + "\n")
 
 
 def _origin(config: FitReward) -> dict[str, Any]:
     """What decides the run folder's own pairs; of votes, beside how many there were."""
     if config.simulate is None:
-        assert config.preferences.ballots is not None
-        return {"ballots": config.preferences.ballots.model_dump(mode="json")}
+        given = config.preferences
+        assert given.ballots is not None
+        upto = {} if given.upto is None else {"upto": given.upto}
+        return {"ballots": given.ballots.model_dump(mode="json"), **upto}
     return {"seed": config.seed, **config.simulate.model_dump(mode="json", exclude={"lanes"})}
 
 
@@ -127,7 +130,8 @@ def _stages(
     stages: dict[str, tuple[Optimisation, Losses]] = {}
     if config.contrastive.updates:
         stages["contrastive"] = (config.contrastive, contrastive_losses(towers, config, trained_on))
-    stages["fit"] = (config.fit, pair_losses(towers, config, reader))
+    if config.fit.updates:
+        stages["fit"] = (config.fit, pair_losses(towers, config, reader))
     return stages
 
 
@@ -141,6 +145,8 @@ def _train(
 ) -> None:
     """All updates that the stages still lack. A checkpoint is of one stage: those before it are
     done."""
+    if not stages:
+        return
     towers.train()
     reached = next((name for name in stages if f"{name}/done" in saved), next(iter(stages)))
     for name in list(stages)[list(stages).index(reached) :]:

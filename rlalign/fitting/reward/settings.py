@@ -12,6 +12,7 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, build
 from rlalign.data.pairs.reader import PreferenceSettings
 from rlalign.data.prompts.base import Prompts
+from rlalign.learning.fit import Fit, Optimisation
 from rlalign.policies.base import PolicyRecipe
 from rlalign.rewards.base import Reward
 
@@ -46,41 +47,12 @@ class ModelSettings(_Settings):
     )
 
 
-class Optimisation(_Settings):
-    """How a stage is trained: AdamW, linear warm-up, then a cosine to 0 over the stage's
-    updates."""
-
-    updates: int = Field(ge=0, description="optimiser updates")
-    lr: float = Field(default=1.0e-3, gt=0.0, description="largest learning rate")
-    warmup: int = Field(default=50, ge=0, description="updates over which the rate rises from 0")
-    weight_decay: float = Field(
-        default=0.02, ge=0.0, description="AdamW's weight decay, of matrices alone"
-    )
-    max_grad_norm: float = Field(default=1.0, gt=0.0, description="clip on the gradient's norm")
-
-
 class Contrastive(Optimisation):
     """Stage 1, optional: CLIP's contrastive loss (Radford 2021, arXiv:2103.00020) on drawn pictures
     and their captions."""
 
     updates: int = Field(default=0, ge=0, description="optimiser updates; 0 leaves the stage out")
     batch: int = Field(default=128, ge=2, description="pictures per update")
-
-
-class Fit(Optimisation):
-    """Stage 2: the loss on pairs. An update takes ``preferences.pairs_per_round`` pairs."""
-
-    updates: int = Field(default=1000, ge=1, description="optimiser updates")
-    theta: float = Field(
-        default=1.0,
-        ge=1.0,
-        description=(
-            "Rao-Kupper's threshold for ties; 1 is Bradley-Terry (preferences.ties says how)"
-        ),
-    )
-    weight_by_prompt: bool = Field(
-        default=True, description="each pair counts 1 / pairs of its prompt, as in PickScore"
-    )
 
 
 class FitPreferences(PreferenceSettings):
@@ -91,6 +63,14 @@ class FitPreferences(PreferenceSettings):
 
     path: LocalPattern = Field(
         default="", description="file of pairs, folder or glob; empty where the pairs are simulated"
+    )
+    upto: int | None = Field(
+        default=None,
+        ge=1,
+        description=(
+            "with ballots: the row of the log up to which votes are read; empty is all that there"
+            " are when the fit begins"
+        ),
     )
 
 
@@ -180,6 +160,11 @@ class FitReward(_Settings):
                 f" {'neither' if self.simulate is None else 'both'} (preferences.ballots may stand"
                 " for path)"
             )
+        if self.preferences.upto is not None and not votes:
+            raise UserError(
+                "preferences.upto is about preferences.ballots, got"
+                f" {self.preferences.upto} without ballots"
+            )
         if self.fit.theta > 1.0 and self.preferences.ties != "half":
             raise UserError(
                 f"fit.theta > 1 models ties and needs preferences.ties half, got {self.fit.theta}"
@@ -191,5 +176,5 @@ class FitReward(_Settings):
     def pairs(self) -> PreferenceSettings:
         """Where the pairs are read from."""
         path = self.preferences.path or str(self.out / "pairs.parquet")
-        settings = {**self.preferences.model_dump(), "path": path, "ballots": None}
+        settings = {**self.preferences.model_dump(exclude={"upto"}), "path": path, "ballots": None}
         return PreferenceSettings.model_validate(settings)

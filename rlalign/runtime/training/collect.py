@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
@@ -24,6 +24,7 @@ from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Scored, Unit, Weights
 from rlalign.core.registry import UserError
 from rlalign.rewards.base import total
+from rlalign.runtime.engine import WeightsRef
 from rlalign.runtime.training.coordinator import Failure
 from rlalign.runtime.training.production import UnitResult
 
@@ -46,6 +47,8 @@ class _Order:
     tag: tuple[str, int]
     weights: ray.ObjectRef | None
     """At the learner that orders."""
+    reward: WeightsRef | None
+    """Of the reward that the run fits anew."""
 
 
 def ask_until_answered(call: Callable[[], ray.ObjectRef], seconds: float) -> Any:
@@ -70,7 +73,8 @@ class RemoteCollect:
     ) -> None:
         self._run, self._coordinator, self._incarnation = run, coordinator, incarnation
         self._is_main, self._learners = is_main, learners
-        self._published: tuple[tuple[str, int], ray.ObjectRef] | None = None
+        self._published: dict[str, WeightsRef] = {}
+        """Whose weights -> the last ones."""
         self._orders: dict[int, _Order] = {}
         self._next = 0
         self._life = 0
@@ -81,14 +85,20 @@ class RemoteCollect:
             + runtime.start_seconds
         )
 
-    def order(self, units: Sequence[Unit], weights: Weights) -> int:
-        ref = None
+    def order(self, units: Sequence[Unit], weights: Weights, reward: Weights | None = None) -> int:
+        ref = given = None
         if self._is_main:
-            if self._published is None or self._published[0] != weights.tag:
-                arrays = {n: t.cpu().numpy() for n, t in weights.tensors.items()}
-                self._published = (weights.tag, ray.put(arrays))
-            ref = self._published[1]
-        return self._order(_Order(units=units, tag=weights.tag, weights=ref))
+            ref = self._publish("policy", weights).ref
+            given = self._publish("reward", reward) if reward is not None else None
+        return self._order(_Order(units=units, tag=weights.tag, weights=ref, reward=given))
+
+    def _publish(self, whose: str, weights: Weights) -> WeightsRef:
+        """Weights in shared memory, put there once."""
+        found = self._published.get(whose)
+        if found is None or found.tag != weights.tag:
+            arrays = {n: t.cpu().numpy() for n, t in weights.tensors.items()}
+            found = self._published[whose] = WeightsRef(tag=weights.tag, ref=ray.put(arrays))
+        return found
 
     def _order(self, order: _Order) -> int:
         self._next += 1
@@ -100,7 +110,12 @@ class RemoteCollect:
     def _send(self, ticket: int) -> None:
         order = self._orders[ticket]
         sent = self._coordinator.order.remote(
-            self._incarnation, ticket, list(order.units), order.tag, [order.weights]
+            self._incarnation,
+            ticket,
+            list(order.units),
+            order.tag,
+            [order.weights],
+            order.reward,
         )
         ray.get(sent, timeout=self._patience)
 
@@ -126,9 +141,7 @@ class RemoteCollect:
             # results that a dead node held are ordered once more
             if missing:
                 left = sorted(missing)
-                again = _Order(
-                    units=[order.units[p] for p in left], tag=order.tag, weights=order.weights
-                )
+                again = replace(order, units=[order.units[place] for place in left])
                 tickets[self._order(again)] = left
         return [found[place] for place in range(len(order.units))]
 

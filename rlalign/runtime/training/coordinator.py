@@ -30,6 +30,7 @@ from ray.actor import ActorHandle
 from rlalign.config import Run
 from rlalign.core.records import Unit
 from rlalign.core.registry import UserError
+from rlalign.runtime.engine import WeightsRef
 from rlalign.runtime.gauges import Gauges
 from rlalign.runtime.pool import ObjectGone, PoolLost, PoolState, UnitFailed
 from rlalign.runtime.roles import ROLLOUT, Role
@@ -162,16 +163,17 @@ class Coordinator:
         units: Sequence[Unit],
         tag: tuple[str, int],
         weights: Sequence[ray.ObjectRef],
+        reward: WeightsRef | None = None,
     ) -> None:
         """Starts units under the weights in ``weights[0]`` (wrapped, so that the reference travels
-        and not the arrays)."""
+        and not the arrays), and under those of the reward that the run fits anew."""
         ledger = self._ledger
         if incarnation != ledger.name or ticket in ledger.tickets:
             return
         self._production.count(units)
         make = self._production.unit
         ledger.tickets[ticket] = _Ticket(
-            [asyncio.ensure_future(make(u, tag, weights[0])) for u in units]
+            [asyncio.ensure_future(make(u, tag, weights[0], reward)) for u in units]
         )
         async with ledger.ordered:
             ledger.ordered.notify_all()

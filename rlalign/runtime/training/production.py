@@ -61,13 +61,20 @@ class Production:
         """Adds a message's size to what the coordinator has handled."""
         self.handled_bytes += len(pickle.dumps(message))
 
-    async def unit(self, unit: Unit, tag: tuple[str, int], weights: ray.ObjectRef) -> UnitResult:
-        """Produced and scored. What lay on a lost node between the two is produced again."""
+    async def unit(
+        self,
+        unit: Unit,
+        tag: tuple[str, int],
+        weights: ray.ObjectRef,
+        reward: WeightsRef | None = None,
+    ) -> UnitResult:
+        """Produced and scored, with ``reward`` the weights of the one that the run fits anew. What
+        lay on a lost node between the two is produced again."""
 
         async def scored(parts: Sequence[ray.ObjectRef], done: WorkResult) -> UnitResult:
             self.count((vars(done.cost), done.reason))
             self._note(ROLLOUT, unit, done.cost.seconds)
-            raw, seconds = await self._scored(unit, parts[1])
+            raw, seconds = await self._scored(unit, parts[1], reward)
             return UnitResult(
                 raw=raw,
                 seconds={"rollout": done.cost.seconds, "reward": seconds},
@@ -107,11 +114,13 @@ class Production:
         }
 
     async def _scored(
-        self, unit: Unit, media: ray.ObjectRef
+        self, unit: Unit, media: ray.ObjectRef, reward: WeightsRef | None
     ) -> tuple[dict[str, np.ndarray], float]:
         """(reward title -> raw scores, seconds of all of them)."""
         titles = self._titles[unit.key.stream]
-        answers = await self.pools.score(titles, media, unit.prompts, unit=str(unit.key))
+        answers = await self.pools.score(
+            titles, media, unit.prompts, unit=str(unit.key), weights=reward
+        )
         for title, answer in answers.items():
             self._note(reward_role(title), unit, answer.seconds)
             missing = float(np.isnan(answer.score_B).sum())

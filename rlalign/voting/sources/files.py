@@ -47,6 +47,7 @@ class FileSource:
     draws = False
     renewed = False
     round: int | None = None
+    votes: tuple[int, int] | None = None
 
     def __init__(
         self, sides: Sequence[Mapping[str, Sequence[Location]]], *, seed: int, count: int

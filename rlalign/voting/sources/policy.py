@@ -48,6 +48,7 @@ class EngineSource:
     draws: bool = True
     renewed: bool = False
     round: int | None = None
+    votes: tuple[int, int] | None = None
     release: Callable[[], None] = lambda: None
     """Lets go of the engines."""
     _next: int = field(default=0, init=False)

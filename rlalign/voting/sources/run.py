@@ -77,6 +77,19 @@ class RunSource:
         return self.newest + 1
 
     @property
+    def votes(self) -> tuple[int, int] | None:
+        """See ``PictureSource``."""
+        from rlalign.alignment.cursors import read_cursors
+
+        refit = self._run.refit if self._run is not None else None
+        number = self.newest // (refit.every if refit is not None else 1)
+        cursors = read_cursors(self.folder)
+        if number >= len(cursors):
+            return None
+        first = 1 + (cursors[number - 1] if number else 0)
+        return (first, cursors[number]) if first <= cursors[number] else None
+
+    @property
     def newest(self) -> int:
         """The round of the newest checkpoint; 0 for the base policy."""
         from rlalign.learning.checkpoint import newest_round

@@ -56,6 +56,7 @@ class Supply:
     made: int = 0
     to_make: int = 0
     round: int | None = None
+    votes: tuple[int, int] | None = None
 
 
 class Source(Protocol):
@@ -201,6 +202,7 @@ class BallotsDesk:
             made=supply.made,
             to_make=supply.to_make,
             round=supply.round,
+            votes=supply.votes,
         )
 
     def vote(self, annotator: str, choice: Choice) -> Receipt:

@@ -60,6 +60,8 @@ class Progress:
     to_make: int = 0
     round: int | None = None
     """The round of training that reads these votes."""
+    votes: tuple[int, int] | None = None
+    """The first and the last vote that it learns from; None until it has begun."""
 
 
 @dataclass(frozen=True, kw_only=True)

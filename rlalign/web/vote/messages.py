@@ -199,6 +199,7 @@ def progress_json(progress: Progress) -> dict[str, Any]:
         "made": progress.made,
         "to_make": progress.to_make,
         "round": progress.round,
+        "votes": list(progress.votes) if progress.votes is not None else None,
     }
 
 

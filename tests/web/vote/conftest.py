@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlalign.ballots.store import Store
+from tests.ballots.conftest import empty_place, new_place, postgres_url  # noqa: F401
 from tests.web.vote.made_desk import Served, fill, served
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]

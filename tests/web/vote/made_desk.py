@@ -66,10 +66,10 @@ def _put(brush: ImageDraw.ImageDraw, shape: str, colour: str, at: tuple[float, f
 
 
 def fill(
-    store: Store, mode: str, *, items: int = 12, count: int = 2, side: int = 64
+    store: Store, mode: str, *, items: int = 12, count: int = 2, side: int = 64, target: int = 5
 ) -> BallotsDesk:
-    """Campaign "shapes" of a mode with ``items`` questions of ``count`` pictures each, and its
-    desk. A store that has it already stays as it is."""
+    """Campaign "shapes" of a mode with ``items`` questions of ``count`` pictures each, for
+    ``target`` people each, and its desk. A store that has it already stays as it is."""
     store.create_campaign(Campaign(id="shapes", mode=mode))  # type: ignore[arg-type]
     pictures: dict[str, list[str]] = {}
     for number in range(items):
@@ -92,7 +92,7 @@ def fill(
                 campaign="shapes",
                 caption=caption,
                 uids=tuple(uids),
-                target=5,
+                target=target,
             )
             for number, (caption, uids) in enumerate(pictures.items())
         )
@@ -168,10 +168,12 @@ def served(desk: BallotsDesk, folder: Path, **settings: object) -> Iterator[Serv
 
 
 class Process:
-    """The page of a store's file in a process of its own, at a fixed port."""
+    """The page of a store, a file or a URL, in a process of its own, at a fixed port."""
 
-    def __init__(self, store: Path, mode: str = "pairs") -> None:
-        self._command = [sys.executable, __file__, str(store), mode]
+    def __init__(
+        self, store: Path | str, secret: Path, mode: str = "pairs", *, target: int = 5
+    ) -> None:
+        self._command = [sys.executable, __file__, str(store), str(secret), mode, str(target)]
         made = bound("127.0.0.1", 0)
         self.port = made.getsockname()[1]
         made.close()
@@ -196,14 +198,14 @@ class Process:
 
 
 if __name__ == "__main__":
-    place, its_mode, its_port = sys.argv[1:4]
-    its_desk = fill(Store.open(Path(place)), its_mode)
+    place, its_secret, its_mode, its_target, its_port = sys.argv[1:]
+    its_desk = fill(Store.open(place), its_mode, target=int(its_target))
     chosen = PageSettings(
         port=int(its_port), with_token=False, person_per_second=1e6, address_per_second=1e6
     )
     serve(
         its_desk,
         chosen,
-        read_secret(Path(place).with_suffix(".secret")),
+        read_secret(Path(its_secret)),
         on_ready=lambda url: print(url, flush=True),
     )

@@ -13,6 +13,7 @@ import requests
 
 from rlalign.ballots.deal import Deal
 from rlalign.ballots.store import Store
+from rlalign.web.vote.ballots_desk import Listed, Supply
 from rlalign.web.vote.serving import ADMIN_ENV, PageSettings
 from tests.certificates import write_certificate
 from tests.web.vote.made_desk import Served
@@ -56,7 +57,8 @@ def test_the_answer_carries_the_ballot_that_was_announced(serve_page: Make) -> N
         seen.append(ballot["prompt"])
         ballot = following
     assert ballot["progress"] == {
-        "done": 9, "of": 10, "waiting": "", "made": 0, "to_make": 0, "round": None
+        "done": 9, "of": 10, "waiting": "", "made": 0, "to_make": 0, "round": None,
+        "votes": None,
     }  # fmt: skip
     assert ballot["ahead"] == []
     assert person.vote(ballot["ballot"]).json()["next"]["waiting"] == "empty"
@@ -370,6 +372,29 @@ def test_events_tell_of_votes_and_end_with_the_server(serve_page: Make) -> None:
     assert json.loads(next(lines)[5:])["done"] == 0
     person.vote(ballot)
     assert json.loads(next(lines)[5:])["done"] == 1
+
+
+class Learning(Listed):
+    """A source of a run that learns."""
+
+    said: Supply = Supply(round=3)
+
+    def supply(self, prompt: str) -> Supply:
+        return self.said
+
+
+def test_it_tells_which_round_learns_and_from_which_votes(serve_page: Make) -> None:
+    page = serve_page()
+    source = page.desk.source = Learning()
+    person = Person(page.url)
+    progress = person.ballot()["progress"]
+    assert (progress["round"], progress["votes"]) == (3, None)
+    stream = person.get("/progress", stream=True)
+    lines = (line for line in stream.iter_lines(decode_unicode=True) if line.startswith("data"))
+    next(lines)
+    object.__setattr__(source, "said", Supply(round=3, votes=(101, 200)))
+    page.desk.notice.ring()
+    assert json.loads(next(lines)[5:])["votes"] == [101, 200]
 
 
 def test_results_and_votes_are_for_the_administrator(

@@ -4,7 +4,6 @@ killed servers, two people, second tabs, pictures that are not there yet."""
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -264,7 +263,7 @@ def test_a_vote_that_was_never_answered_outlives_a_reload(browser: Any, serve_pa
 def test_a_server_killed_between_a_vote_and_its_answer_loses_and_doubles_nothing(
     browser: Any, tmp_path: Path
 ) -> None:
-    process = Process(tmp_path / "votes.sqlite")
+    process = Process(tmp_path / "votes.sqlite", tmp_path / "secret")
     process.start()
     keys = ["ArrowLeft", "ArrowRight", "ArrowDown", "ArrowUp", "ArrowLeft", "ArrowRight"]
     with visiting(browser, process.url) as visitor:
@@ -297,41 +296,6 @@ def test_a_server_killed_between_a_vote_and_its_answer_loses_and_doubles_nothing
     assert audit(store, "shapes") == []
     store.close()
     assert choices == ["left", "right", "tie", "both_bad", "left", "right"]
-
-
-def test_every_answered_vote_survives_kills_at_any_moment(tmp_path: Path) -> None:
-    """Votes over plain HTTP while the server is killed from another thread, without looking."""
-    process = Process(tmp_path / "votes.sqlite")
-    process.start()
-    person = Person(process.url)
-    answered: list[str] = []
-    for number in range(5):
-        ballot = person.ballot()["ballot"]
-        message = {"ballot": ballot, "nonce": f"click {number}", "choice": "left"}
-        killer = threading.Thread(target=process.kill)
-        killer.start()
-        first = post(person, message)
-        killer.join()
-        process.start()
-        second = post(person, message)
-        assert first in ("", "recorded")
-        assert second in (("again",) if first else ("recorded", "again"))
-        answered.append(ballot)
-    process.kill()
-    store = Store.open(tmp_path / "votes.sqlite")
-    kept = [vote.ballot.id for vote in store.votes("shapes")]
-    store.close()
-    assert sorted(kept) == sorted(answered) and len(set(kept)) == 5
-
-
-def post(person: Person, message: dict[str, str]) -> str:
-    """What the server says of a vote, "" where it says nothing."""
-    import requests
-
-    try:
-        return person.post("/vote", message).json()["status"]
-    except requests.RequestException:
-        return ""
 
 
 # --- joining, waiting, results --------------------------------------------------------------------
@@ -371,6 +335,23 @@ class Drawing(PictureList):
 
     def supply(self, prompt: str) -> Supply:
         return self.said
+
+
+def test_it_says_which_round_learns_and_from_which_votes(
+    browser: Any, serve_page: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = serve_page()
+    page.desk.source = Drawing()
+    monkeypatch.setattr(Drawing, "said", Supply(round=3))
+    with visiting(browser, page.url) as visitor:
+        visitor.settle()
+        words = "#progress-words"
+        assert visitor.tab.inner_text(words).endswith("round 3 learns from these votes")
+        monkeypatch.setattr(Drawing, "said", Supply(round=3, votes=(101, 200)))
+        page.desk.notice.ring()
+        learning = "round 3 is learning from votes 101 to 200"
+        visitor.tab.wait_for_selector(f"{words}:has-text('{learning}')")
+        assert accessibility_findings(visitor.tab) == []
 
 
 def test_it_says_why_there_are_no_pictures_and_goes_on_by_itself(

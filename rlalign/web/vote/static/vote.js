@@ -132,7 +132,10 @@ function hear(progress) {
 function showProgress(progress) {
   if (progress.done === undefined) return;
   const parts = [fill(progress.of ? words.progress : words.progress_open, progress)];
-  if (progress.round !== null) parts.push(fill(words.round, progress));
+  if (progress.round !== null) {
+    const [first, last] = progress.votes ?? [];
+    parts.push(fill(progress.votes ? words.round_votes : words.round, { ...progress, first, last }));
+  }
   part("progress").hidden = false;
   part("progress").firstElementChild.hidden = !progress.of;
   part("progress-done").style.transform = `scaleX(${progress.of ? Math.min(1, progress.done / progress.of) : 0})`;
