@@ -50,6 +50,7 @@ FREE = (
         "checkpoint.keep",
         "evaluate.every",
         "evaluate.grid",
+        "log",
     ),
     "preferences.workers",
     "preferences.ballots.patience_seconds",

@@ -17,7 +17,7 @@ from pydantic import (
 from rlalign.algorithms.base import Algorithm
 from rlalign.config.runtime import RuntimeSettings
 from rlalign.core.records import Plan
-from rlalign.core.registry import UserError, plugin_field
+from rlalign.core.registry import Before, UserError, build, plugin_field
 from rlalign.data.pairs.reader import PreferenceSettings
 from rlalign.data.prompts.base import Prompts
 from rlalign.learning.checkpoint import CheckpointSettings
@@ -26,13 +26,18 @@ from rlalign.learning.guard import GuardSettings
 from rlalign.learning.learner import LearnerSettings
 from rlalign.learning.optimisers import refuse_device
 from rlalign.policies.base import LATENTS, WHOLE, Part, PolicyRecipe
-from rlalign.rewards.base import Reward
+from rlalign.rewards.base import Combine, Reward, refuse_constraints
+from rlalign.sinks.base import Sink
 
 PLUGINS = {"policy": "policies", "prompts": "prompts", "algorithm": "algorithms"}
-"""Field of a Run -> the shelf that its plug-in stands on. (``rewards`` and ``evaluate.rewards`` are
-lists from one shelf.)"""
+"""Field of a Run -> the shelf that its plug-in stands on. (``rewards``, ``evaluate.rewards``
+and ``log`` are lists from one shelf.)"""
 
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _tensorboard() -> tuple[Any, ...]:
+    return (build("sinks", {"name": "tensorboard"}, "log"),)
 
 
 class Run(BaseModel):
@@ -51,6 +56,13 @@ class Run(BaseModel):
     rewards: tuple[SerializeAsAny[Annotated[Reward, plugin_field("rewards")]], ...] = Field(
         min_length=1
     )
+    combine: Annotated[Combine, Before("sum")] = Field(
+        default="sum",
+        description=(
+            "how several rewards make one: their weighted sum, the weighted sum of each one's"
+            " advantages (normalised), or the product of scores to the power of their weights"
+        ),
+    )
     algorithm: SerializeAsAny[Annotated[Algorithm, plugin_field("algorithms")]]
     preferences: PreferenceSettings | None = Field(
         default=None,
@@ -66,6 +78,10 @@ class Run(BaseModel):
     evaluate: EvaluateSettings = EvaluateSettings()
     guard: GuardSettings = GuardSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    log: tuple[SerializeAsAny[Annotated[Sink, plugin_field("sinks")]], ...] = Field(
+        default_factory=_tensorboard,
+        description="where metrics and pictures go beside the run's own files",
+    )
     runtime: RuntimeSettings = RuntimeSettings()
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
     """Settings as the run's config.yaml has them, where ``locate_run`` has made their paths
@@ -144,6 +160,31 @@ class Run(BaseModel):
                 raise UserError(
                     f"rewards: {title!r} appears twice; give one of them a label of its own"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _combines_what_it_can(self) -> Run:
+        name = self.algorithm.name
+        has_constraint = any(r.at_least is not None for r in self.rewards)
+        refuse_constraints(self.evaluate.rewards, "evaluate.rewards")
+        if self.combine == "normalised" and not (self.rolls_out and self.algorithm.normalises):
+            raise UserError(
+                f"combine must be sum or product for {name} as it is set, got 'normalised': it"
+                " divides no reward by its spread; take ddpo or dpok (with an advantage other than"
+                " centred), grpo or diffusion_nft"
+            )
+        if not self.rolls_out and (self.combine == "product" or has_constraint):
+            which = "combine must be sum" if self.combine == "product" else "at_least is"
+            raise UserError(
+                f"{which} {'where' if self.combine == 'product' else 'for runs in which'} rounds of"
+                f" scored samples are learned from, and this run of {name} makes none; leave it out"
+            )
+        light = [r.title for r in self.rewards if r.weight < 0]
+        if self.combine == "product" and light:
+            raise UserError(
+                f"rewards.{light[0]}.weight must be >= 0 under combine: product, where it is a"
+                " power; leave it out, or take combine: sum"
+            )
         return self
 
     @property

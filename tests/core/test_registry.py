@@ -173,7 +173,7 @@ def test_what_is_not_a_mapping_with_a_name(settings):
         (
             {"zzz": 5},
             (
-                "rewards[0].zzz: unknown setting; known: direction, label, name, on_error, quality,"
+                "rewards[0].zzz: unknown setting; known: at_least, direction, label, name, on_error,"
                 " weight"
             ),
         ),

@@ -40,6 +40,7 @@ def test_every_shelf_has_its_example(folder: Path) -> None:
         "prompts": "phrases:Phrases",
         "rewards": "contrast:Contrast",
         "samplers": "mirrored:Mirrored",
+        "sinks": "tables:Tables",
     }
     assert found.keys() == SHELVES.keys()
     for shelf, name in found.items():
