@@ -72,7 +72,7 @@ class Alignment:
             self.learner.load_state_dict(found.tensors)
             self.memory.load(found.facts["memory"], found.tensors)
             self.guard.load(found.facts["guard"])
-            self.learner.scale_rate(self.guard.rate)
+            self.follow_guard()
             self.counts = dict(found.facts["counts"])
             self.done = self.ordered = found.round
         cursors.resume(self.pairs, self.folder, {} if found is None else found.facts)
@@ -289,10 +289,10 @@ class Alignment:
         """Samples the fixed prompts, writes the grid and a line of evaluations.jsonl."""
         start = time.monotonic()
         scored = self.sample_fixed(weights)
+        summary = evaluate.summarise(scored, self.trained, self.held_out)
         # one process writes what is measured
         if self.display is not None:
             self.display.show(self.done, scored)
-            summary = evaluate.summarise(scored, self.trained, self.held_out)
             with self.learner.policy.holding(dict(weights.tensors)):
                 summary["kl/per_step_gaussian"] = evaluate.kl_to_reference(
                     self.learner.policy, scored
@@ -301,12 +301,18 @@ class Alignment:
             self.display.write_evaluation(line)
         # every process knows the verdict
         self.shown = (weights.tag, scored)
-        verdict = self.guard.observe(
-            self.done, evaluate.summarise(scored, self.trained, self.held_out)
-        )
-        self.learner.scale_rate(self.guard.rate)
+        verdict = self.guard.observe(self.done, control.agreed(summary, self.learner.accelerator))
+        self.follow_guard()
         if verdict:
             self.on_record({"note": verdict})
+
+    def follow_guard(self) -> None:
+        """Learns at the rate and with the KL weight that the guard asks for."""
+        self.learner.scale_rate(self.guard.rate)
+        if self.guard.kl != 1.0:
+            algorithm: Any = self.run.algorithm
+            weight = algorithm.kl_weight * self.guard.kl
+            self.learner.loss = algorithm.model_copy(update={"kl_weight": weight}).loss
 
     @property
     def trained(self) -> list[str]:

@@ -112,6 +112,17 @@ class Run(BaseModel):
                 f"guard.held_out must be one of evaluate.rewards ({', '.join(held_out) or 'none'}),"
                 f" got {self.guard.held_out!r}; add it there"
             )
+        if self.guard.action == "raise_kl" and not getattr(self.algorithm, "kl_weight", 0.0):
+            raise UserError(
+                "guard.action raise_kl needs an algorithm with a kl_weight > 0 (dpok, grpo,"
+                f" diffusion_nft, reward_backprop), and {self.algorithm.name} has none; set one, or"
+                " take halve or stop"
+            )
+        if self.guard.kl_most and self.plan.eta == 0:
+            raise UserError(
+                "guard.kl_most needs steps with noise, whose KL it is, got plan.eta 0; watch a"
+                " held-out reward or the diversity"
+            )
         if self.preferences is not None and not self.algorithm.eats.of_pairs:
             raise UserError(
                 f"preferences are for algorithms that learn from pairs, and {self.algorithm.name}"

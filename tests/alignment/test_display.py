@@ -150,3 +150,41 @@ def assert_same(folder: Path, other: Path) -> None:
     mine, theirs = final_tensors(folder), final_tensors(other)
     assert mine.keys() == theirs.keys()
     assert all(bool((mine[name] == theirs[name]).all()) for name in mine)
+
+
+# the guard in a run
+
+
+DPOK = {"name": "dpok", "clip_range": 0.1, "kl_weight": 0.01}
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_guard_raises_the_kl_weight_and_a_resumed_run_keeps_it(tmp_path):
+    """Whatever the KL is after a round, it is above so small a limit."""
+    guard = {"kl_most": 1e-9, "patience": 1, "action": "raise_kl"}
+    told: list[dict[str, Any]] = []
+    run = points(rounds=3, algorithm=DPOK, guard=guard)
+    train_local(run, tmp_path / "whole", resume=False, on_record=told.append)
+    notes = [line["note"] for line in told if "note" in line]
+    assert [note.rpartition("; ")[2] for note in notes] == [
+        f"the KL weight is now {factor} times its setting" for factor in (2, 4, 8)
+    ]
+
+    parts = tmp_path / "parts"
+    train_local(points(rounds=2, algorithm=DPOK, guard=guard), parts, resume=False, on_record=quiet)
+    train_local(run, parts, resume=True, on_record=quiet)
+    assert_same(parts, tmp_path / "whole")
+
+    unguarded = tmp_path / "unguarded"
+    train_local(points(rounds=3, algorithm=DPOK), unguarded, resume=False, on_record=quiet)
+    mine, theirs = final_tensors(unguarded), final_tensors(tmp_path / "whole")
+    assert any(bool((mine[name] != theirs[name]).any()) for name in mine), "the weight counts"
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_guard_stops_at_a_kl_and_says_so_at_the_end(tmp_path):
+    run = points(rounds=9, guard={"kl_most": 1e-9, "patience": 2})
+    train_local(run, tmp_path / "run", resume=False, on_record=quiet)
+    final = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert final["round"] == 2
+    assert final["stopped"].startswith("guard: after round 2 the KL to the pretrained model is ")
