@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any, ClassVar, Protocol
 
 from rlalign.core.files import write_whole
 from rlalign.core.registry import Recipe, UserError
+
+_LOG_JSON = threading.Lock()
+"""Sinks connect at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +32,13 @@ class Origin:
         """The run's id with a sink, and whether it is new: made once and kept in ``log.json``, so
         that a run that goes on stays one there."""
         file = self.folder / "log.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if sink in known:
-            return known[sink], False
-        known[sink] = make()
-        write_whole(file, json.dumps(known, indent=1, sort_keys=True))
-        return known[sink], True
+        with _LOG_JSON:
+            known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if sink in known:
+                return known[sink], False
+            known[sink] = make()
+            write_whole(file, json.dumps(known, indent=1, sort_keys=True))
+            return known[sink], True
 
 
 class Writer(Protocol):

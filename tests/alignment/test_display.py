@@ -120,6 +120,40 @@ def test_a_sink_that_is_down_changes_no_number(plain, tmp_path):
     assert_same(tmp_path / "run", plain)
 
 
+class Kept(Sink):
+    """A sink that writes down what it is told of the run. Source: a test's own."""
+
+    def connect(self, origin):
+        (origin.folder / "told.json").write_text(json.dumps(origin.settings))
+        return self
+
+    def write(self, round, values): ...
+
+    def show(self, round, picture): ...
+
+    def keep(self, file):
+        with (file.parent / "kept.txt").open("a", encoding="utf-8") as handle:
+            handle.write(f"{file.name}\n")
+
+    def close(self, ended): ...
+
+
+@pytest.mark.usefixtures("without_report")
+def test_a_sink_is_told_of_no_secret(tmp_path, monkeypatch):
+    """A word of the run file that happens to be a key of the environment is one."""
+    sink = {"name": f"{Kept.__module__}:Kept"}
+    train_local(points(log=[sink]), tmp_path / "open", resume=False, on_record=quiet)
+    assert (tmp_path / "open" / "kept.txt").read_text().split() == ["config.yaml"]
+    told = json.loads((tmp_path / "open" / "told.json").read_text())
+    assert told == json.loads(points(log=[sink]).model_dump_json())
+
+    monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
+    secret = points(log=[sink], name="hush-hush")
+    train_local(secret, tmp_path / "secret", resume=False, on_record=quiet)
+    assert "hush" not in (tmp_path / "secret" / "told.json").read_text()
+    assert not (tmp_path / "secret" / "kept.txt").exists()
+
+
 @pytest.mark.usefixtures("without_report")
 def test_sinks_may_change_where_a_run_goes_on(plain, tmp_path):
     folder = tmp_path / "run"

@@ -419,3 +419,11 @@ def test_the_page_shows_rewards_and_what_changed_most(tmp_path):
 def test_nothing_changed_most_where_no_evaluation_kept_it(tmp_path):
     text = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     assert "What changed most" not in text
+
+
+def test_a_password_in_the_settings_is_not_on_the_page(tmp_path):
+    store = "postgresql://me:hush-hush@host/votes"
+    config = CONFIG | {"preferences": {"ballots": {"store": store}}}
+    text = write_report(make_run(tmp_path / "run", config=config)).read_text(encoding="utf-8")
+    assert "hush-hush" not in text
+    assert "postgresql://me:***@host/votes" in text
