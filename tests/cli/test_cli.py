@@ -251,7 +251,7 @@ def test_a_process_ends_with_code_2_and_no_traceback():
     assert (
         done.stderr
         == "error: there is no shelf 'nothing'; known: algorithms, policies, prompts, rewards,"
-        " samplers\n"
+        " samplers, sinks\n"
     )
 
 
