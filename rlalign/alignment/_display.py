@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlalign.config import Run, dump, parse_yaml
+from rlalign.config import Run, resolved
 from rlalign.core.records import Scored
 from rlalign.core.registry import UserError, read_reason
 from rlalign.learning import changes, checkpoint, evaluate
-from rlalign.learning.log import Log, hide_secrets
+from rlalign.learning.log import Log, hide_secrets_in
 from rlalign.learning.metrics import Recorder
 from rlalign.sinks.base import Origin
 
@@ -27,12 +27,11 @@ class Display:
         self._folder = folder
         self._on_record = on_record
         # a store of votes may have a password in its address, which is no sink's business
-        text = dump(run)
-        shown = hide_secrets(text)
-        settings = parse_yaml(shown, "config.yaml")
-        origin = Origin(folder=folder, name=run.name, settings=settings, resume_at=resume_at)
+        settings = resolved(run)
+        shown = hide_secrets_in(settings)
+        origin = Origin(folder=folder, name=shown["name"], settings=shown, resume_at=resume_at)
         self._log = Log(run.log, origin)
-        if shown == text:
+        if shown == settings:
             self._log.keep(folder / "config.yaml")
         self._recorder = Recorder(folder, resume_at, self._log)
         self._is_closed = False

@@ -106,6 +106,20 @@ class Run(BaseModel):
             )
         refuse_device(learner, runtime.device)
         # names and kinds of data fit each other
+        if self.preferences is not None and not self.algorithm.eats.of_pairs:
+            raise UserError(
+                f"preferences are for algorithms that learn from pairs, and {self.algorithm.name}"
+                " does not"
+            )
+        if self.write_pairs and not self.rolls_out:
+            raise UserError(
+                "write_pairs needs rounds of scored samples, and this run makes none; leave it"
+                " empty"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guards_what_it_measures(self) -> Run:
         held_out = [r.title for r in self.evaluate.rewards]
         if self.guard.held_out and self.guard.held_out not in held_out:
             raise UserError(
@@ -122,16 +136,6 @@ class Run(BaseModel):
             raise UserError(
                 "guard.kl_most needs steps with noise, whose KL it is, got plan.eta 0; watch a"
                 " held-out reward or the diversity"
-            )
-        if self.preferences is not None and not self.algorithm.eats.of_pairs:
-            raise UserError(
-                f"preferences are for algorithms that learn from pairs, and {self.algorithm.name}"
-                " does not"
-            )
-        if self.write_pairs and not self.rolls_out:
-            raise UserError(
-                "write_pairs needs rounds of scored samples, and this run makes none; leave it"
-                " empty"
             )
         return self
 

@@ -159,3 +159,12 @@ def hide_secrets(text: str) -> str:
         if _SECRET_NAME.search(name) and len(value) >= 6:
             text = text.replace(value, "***")
     return re.sub(r"(://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
+
+
+def hide_secrets_in(settings: Any) -> Any:
+    """Nested settings whose texts are without secrets."""
+    if isinstance(settings, Mapping):
+        return {key: hide_secrets_in(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [hide_secrets_in(value) for value in settings]
+    return hide_secrets(settings) if isinstance(settings, str) else settings
