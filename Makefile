@@ -83,9 +83,12 @@ test-promises: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow or promise" --timeout 3600 $(PYTEST_ARGS)
 
-# MLflow wants an older importlib_metadata than constraints.txt has: it lies in a folder of its own, before the venv's.
-test-mlflow: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --upgrade --target build/mlflow "mlflow-skinny>=3.1"
+# MLflow wants an older importlib_metadata than constraints.txt has: it lies in a folder of its own, which comes before the venv.
+build/mlflow/.installed: pyproject.toml $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --target build/mlflow "mlflow-skinny>=3.1"
+	@touch $@
+
+test-mlflow: build/mlflow/.installed
 	PYTHONPATH=build/mlflow $(BIN)/python -m pytest -m "promise or not promise" tests/sinks/test_mlflow.py $(PYTEST_ARGS)
 
 chaos: $(VENV)/.installed-dev
