@@ -25,7 +25,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("web",),
     ("data",),
     ("networks",),
-    ("policies", "rewards"),
+    ("policies", "rewards", "sinks"),
     ("algorithms", "learning", "engine"),
     ("report",),
     ("config", "fitting", "samplers"),
@@ -43,6 +43,7 @@ SHELVES = {
     "algorithms": "algorithms",
     "samplers": "samplers",
     "data.prompts": "data",
+    "sinks": "sinks",
 }
 """Shelf package -> its room. From outside its room, only ``base`` of a shelf may be imported;
 plug-ins load by name."""
@@ -62,7 +63,7 @@ NARROW = {
 bases."""
 
 HEAVY = {"accelerate", "diffusers", "matplotlib", "open_clip", "pandas", "peft", "ray", "scipy"}
-HEAVY |= {"tensorboard", "tensorboardX", "torchvision", "transformers"}
+HEAVY |= {"mlflow", "tensorboard", "tensorboardX", "torchvision", "transformers", "wandb"}
 """Imported inside functions outside runtime/, so that ``import rlalign`` and ``rlalign list`` stay
 quick."""
 

@@ -24,8 +24,12 @@ class Memory:
     """A run's memory, handed to ``Algorithm.make_batch``, which may change it."""
 
     def __init__(self) -> None:
-        self.statistics = PromptStatistics()
+        self._statistics: dict[str, PromptStatistics] = {}
         self._earlier: deque[StepBatch] = deque()
+
+    def statistics_of(self, title: str) -> PromptStatistics:
+        """The running statistics of a reward, or of the "total"."""
+        return self._statistics.setdefault(title, PromptStatistics())
 
     def with_earlier(self, fresh: StepBatch, rounds: int) -> StepBatch:
         """The transitions of up to ``rounds`` earlier rounds, oldest first, then the fresh ones,
@@ -43,7 +47,12 @@ class Memory:
     def facts(self) -> dict[str, Any]:
         """JSON-able: the statistics, and the units of the remembered transitions."""
         units = [[_unit_facts(u) for u in batch.units] for batch in self._earlier]
-        return {"statistics": self.statistics.state_dict(), "earlier": units}
+        kept = {title: one.state_dict() for title, one in sorted(self._statistics.items())}
+        return {
+            "statistics": kept.pop("total", {}),
+            "statistics_by_reward": kept,
+            "earlier": units,
+        }
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The remembered transitions under ``memory/ROUND/UNIT/FIELD``."""
@@ -56,7 +65,10 @@ class Memory:
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """The inverse of ``facts`` and ``tensors``."""
-        self.statistics.load_state_dict(facts["statistics"])
+        # checkpoints of before advantages might be taken of each reward have the total's alone
+        kept = {"total": facts["statistics"], **facts.get("statistics_by_reward", {})}
+        for title, state in kept.items():
+            self.statistics_of(title).load_state_dict(state)
         self._earlier.clear()
         for r, units in enumerate(facts["earlier"]):
             columns = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -70,6 +70,12 @@ class Algorithm(Recipe):
     @property
     def strictly_on_policy(self) -> bool:
         """Whether the loss is right for the first update after a rollout only."""
+        return False
+
+    @property
+    def normalises(self) -> bool:
+        """Whether it divides rewards by their spread, so that several come to one scale when each
+        has advantages of its own (``combine: normalised``)."""
         return False
 
     @property
@@ -179,6 +185,27 @@ def rewards_of(scored: Sequence[Scored]) -> tuple[np.ndarray, list[int]]:
     ]
 
 
+def advantages_of(
+    scored: Sequence[Scored], advantage: Callable[[np.ndarray, str], np.ndarray]
+) -> np.ndarray:
+    """(B,) float64 advantages of a round. ``advantage`` gives them for (B,) rewards under a title:
+    of the totals ("total"), or where a round is scored by several rewards on scales of their own
+    (``combine: normalised``), the weighted sum of those of each reward.
+
+    Source: Liu 2026 (GDPO), arXiv:2601.05242, without its last division by the round's spread; Li
+    2025 (MixGRPO), arXiv:2507.21802.
+    """
+    if not scored[0].by_reward:
+        return advantage(rewards_of(scored)[0], "total")
+    kept_B = np.isfinite(rewards_of(scored)[0])
+    out_B = np.zeros(len(kept_B))
+    for title, (weight, _) in scored[0].by_reward.items():
+        # a sample that one reward dropped takes part for none
+        score_B = np.concatenate([s.by_reward[title][1] for s in scored])
+        out_B += weight * advantage(np.where(kept_B, score_B, np.nan), title)
+    return out_B
+
+
 def standardised(
     scored: Sequence[Scored],
     memory: Memory,
@@ -189,12 +216,24 @@ def standardised(
 ) -> np.ndarray:
     """(B,) float64 advantages: running statistics per prompt, the round's samples of a prompt, or
     the whole round."""
-    reward_B, prompt_B = rewards_of(scored)
-    if over == "prompt":
-        return memory.statistics.advantages(reward_B, prompt_B, size=size, min_count=min_count)
-    if over == "global":
-        return over_round(reward_B)
-    return within_groups(reward_B, prompt_B, std="none" if over == "centred" else "group")
+    prompt_B = rewards_of(scored)[1]
+
+    def advantage(reward_B: np.ndarray, title: str) -> np.ndarray:
+        if over == "prompt":
+            statistics = memory.statistics_of(title)
+            return statistics.advantages(reward_B, prompt_B, size=size, min_count=min_count)
+        if over == "global":
+            return over_round(reward_B)
+        return within_groups(reward_B, prompt_B, std="none" if over == "centred" else "group")
+
+    return advantages_of(scored, advantage)
+
+
+def relative_to_groups(scored: Sequence[Scored], std: str) -> np.ndarray:
+    """(B,) float64 advantages relative to the prompt's samples, over the ``std`` of the "group" or
+    of the round ("global")."""
+    prompt_B = rewards_of(scored)[1]
+    return advantages_of(scored, lambda reward_B, _: within_groups(reward_B, prompt_B, std=std))
 
 
 def per_unit(scored: Sequence[Scored], value_B: np.ndarray) -> tuple[torch.Tensor, ...]:

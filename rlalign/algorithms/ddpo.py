@@ -88,6 +88,10 @@ class DDPO(Algorithm):
     def ratio_limit(self, round: int) -> float | None:
         return self.clip_range / 10 if self.form == "importance_sampling" else None
 
+    @property
+    def normalises(self) -> bool:
+        return self.advantage != "centred"
+
     def check(self, given: Given) -> None:
         super().check(given)
         check_skipped(self.name, given, self.skip_last)

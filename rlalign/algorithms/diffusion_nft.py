@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 
 from rlalign.algorithms import _objectives as objectives
-from rlalign.algorithms._advantages import within_groups
 from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.base import (
     Algorithm,
@@ -19,6 +18,7 @@ from rlalign.algorithms.base import (
     check_company,
     final_latents,
     per_unit,
+    relative_to_groups,
     rewards_of,
 )
 from rlalign.core.batches import ImageBatch, ImagePass
@@ -84,6 +84,10 @@ class DiffusionNFT(Algorithm):
         """What the old policy keeps of itself after round ``round`` >= 1."""
         return min(self.decay_slope * max(round - self.decay_after, 0.0), self.decay_most)
 
+    @property
+    def normalises(self) -> bool:
+        return True
+
     def check(self, given: Given) -> None:
         super().check(given)
         check_company(self.name, given)
@@ -99,8 +103,8 @@ class DiffusionNFT(Algorithm):
         return self.draws
 
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> ImageBatch:
-        reward_B, group_B = rewards_of(scored)
-        value_B = within_groups(reward_B, group_B, std=self.advantage_std)
+        reward_B, _ = rewards_of(scored)
+        value_B = relative_to_groups(scored, self.advantage_std)
         share_B = (
             np.clip(value_B, -self.advantage_clip, self.advantage_clip) / (2 * self.advantage_clip)
             + 0.5

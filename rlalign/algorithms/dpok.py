@@ -72,6 +72,10 @@ class DPOK(Algorithm):
         # transitions of earlier rounds were made under other weights
         return self.clip_range / 10 if round == 1 or not self.replay else None
 
+    @property
+    def normalises(self) -> bool:
+        return self.advantage != "centred"
+
     def check(self, given: Given) -> None:
         super().check(given)
         if self.advantage in ("group", "centred"):

@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 
 from rlalign.algorithms import _objectives as objectives
-from rlalign.algorithms._advantages import within_groups
 from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.base import (
     Algorithm,
@@ -20,7 +19,7 @@ from rlalign.algorithms.base import (
     Loss,
     check_company,
     check_skipped,
-    rewards_of,
+    relative_to_groups,
     step_batch,
 )
 from rlalign.core.batches import StepBatch, StepPass
@@ -82,14 +81,17 @@ class GRPO(Algorithm):
     def ratio_limit(self, round: int) -> float | None:
         return self.clip_range / 10
 
+    @property
+    def normalises(self) -> bool:
+        return True
+
     def check(self, given: Given) -> None:
         super().check(given)
         check_skipped(self.name, given, self.skip_last)
         check_company(self.name, given)
 
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> StepBatch:
-        reward_B, group_B = rewards_of(scored)
-        value_B = within_groups(reward_B, group_B, std=self.advantage_std)
+        value_B = relative_to_groups(scored, self.advantage_std)
         return step_batch(
             scored,
             np.clip(value_B, -self.advantage_clip, self.advantage_clip),

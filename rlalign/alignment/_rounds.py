@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlalign.algorithms.base import Memory
 from rlalign.alignment import control, costs, cursors
+from rlalign.alignment._constraints import apply_constraints
+from rlalign.alignment._display import Display, OnRecord
 from rlalign.alignment.assemble import differentiable_scorer, preference_pairs
 from rlalign.alignment.collect import Collect
 from rlalign.alignment.refit import Refit
@@ -24,9 +26,8 @@ from rlalign.data.pairs.reader import Pairing
 from rlalign.learning import checkpoint, evaluate
 from rlalign.learning.guard import Guard
 from rlalign.learning.learner import Learner
-from rlalign.learning.metrics import Recorder
+from rlalign.learning.reward_facts import reward_facts
 
-OnRecord = Callable[[dict[str, Any]], None]
 TELL_SECONDS = 1.0
 """Between two reports of how much of the work at hand is done."""
 
@@ -53,7 +54,8 @@ class Alignment:
         self.tickets: deque[tuple[int, int]] = deque()
         self.ordered = 0
         self.shown: tuple[tuple[str, int], list[Scored]] = (("", -1), [])
-        self.recorder: Recorder | None = None
+        self.display: Display | None = None
+        """Of the one process that writes."""
         self.identity = identity_of(run)
         self.pairs: Pairing | None = None
         self.refit = Refit(run, folder) if run.refit is not None else None
@@ -72,14 +74,15 @@ class Alignment:
             self.learner.load_state_dict(found.tensors)
             self.memory.load(found.facts["memory"], found.tensors)
             self.guard.load(found.facts["guard"])
-            self.learner.scale_rate(self.guard.rate)
+            self.follow_guard()
             self.counts = dict(found.facts["counts"])
             self.done = self.ordered = found.round
         cursors.resume(self.votes, self.folder, {} if found is None else found.facts)
         if self.learner.is_main:
             with checkpoint.disk_errors(self.folder):
                 write_whole(self.folder / "config.yaml", dump(self.run))
-                self.recorder = Recorder(self.folder, self.done if found else -1)
+                resume_at = self.done if found else -1
+                self.display = Display(self.run, self.folder, self.on_record, resume_at)
         if self.done == 0:
             self.evaluate(self.learner.base_weights())
 
@@ -114,10 +117,11 @@ class Alignment:
             scored = self.collect.gather(ticket, self.telling("units", round=self.done + 1))
             staleness = self.done - made_in
         gathered = time.monotonic()
-        batch = self.batch(scored)
+        ruled = apply_constraints(self.run.rewards, self.run.combine, scored)
+        batch = self.batch(ruled)
         telling = self.telling("updates", round=self.done + 1)
         learned = self.learner.update(batch, round=self.done + 1, tell=telling)
-        self.write_pairs(scored)
+        self.write_pairs(ruled)
         self.check_ratio(learned, staleness)
         self.done += 1
         updated = time.monotonic()
@@ -237,6 +241,7 @@ class Alignment:
             **self.counts,
         }
         line.update(evaluate.round_facts(scored, self.trained))
+        line.update(reward_facts(scored, self.run.rewards))
         line.update(learned)
         if self.refit is not None:
             line.update(self.refit.measures(self.refit.number(self.done - 1)))
@@ -248,10 +253,8 @@ class Alignment:
             {f"seconds/{p}": work[p] * share for p in work}
             | {f"seconds/{p}": s for p, s in seconds.items()}
         )
-        if self.recorder is not None:
-            with checkpoint.disk_errors(self.folder):
-                self.recorder.write(line)
-            self.on_record(line)
+        if self.display is not None:
+            self.display.write_round(line)
 
     def telling(self, what: str, *, round: int) -> Tell:
         """Reports how much of the work at hand is done (round 0: of an evaluation): every
@@ -262,7 +265,7 @@ class Alignment:
         def tell(done: int, of: int) -> None:
             now = time.monotonic()
             pause = TELL_SECONDS * min(10.0, max(1.0, (now - self.began) / 300))
-            if self.recorder is None or now - self.told < pause:
+            if self.display is None or now - self.told < pause:
                 return
             self.told = now
             facts = {"round": round, "what": what, "done": done, "of": of, "seconds": now - start}
@@ -306,26 +309,30 @@ class Alignment:
         """Samples the fixed prompts, writes the grid and a line of evaluations.jsonl."""
         start = time.monotonic()
         scored = self.sample_fixed(weights)
+        summary = evaluate.summarise(scored, self.trained, self.held_out)
         # one process writes what is measured
-        if self.recorder is not None:
-            summary = evaluate.summarise(scored, self.trained, self.held_out)
+        if self.display is not None:
+            self.display.show(self.done, scored)
             with self.learner.policy.holding(dict(weights.tensors)):
                 summary["kl/per_step_gaussian"] = evaluate.kl_to_reference(
                     self.learner.policy, scored
                 )
             line = {"round": self.done, **summary, "seconds": time.monotonic() - start}
-            with checkpoint.disk_errors(self.folder):
-                self.recorder.write_evaluation(line)
-                evaluate.write_samples(self.folder, self.done, scored, self.run.evaluate.grid)
-            self.on_record({"evaluation": line})
+            self.display.write_evaluation(line)
         # every process knows the verdict
         self.shown = (weights.tag, scored)
-        verdict = self.guard.observe(
-            self.done, evaluate.summarise(scored, self.trained, self.held_out)
-        )
-        self.learner.scale_rate(self.guard.rate)
+        verdict = self.guard.observe(self.done, control.agreed(summary, self.learner.accelerator))
+        self.follow_guard()
         if verdict:
             self.on_record({"note": verdict})
+
+    def follow_guard(self) -> None:
+        """Learns at the rate and with the KL weight that the guard asks for."""
+        self.learner.scale_rate(self.guard.rate)
+        if self.guard.kl != 1.0:
+            algorithm: Any = self.run.algorithm
+            weight = algorithm.kl_weight * self.guard.kl
+            self.learner.loss = algorithm.model_copy(update={"kl_weight": weight}).loss
 
     @property
     def trained(self) -> list[str]:
@@ -343,9 +350,8 @@ class Alignment:
         tag, aligned = self.shown
         if tag != aligned_weights.tag:
             aligned = self.sample_fixed(aligned_weights)
-        if self.recorder is None:
+        if self.display is None:
             return
-        from rlalign.report import write_report
 
         # compared, exported and reported by one process
         policy = self.learner.policy
@@ -356,7 +362,10 @@ class Alignment:
             result["stopped"] = self.guard.reason
         result["kl/per_step_gaussian"] = evaluate.kl_to_reference(policy, aligned)
         with checkpoint.disk_errors(self.folder):
-            evaluate.write_json(self.folder / "evaluation.json", result)
             policy.save(self.folder / "policy")
-            self.recorder.close()
-            write_report(self.folder)
+        self.display.finish(result)
+
+    def close(self) -> None:
+        """Closes what is written to, where the run did not come to its end."""
+        if self.display is not None:
+            self.display.close(ended=False)

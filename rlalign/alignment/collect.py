@@ -21,7 +21,7 @@ from rlalign.engine.pieces import Produce, Produced
 from rlalign.learning.learner import Learner
 from rlalign.networks.devices import usable
 from rlalign.networks.embeddings import Reader
-from rlalign.rewards.base import FittedScorer
+from rlalign.rewards.base import FittedScorer, total
 
 
 class Collect(Protocol):
@@ -55,6 +55,7 @@ class LocalCollect:
         """``reader`` gives the words of prompts in place of text encoders of its own. Raises
         UserError where this machine does not have the run's device."""
         # the scorers are shared, what is counted is not
+        self._run = run
         runtime = run.runtime
         device = usable(runtime.device, "runtime.device")
         scorers = {r.title: r.load(runtime.reward_device) for r in run.rewards_for("evaluate")}
@@ -112,7 +113,7 @@ class LocalCollect:
             unit=work.unit,
             policy_version=work.version,
             raw=made.scores.raw,
-            total_B=made.scores.total_B,
+            total_B=total(self._run.rewards, made.scores.raw, self._run.combine),
             trajectory=made.trajectory,
             media_BFCHW=made.media_BFCHW,
             seconds=made.seconds,

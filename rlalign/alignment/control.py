@@ -68,9 +68,14 @@ def forget(folder: Path) -> None:
 
 def stop_agreed(folder: Path, accelerator: Accelerator) -> bool:
     """Whether a stop was asked for: what the main learner process reads, in all of them."""
+    return agreed(accelerator.is_main_process and asked(folder).stop, accelerator)
+
+
+def agreed(value: Any, accelerator: Accelerator) -> Any:
+    """The main learner process's value, in all of them."""
     from accelerate.utils import broadcast_object_list
 
-    said = [accelerator.is_main_process and asked(folder).stop]
+    said = [value]
     if accelerator.num_processes > 1:
         broadcast_object_list(said)
     return said[0]

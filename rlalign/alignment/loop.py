@@ -28,6 +28,7 @@ from rlalign.core.registry import UserError
 from rlalign.data.pairs.reader import Pairing, first_pair, open_pairs_of
 from rlalign.learning import checkpoint, evaluate, folders
 from rlalign.learning.learner import Learner
+from rlalign.learning.log import check_sinks
 
 
 def align(
@@ -50,11 +51,14 @@ def align(
         alignment.pairs = pairs
         if pairs is not None and pairs.note and learner.is_main:
             on_record({"note": f"preferences: {pairs.note}"})
-        alignment.resume()
-        while alignment.goes_on and alignment.has_pairs():
-            alignment.one_round()
-        if not alignment.asked_to_stop:
-            alignment.finish()
+        try:
+            alignment.resume()
+            while alignment.goes_on and alignment.has_pairs():
+                alignment.one_round()
+            if not alignment.asked_to_stop:
+                alignment.finish()
+        finally:
+            alignment.close()
 
 
 def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) -> None:
@@ -69,6 +73,7 @@ def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) ->
         )
     # what can be refused is refused before the run has a folder
     run = locate_run(run, begun=resume)
+    check_sinks(run.log)
     if run.preferences is not None:
         first_pair(run.preferences)
     torch.set_num_threads(run.runtime.learner.threads)

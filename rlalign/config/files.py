@@ -190,6 +190,8 @@ def parse_run(data: Mapping[str, Any]) -> Run:
     """The Run of a mapping. Plug-ins are built first, so that their errors say where in the file
     they are."""
     made = parse_plugins(data, PLUGINS, ("rewards",))
+    if "log" in made:
+        made["log"] = _plugins("sinks", made["log"], "log", "[{name: tensorboard}]")
     evaluate = made.get("evaluate")
     if isinstance(evaluate, Mapping) and "rewards" in evaluate:
         made["evaluate"] = {
@@ -212,11 +214,13 @@ def parse_plugins(
 
 
 def _rewards(value: Any, path: str) -> list[Any]:
+    return _plugins("rewards", value, path, "[{name: shapes}]")
+
+
+def _plugins(shelf: str, value: Any, path: str, example: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise UserError(
-            f"{path} must be a list of rewards such as [{{name: shapes}}], got {value!r}"
-        )
-    return [build("rewards", one, f"{path}.{i}") for i, one in enumerate(value)]
+        raise UserError(f"{path} must be a list of {shelf} such as {example}, got {value!r}")
+    return [build(shelf, one, f"{path}.{i}") for i, one in enumerate(value)]
 
 
 def parse(cls: type[Settings], data: Mapping[Any, Any]) -> Settings:

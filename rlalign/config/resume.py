@@ -50,6 +50,7 @@ FREE = (
         "checkpoint.keep",
         "evaluate.every",
         "evaluate.grid",
+        "log",
     ),
     "preferences.workers",
     "preferences.ballots.patience_seconds",
@@ -98,7 +99,7 @@ def _reason(path: str, before: Run, after: Run) -> str:
         return f"an actor encodes on {new.encoder_device}, and {_DEVICE}"
     if path == "checkpoint.every" and (old.max_staleness or new.max_staleness):
         return "with runtime.max_staleness no round is ordered ahead across a checkpoint"
-    if path == "evaluate.every" and before.guard.held_out:
+    if path == "evaluate.every" and before.guard.watches:
         return "the guard counts evaluations"
     if any(_is_in(path, free) for free in FREE):
         return ""

@@ -18,7 +18,7 @@ from rlalign.algorithms.base import Algorithm
 from rlalign.config.refit import RefitSettings
 from rlalign.config.runtime import RuntimeSettings
 from rlalign.core.records import Plan
-from rlalign.core.registry import Before, UserError, plugin_field
+from rlalign.core.registry import Before, UserError, build, plugin_field
 from rlalign.data.pairs.reader import PreferenceSettings
 from rlalign.data.prompts.base import Prompts
 from rlalign.learning.checkpoint import CheckpointSettings
@@ -27,13 +27,18 @@ from rlalign.learning.guard import GuardSettings
 from rlalign.learning.learner import LearnerSettings
 from rlalign.learning.optimisers import refuse_device
 from rlalign.policies.base import LATENTS, WHOLE, Part, PolicyRecipe
-from rlalign.rewards.base import Reward
+from rlalign.rewards.base import Combine, Reward, refuse_constraints
+from rlalign.sinks.base import Sink
 
 PLUGINS = {"policy": "policies", "prompts": "prompts", "algorithm": "algorithms"}
-"""Field of a Run -> the shelf that its plug-in stands on. (``rewards`` and ``evaluate.rewards`` are
-lists from one shelf.)"""
+"""Field of a Run -> the shelf that its plug-in stands on. (``rewards``, ``evaluate.rewards``
+and ``log`` are lists from one shelf.)"""
 
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _tensorboard() -> tuple[Any, ...]:
+    return (build("sinks", {"name": "tensorboard"}, "log"),)
 
 
 class Run(BaseModel):
@@ -51,6 +56,13 @@ class Run(BaseModel):
     prompts: SerializeAsAny[Annotated[Prompts, plugin_field("prompts")]]
     rewards: tuple[SerializeAsAny[Annotated[Reward, plugin_field("rewards")]], ...] = Field(
         min_length=1
+    )
+    combine: Annotated[Combine, Before("sum")] = Field(
+        default="sum",
+        description=(
+            "how several rewards make one: their weighted sum, the weighted sum of each one's"
+            " advantages (normalised), or the product of scores to the power of their weights"
+        ),
     )
     algorithm: SerializeAsAny[Annotated[Algorithm, plugin_field("algorithms")]]
     preferences: PreferenceSettings | None = Field(
@@ -70,6 +82,10 @@ class Run(BaseModel):
     evaluate: EvaluateSettings = EvaluateSettings()
     guard: GuardSettings = GuardSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    log: tuple[SerializeAsAny[Annotated[Sink, plugin_field("sinks")]], ...] = Field(
+        default_factory=_tensorboard,
+        description="where metrics and pictures go beside the run's own files",
+    )
     runtime: RuntimeSettings = RuntimeSettings()
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
     """Settings as the run's config.yaml has them, where ``locate_run`` has made their paths
@@ -94,12 +110,6 @@ class Run(BaseModel):
             )
         refuse_device(learner, runtime.device)
         # names and kinds of data fit each other
-        held_out = [r.title for r in self.evaluate.rewards]
-        if self.guard.held_out and self.guard.held_out not in held_out:
-            raise UserError(
-                f"guard.held_out must be one of evaluate.rewards ({', '.join(held_out) or 'none'}),"
-                f" got {self.guard.held_out!r}; add it there"
-            )
         if self.preferences is not None and not self.algorithm.eats.of_pairs:
             raise UserError(
                 f"preferences are for algorithms that learn from pairs, and {self.algorithm.name}"
@@ -126,6 +136,27 @@ class Run(BaseModel):
             raise UserError(
                 "refit.reward must be one of the run's rewards that fit-reward has written"
                 f" ({', '.join(fitted) or 'none'}), got {self.refit.reward!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guards_what_it_measures(self) -> Run:
+        held_out = [r.title for r in self.evaluate.rewards]
+        if self.guard.held_out and self.guard.held_out not in held_out:
+            raise UserError(
+                f"guard.held_out must be one of evaluate.rewards ({', '.join(held_out) or 'none'}),"
+                f" got {self.guard.held_out!r}; add it there"
+            )
+        if self.guard.action == "raise_kl" and not getattr(self.algorithm, "kl_weight", 0.0):
+            raise UserError(
+                "guard.action raise_kl needs an algorithm with a kl_weight > 0 (dpok, grpo,"
+                f" diffusion_nft, reward_backprop), and {self.algorithm.name} has none; set one, or"
+                " take halve or stop"
+            )
+        if self.guard.kl_most and self.plan.eta == 0:
+            raise UserError(
+                "guard.kl_most needs steps with noise, whose KL it is, got plan.eta 0; watch a"
+                " held-out reward or the diversity"
             )
         return self
 
@@ -165,6 +196,31 @@ class Run(BaseModel):
                 raise UserError(
                     f"rewards: {title!r} appears twice; give one of them a label of its own"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _combines_what_it_can(self) -> Run:
+        name = self.algorithm.name
+        has_constraint = any(r.at_least is not None for r in self.rewards)
+        refuse_constraints(self.evaluate.rewards, "evaluate.rewards")
+        if self.combine == "normalised" and not (self.rolls_out and self.algorithm.normalises):
+            raise UserError(
+                f"combine must be sum or product for {name} as it is set, got 'normalised': it"
+                " divides no reward by its spread; take ddpo or dpok (with an advantage other than"
+                " centred), grpo or diffusion_nft"
+            )
+        if not self.rolls_out and (self.combine == "product" or has_constraint):
+            which = "combine must be sum" if self.combine == "product" else "at_least is"
+            raise UserError(
+                f"{which} {'where' if self.combine == 'product' else 'for runs in which'} rounds of"
+                f" scored samples are learned from, and this run of {name} makes none; leave it out"
+            )
+        light = [r.title for r in self.rewards if r.weight < 0]
+        if self.combine == "product" and light:
+            raise UserError(
+                f"rewards.{light[0]}.weight must be >= 0 under combine: product, where it is a"
+                " power; leave it out, or take combine: sum"
+            )
         return self
 
     @property

@@ -111,6 +111,14 @@ def _draw(
     return sheet, boxes
 
 
+def shrink(media_NCHW: np.ndarray) -> np.ndarray:
+    """(N, 3, H, W) uint8 pictures as ``read_grid`` gives them back: large ones shrunk to a cell."""
+    if max(media_NCHW.shape[-2:]) <= LARGE_CELL:
+        return media_NCHW
+    fitted = [_fit(to_image(pixels_CHW), LARGE_CELL) for pixels_CHW in media_NCHW]
+    return np.stack([np.asarray(picture) for picture in fitted]).transpose(0, 3, 1, 2)
+
+
 def read_grid(path: Path) -> list[Cell]:
     """The pictures of a grid that ``write_grid`` made, small ones at their own size; none for any
     other PNG."""

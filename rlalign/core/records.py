@@ -171,7 +171,10 @@ class Scored:
     raw: Mapping[str, np.ndarray]
     """Reward title -> (B,) float32 raw scores; NaN where the sample is to be dropped."""
     total_B: np.ndarray
-    """(B,) float32 weighted sum; NaN where the sample is to be dropped."""
+    """(B,) float32 combination of the raw scores; NaN where the sample is to be dropped."""
+    by_reward: Mapping[str, tuple[float, np.ndarray]] = field(default_factory=dict)
+    """Reward title -> (weight, (B,) float32 scores) where advantages are taken of each reward by
+    itself (``combine: normalised``); empty where they are taken of the total."""
     trajectory: Trajectory | None = None
     media_BFCHW: np.ndarray | None = None
     """(B, F, 3, H, W) uint8, where asked for."""

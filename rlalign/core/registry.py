@@ -1,4 +1,4 @@
-"""Recipes and the four shelves of plug-ins: the name in the YAML is the file's name.
+"""Recipes and the shelves of plug-ins: the name in the YAML is the file's name.
 
 A *recipe* is a frozen pydantic model: its fields are the settings, its methods are the behaviour,
 and it pickles. A *shelf* is a package with a ``base.py`` that names the shelf's base class; every
@@ -32,6 +32,7 @@ SHELVES: dict[str, str] = {
     "prompts": "Prompts",
     "rewards": "Reward",
     "samplers": "Sampler",
+    "sinks": "Sink",
 }
 """Shelf -> name of the base class in its ``base.py``. The prompts shelf lives in
 ``rlalign/data/``."""

@@ -71,7 +71,7 @@ def folder_of(run_folder: Path, round: int) -> Path:
 def identity(resolved: Mapping[str, Any]) -> str:
     """A digest of what may not change between a checkpoint and the run that resumes it.
 
-    ``rounds`` may be extended; names, placement, checkpoint and evaluation settings, what is
+    ``rounds`` may be extended; names, placement, checkpoint and evaluation settings, sinks, what is
     written beside or decoded by how many threads, and where the words of prompts come from do not
     touch the weights.
     """
@@ -98,7 +98,7 @@ def plain_identity(resolved: Mapping[str, Any]) -> str:
     kept = {
         k: v
         for k, v in resolved.items()
-        if k not in ("name", "rounds", "runtime", "checkpoint", "evaluate")
+        if k not in ("name", "rounds", "runtime", "checkpoint", "evaluate", "log")
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -25,12 +25,16 @@ BEFORE_ROUND_1 = (
     "config.yaml",
     "control.json",
     "evaluations.jsonl",
+    "log.json",
     "metrics.jsonl",
     "preferences/round-00001.parquet",
+    "report.html",
+    "samples/base.png",
     "samples/round-00000.png",
     "status.json",
     "tensorboard/events.out.tfevents.*",
     "votes.json",
+    "wandb/*",
 )
 """What a run writes before the line of its first round."""
 _SCRATCH = ".unfinished-"
@@ -130,7 +134,10 @@ def owned(folder: Path, *, resume: bool) -> Iterator[None]:
             with disk_errors(folder):
                 for pattern in BEFORE_ROUND_1:
                     for path in list(folder.glob(pattern)):
-                        path.unlink()
+                        if path.is_dir() and not path.is_symlink():
+                            shutil.rmtree(path)
+                        else:
+                            path.unlink()
         yield
 
 

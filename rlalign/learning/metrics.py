@@ -1,10 +1,9 @@
-"""One metrics record per round, and where it goes: JSON lines, TensorBoard, the terminal."""
+"""One metrics record per round, and where it goes: JSON lines, the sinks of a run, the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import threading
@@ -24,48 +23,40 @@ from rich.progress import (
 )
 
 from rlalign.core.files import dump_json, write_whole
+from rlalign.learning.log import Log
 
 CLOCK_AND_ACCIDENTS = ("seconds", "restarts/", "driver_bytes")
 """Keys that start so differ between two runs of the same numbers."""
 
 
 class Recorder:
-    """The files of a run: ``metrics.jsonl``, ``evaluations.jsonl`` and ``tensorboard/``.
+    """The lines of a run: ``metrics.jsonl`` and ``evaluations.jsonl``, and the same for the sinks
+    of its ``log``.
 
     ``resume_at`` is the round of the checkpoint that the run goes on from (-1: none): later lines,
     and a half-written one, are dropped, since they will be written again.
     """
 
-    def __init__(self, folder: Path, resume_at: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, folder: Path, resume_at: int, log: Log | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = folder / "metrics.jsonl"
         self._evaluations = folder / "evaluations.jsonl"
         for path in (self._metrics, self._evaluations):
             _keep_until(path, resume_at)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1)
+        self._log = log
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a round's record and makes it durable."""
         _append(self._metrics, record)
-        self._to_board(record)
+        if self._log is not None:
+            self._log.write(record)
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Appends an evaluation's record."""
         _append(self._evaluations, record)
         named = {f"evaluation/{k}": v for k, v in record.items() if k != "round"}
-        self._to_board({"round": record["round"], **named})
-
-    def _to_board(self, record: Mapping[str, Any]) -> None:
-        for key, value in record.items():
-            if key != "round" and isinstance(value, int | float) and math.isfinite(value):
-                self._board.add_scalar(key, value, record["round"])
-        self._board.flush()
-
-    def close(self) -> None:
-        """Ends the TensorBoard file."""
-        self._board.close()
+        if self._log is not None:
+            self._log.write({"round": record["round"], **named})
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 cost.
 
 Reads the run folder alone (``files``), so a page can be written again at any time, also for a run
-that was stopped. ``numbers`` says it in words, ``gallery`` has the pictures, ``charts`` chooses the
-curves that ``curves`` draws; ``pages`` fills in the templates, of which ``report.html.j2`` is this
-page. To add a curve, add a line in ``charts``.
+that was stopped. ``numbers`` says it in words, ``rewards`` compares the rewards, ``gallery`` has
+the pictures, ``charts`` chooses the curves that ``curves`` draws; ``pages`` fills in the templates,
+of which ``report.html.j2`` is this page. To add a curve, add a line in ``charts``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rlalign.report.files import read_run
 from rlalign.report.gallery import gallery
 from rlalign.report.numbers import comparison, cost, headline
 from rlalign.report.pages import write_page
+from rlalign.report.rewards import reward_table
 
 
 def write_report(folder: Path) -> Path:
@@ -32,6 +33,7 @@ def write_report(folder: Path) -> Path:
         planned=run.config.get("rounds", run.done),
         headline=headline(run),
         comparison=comparison(run),
+        rewards=reward_table(run),
         gallery=gallery(run),
         charts=charts(run),
         cost=cost(run),

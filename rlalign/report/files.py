@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rlalign.learning.log import hide_secrets
 from rlalign.learning.metrics import read_lines
 
 Record = Mapping[str, Any]
@@ -20,7 +21,7 @@ class RunFiles:
 
     folder: Path
     settings: str
-    """The text of config.yaml; empty where it is missing."""
+    """The text of config.yaml without passwords; empty where it is missing."""
     config: Mapping[str, Any]
     rounds: Sequence[Record]
     evaluations: Sequence[Record]
@@ -61,7 +62,7 @@ def read_run(folder: Path) -> RunFiles:
         found = None
     return RunFiles(
         folder=folder,
-        settings=text,
+        settings=hide_secrets(text),
         config=yaml.safe_load(text) or {},
         rounds=rounds,
         evaluations=evaluations,

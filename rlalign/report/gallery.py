@@ -12,6 +12,7 @@ import numpy as np
 
 from rlalign.core.media import encode_image, to_image
 from rlalign.core.pictures import Cell, read_grid
+from rlalign.learning.changes import read_changes
 from rlalign.report.files import RunFiles
 from rlalign.report.numbers import gap
 
@@ -45,6 +46,10 @@ class Gallery:
     last: int
     pairs: list[Pair]
     """First and last evaluation; empty under two."""
+    gains: list[Pair]
+    """Of all prompts of the last evaluation those that gained most, the largest gain first."""
+    losses: list[Pair]
+    """Those that lost most, the largest loss first."""
 
 
 def gallery(run: RunFiles) -> Gallery:
@@ -57,7 +62,7 @@ def gallery(run: RunFiles) -> Gallery:
             grids[number] = found
     known = list(grids)
     if len(known) < 2:
-        return Gallery(rounds=[], strip=[], first=0, last=0, pairs=[])
+        return Gallery(rounds=[], strip=[], first=0, last=0, pairs=[], gains=[], losses=[])
     first = known[0]
     last = known[-1]
     pairs = [Pair(before=b, after=a) for b, a in zip(grids[first], grids[last], strict=False)]
@@ -67,7 +72,16 @@ def gallery(run: RunFiles) -> Gallery:
     rounds = [known[place] for place in places]
     columns = [grids[r][:_STRIP_PROMPTS] for r in rounds]
     strip = [list(row) for row in zip(*columns, strict=False)]
-    return Gallery(rounds=rounds, strip=strip, first=first, last=last, pairs=pairs)
+    changed = [Pair(before=b, after=a) for b, a in read_changes(run.folder, last)]
+    return Gallery(
+        rounds=rounds,
+        strip=strip,
+        first=first,
+        last=last,
+        pairs=pairs,
+        gains=[pair for pair in changed if (pair.gain or 0.0) > 0],
+        losses=[pair for pair in changed if (pair.gain or 0.0) < 0],
+    )
 
 
 def cells(media_NCHW: np.ndarray, captions: Sequence[str], scores: Iterable[float]) -> list[Cell]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlalign.report.files import RunFiles
+from rlalign.report.rewards import total_role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def comparison(run: RunFiles) -> list[dict[str, Any]]:
     }
     rows = []
     if main_title(run) == "total":
-        rows = [("total reward", "reward/total/mean", "total", "sum of weight × reward")]
+        rows = [("total reward", "reward/total/mean", "total", total_role(run.config))]
     rows += [
         (t, f"reward/{t}/mean", t, f"trained on, weight {weights.get(t, 1.0):g}")
         for t in run.trained
@@ -171,6 +172,11 @@ def signed(value: float | None) -> str:
     """A number with its sign."""
     text = number(value)
     return f"+{text}" if value is not None and value >= 0 else text
+
+
+def hundredths(value: float | None) -> str:
+    """A correlation: two digits after the point."""
+    return "–" if value is None else f"{value:.2f}".replace("-", "−")
 
 
 def clock(seconds: float) -> str:

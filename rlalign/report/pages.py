@@ -7,7 +7,7 @@ from typing import Any
 
 from rlalign.core.files import write_whole
 from rlalign.report.gallery import picture_uri
-from rlalign.report.numbers import clock, number, signed
+from rlalign.report.numbers import clock, hundredths, number, signed
 
 _FOLDER = Path(__file__).parent / "templates"
 
@@ -25,4 +25,5 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, signed=signed, clock=clock, uri=picture_uri)
+    environment.filters["hundredths"] = hundredths
     write_whole(path, environment.get_template(f"{template}.html.j2").render(**values))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from rlalign.core.media import as_floats
-from rlalign.core.registry import Recipe, UserError
+from rlalign.core.registry import Before, Recipe, UserError
+
+Combine = Literal["sum", "normalised", "product"]
+"""How several rewards make one number."""
 
 
 class Scorer(Protocol):
@@ -46,6 +49,11 @@ class Reward(Recipe):
         description=(
             "what a failing or non-finite score does: raise, drop the sample, or this value"
         ),
+    )
+    at_least: Annotated[float | None, Before(None)] = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="a constraint: a sample below it gets the lowest reward of its prompt's",
     )
 
     @property
@@ -112,8 +120,42 @@ def _checked(reward: Reward, score_B: torch.Tensor, count: int) -> np.ndarray:
     return score_B.detach().to(torch.float32).cpu().numpy()
 
 
-def total(rewards: Sequence[Reward], raw: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The weighted sum of raw scores, float32 of shape (B,); NaN where any score of the sample is
-    missing."""
+def total(
+    rewards: Sequence[Reward], raw: Mapping[str, np.ndarray], combine: Combine = "sum"
+) -> np.ndarray:
+    """The weighted sum of raw scores, or the product of scores to the power of their weights,
+    float32 of shape (B,); NaN where any score of the sample is missing.
+
+    A product needs scores >= 0 (UserError). Under ``normalised`` the total is the weighted sum: it
+    is shown, and what is learned from are advantages of each reward.
+    """
+    if combine == "product":
+        return _product(rewards, raw)
     parts = [np.float32(r.weight) * raw[r.title] for r in rewards]
     return np.asarray(np.sum(np.stack(parts), axis=0, dtype=np.float32))
+
+
+def _product(rewards: Sequence[Reward], raw: Mapping[str, np.ndarray]) -> np.ndarray:
+    out_B = np.ones(len(raw[rewards[0].title]))
+    for reward in rewards:
+        score_B = raw[reward.title].astype(np.float64)
+        if (score_B < 0).any():
+            raise UserError(
+                f"rewards.{reward.title} must be >= 0 under combine: product, got"
+                f" {np.nanmin(score_B):g}; take combine: normalised or sum, or a reward without"
+                " negative scores"
+            )
+        # a weight of 0 leaves a score out, and not the sample that has none
+        out_B = out_B * np.where(np.isnan(score_B), np.nan, score_B**reward.weight)
+    return out_B.astype(np.float32)
+
+
+def refuse_constraints(rewards: Sequence[Reward], place: str) -> None:
+    """Raises UserError where a reward has a constraint at a place that compares no samples of a
+    prompt."""
+    for reward in rewards:
+        if reward.at_least is not None:
+            raise UserError(
+                f"{place}.{reward.title}.at_least is for rewards that a run is trained on, got"
+                f" {reward.at_least:g}; leave it out here"
+            )

@@ -22,13 +22,15 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 
 from rlalign.alignment.collect import LocalCollect
 from rlalign.alignment.environment import Chain, Denoising
-from rlalign.config import Run, locate_run
+from rlalign.config import Run, locate_run, resolved
 from rlalign.core.media import as_uint8
 from rlalign.core.records import Scored, Weights
 from rlalign.core.registry import UserError
 from rlalign.learning import evaluate
+from rlalign.learning.log import Log
 from rlalign.learning.metrics import Recorder
-from rlalign.rewards.base import score, total
+from rlalign.rewards.base import refuse_constraints, score, total
+from rlalign.sinks.base import Origin
 
 ENVIRONMENT = "rlalign/denoising"
 OnRecord = Callable[[dict[str, Any]], None]
@@ -51,7 +53,9 @@ def environment(run: Run) -> Denoising:
     def scored(media_BFCHW: torch.Tensor, prompts: Any) -> np.ndarray:
         media = as_uint8(media_BFCHW)  # as everywhere: rewards see uint8
         return total(
-            run.rewards, {r.title: score(r, scorer, media, prompts) for r, scorer in scorers}
+            run.rewards,
+            {r.title: score(r, scorer, media, prompts) for r, scorer in scorers},
+            run.combine,
         )
 
     return Denoising(run.policy.load("cpu"), scored, prompts_of(run), run.plan)
@@ -150,12 +154,7 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
     from rlalign.runtime import cluster
     from rlalign.runtime.reservation import run_bundles
 
-    for_train = run.preferences is not None or run.refit is not None
-    if run.policy.lora_rank or run.policy.adapter or for_train:
-        raise UserError(
-            "rllib trains all weights of a policy on samples of its own; lora_rank, adapter,"
-            " preferences and refit are for train"
-        )
+    _refuse_what_is_not_ppo(run)
     run = locate_run(run, begun=False)
     cluster.connect(run_bundles(run), run.runtime.device, None)
     import ray
@@ -176,7 +175,10 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
             )
 
         base = evaluated("base")
-        _train_rounds(algorithm, run.rounds, Recorder(folder, -1), on_record)
+        origin = Origin(folder=folder, name=run.name, settings=resolved(run), resume_at=-1)
+        log = Log(run.log, origin)
+        _train_rounds(algorithm, run.rounds, Recorder(folder, -1, log), on_record)
+        log.close(ended=True)
         module = algorithm.get_module()
         policy.network.load_state_dict(module.denoiser.state_dict())
         trained = evaluated("current")
@@ -191,6 +193,22 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
     return found
 
 
+def _refuse_what_is_not_ppo(run: Run) -> None:
+    """Refuses settings that RLlib's PPO has no place for."""
+    for_train = run.preferences is not None or run.refit is not None
+    if run.policy.lora_rank or run.policy.adapter or for_train:
+        raise UserError(
+            "rllib trains all weights of a policy on samples of its own; lora_rank, adapter,"
+            " preferences and refit are for train"
+        )
+    refuse_constraints(run.rewards, "rewards")
+    if run.combine == "normalised":
+        raise UserError(
+            "combine must be sum or product for rllib, got 'normalised': its PPO has advantages of"
+            " its own"
+        )
+
+
 def _train_rounds(algorithm: Any, rounds: int, recorder: Recorder, on_record: OnRecord) -> None:
     """Every round, with its line of metrics."""
     for number in range(1, rounds + 1):
@@ -199,4 +217,3 @@ def _train_rounds(algorithm: Any, rounds: int, recorder: Recorder, on_record: On
         line = {"round": number, "reward/total/mean": reward}
         recorder.write(line)
         on_record(line)
-    recorder.close()

@@ -16,7 +16,7 @@ from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError, build, plugin_field
 from rlalign.data.prompts.base import Prompts
 from rlalign.policies.base import PolicyRecipe
-from rlalign.rewards.base import Reward
+from rlalign.rewards.base import Reward, refuse_constraints
 from rlalign.samplers.base import Sampler
 
 
@@ -82,6 +82,8 @@ class Sample(BaseModel):
                 raise UserError(
                     f"rewards: {title!r} appears twice; give one of them a label of its own"
                 )
+        refuse_constraints(self.rewards, "rewards")
+        refuse_constraints(self.held_out, "held_out")
         followed = self.sampler.needs_gradient or getattr(self.sampler, "follows_reward", False)
         flat = [r.title for r in self.rewards if not r.differentiable]
         if followed and flat:

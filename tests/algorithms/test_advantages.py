@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -14,10 +15,15 @@ import pytest
 
 from rlalign.algorithms._advantages import PromptStatistics, over_round, within_groups
 from rlalign.algorithms._memory import Memory
-from rlalign.algorithms.base import AdvantageOver, rewards_of, standardised
+from rlalign.algorithms.base import (
+    AdvantageOver,
+    relative_to_groups,
+    rewards_of,
+    standardised,
+)
 from rlalign.alignment.collect import LocalCollect
 from rlalign.config import parse_run
-from rlalign.core.records import Weights
+from rlalign.core.records import Plan, Scored, Unit, UnitKey, Weights
 from tests.toy import PROMPTS
 
 RNG = np.random.default_rng(0)
@@ -241,3 +247,97 @@ def test_statistics_survive_json_to_the_last_bit() -> None:
     ]
     assert np.array_equal(*after)
     assert resumed.state_dict() == straight.state_dict()
+
+
+def two_rewards(small_B: np.ndarray, large_B: np.ndarray, weights: tuple[float, float]) -> list:
+    """A round of six prompts with four samples each, scored by two rewards with scales of their
+    own."""
+    scored = []
+    for group in range(6):
+        rows = [(group, f"prompt {group}", sample) for sample in range(4)]
+        mine = slice(4 * group, 4 * group + 4)
+        parts = {
+            "small": (weights[0], small_B[mine].astype(np.float32)),
+            "large": (weights[1], large_B[mine].astype(np.float32)),
+        }
+        scored.append(
+            Scored(
+                unit=Unit.of_rows(UnitKey("train", 1, group), rows, 0, Plan()),
+                policy_version=0,
+                raw={title: part_B for title, (_, part_B) in parts.items()},
+                total_B=np.asarray(sum(w * part_B for w, part_B in parts.values()), np.float32),
+                by_reward=parts,
+            )
+        )
+    return scored
+
+
+SMALL_B = RNG.normal(0.0, 0.01, 24)
+LARGE_B = RNG.normal(50.0, 100.0, 24)
+OVER_RULES: dict[str, Callable[..., np.ndarray]] = {
+    "group": lambda scored: relative_to_groups(scored, "group"),
+    "round's std": lambda scored: relative_to_groups(scored, "global"),
+    "standardised within groups": lambda scored: standardised(scored, Memory(), "group"),
+    "over the round": lambda scored: standardised(scored, Memory(), "global"),
+    "running": lambda scored: standardised(scored, Memory(), "prompt", min_count=2),
+}
+every_rule = pytest.mark.parametrize("rule", OVER_RULES.values(), ids=OVER_RULES.keys())
+
+
+@every_rule
+def test_normalised_is_the_weighted_sum_of_each_rewards_advantages(rule) -> None:
+    both = rule(two_rewards(SMALL_B, LARGE_B, (3.0, 0.5)))
+    alone = [rule(two_rewards(SMALL_B, LARGE_B, weights)) for weights in ((1.0, 0.0), (0.0, 1.0))]
+    np.testing.assert_allclose(both, 3.0 * alone[0] + 0.5 * alone[1], rtol=0, atol=1e-12)
+
+
+def test_normalised_by_hand() -> None:
+    """Two samples a prompt: +-1 of each reward whatever its scale, so that two rewards that
+    disagree come to nothing and two that agree to 2 (eps is 1e-4 of a spread of 1 and more)."""
+    scored = two_rewards(np.tile([1.0, 3.0], 12), np.tile([0.0, 4e6], 12), (1.0, 1.0))
+    assert relative_to_groups(scored, "group") == pytest.approx(np.tile([-2.0, 2.0], 12), rel=1e-3)
+    scored = two_rewards(np.tile([1.0, 3.0], 12), np.tile([4e6, 0.0], 12), (1.0, 1.0))
+    assert relative_to_groups(scored, "group") == pytest.approx(np.zeros(24), abs=1e-3)
+
+
+def test_a_scale_of_one_reward_changes_nothing_when_normalised_and_everything_in_a_sum() -> None:
+    def follows_small(scored: list) -> float:
+        return float(np.corrcoef(relative_to_groups(scored, "group"), SMALL_B)[0, 1])
+
+    scored = two_rewards(SMALL_B * 100, LARGE_B, (1.0, 1.0))
+    stretched = two_rewards(SMALL_B * 100, LARGE_B * 100, (1.0, 1.0))
+    assert relative_to_groups(stretched, "group") == pytest.approx(
+        relative_to_groups(scored, "group"), abs=1e-3
+    )
+    summed = [replace(one, by_reward={}) for one in stretched]
+    assert follows_small(stretched) > 0.4
+    assert abs(follows_small(summed) - np.corrcoef(LARGE_B, SMALL_B)[0, 1]) < 0.2
+
+
+@every_rule
+def test_a_sample_that_one_reward_dropped_has_no_advantage_of_any(rule) -> None:
+    holed_B = SMALL_B.copy()
+    holed_B[5] = np.nan
+    advantage_B = rule(two_rewards(holed_B, LARGE_B, (1.0, 1.0)))
+    assert advantage_B[5] == 0.0
+    assert np.isfinite(advantage_B).all()
+    others_B = LARGE_B.copy()
+    others_B[5] = 1e9
+    np.testing.assert_array_equal(rule(two_rewards(holed_B, others_B, (1.0, 1.0))), advantage_B)
+
+
+def test_running_statistics_are_kept_for_each_reward_and_survive_a_checkpoint() -> None:
+    first, memory = two_rewards(SMALL_B, LARGE_B, (1.0, 1.0)), Memory()
+    standardised(first, memory, "prompt")
+    facts = json.loads(json.dumps(memory.facts()))
+    assert set(facts["statistics_by_reward"]) == {"small", "large"}
+    again = Memory()
+    again.load(facts, {})
+    second = two_rewards(SMALL_B[::-1], LARGE_B[::-1], (1.0, 1.0))
+    np.testing.assert_array_equal(
+        standardised(second, again, "prompt", min_count=5),
+        standardised(second, memory, "prompt", min_count=5),
+    )
+    old = {"statistics": {"7": [1.0, 2.0]}, "earlier": []}
+    again.load(old, {})
+    assert again.statistics_of("total").state_dict() == {"7": [1.0, 2.0]}

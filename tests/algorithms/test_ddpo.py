@@ -308,7 +308,7 @@ def test_prompt_statistics_are_the_runs_memory() -> None:
     for form, remembered in (("prompt", 4), ("group", 0), ("global", 0)):
         memory = Memory()
         DDPO(advantage=form).make_batch(scored, memory)
-        assert len(memory.statistics.state_dict()) == remembered
+        assert len(memory.statistics_of("total").state_dict()) == remembered
 
 
 def test_how_units_split_a_round_changes_no_advantage() -> None:

@@ -103,7 +103,7 @@ def test_list_has_a_line_for_every_plugin(call):
     jpeg = next(line for line in lines if line.startswith("jpeg "))
     assert "quality=95" in jpeg
     assert "2305.13301" in jpeg
-    assert "each also takes weight=1.0, label='', on_error='raise'" in lines
+    assert "each also takes weight=1.0, label='', on_error='raise', at_least=None" in lines
 
 
 def test_list_of_one_shelf(call, refused):
@@ -251,7 +251,7 @@ def test_a_process_ends_with_code_2_and_no_traceback():
     assert (
         done.stderr
         == "error: there is no shelf 'nothing'; known: algorithms, policies, prompts, rewards,"
-        " samplers\n"
+        " samplers, sinks\n"
     )
 
 

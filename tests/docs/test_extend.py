@@ -40,6 +40,7 @@ def test_every_shelf_has_its_example(folder: Path) -> None:
         "prompts": "phrases:Phrases",
         "rewards": "contrast:Contrast",
         "samplers": "mirrored:Mirrored",
+        "sinks": "tables:Tables",
     }
     assert found.keys() == SHELVES.keys()
     for shelf, name in found.items():
@@ -67,7 +68,7 @@ def test_the_commands_of_the_page_work(
 
 
 def test_the_page_has_commands_for_its_files() -> None:
-    assert [line.split()[0] for line in COMMANDS].count("rlalign") == 5
+    assert [line.split()[0] for line in COMMANDS].count("rlalign") == 6
 
 
 def test_the_reward_of_the_page_is_what_it_says(folder: Path) -> None:

@@ -315,6 +315,20 @@ def test_staleness_on_ray_equals_local(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("combine", ["normalised", "product"])
+def test_several_rewards_on_ray_equal_local(combine: str, tmp_path: Path) -> None:
+    """Each with a constraint that some samples break."""
+    first = "{name: jpeg, direction: incompressible, label: big}"
+    second = "{name: jpeg, direction: incompressible, quality: 30, at_least: 0.6495}"
+    run = points_run(f"combine={combine}", f"rewards=[{first}, {second}]")
+    train_local(run, tmp_path / "local", resume=False, on_record=quiet)
+    train_on_ray(run, tmp_path / "ray", resume=False, on_record=quiet)
+    assert_same_run(tmp_path / "ray", tmp_path / "local")
+    below = [line["constraint/jpeg/below"] for line in metrics(tmp_path / "local")]
+    assert 0 < sum(below) < 32
+
+
+@pytest.mark.slow
 def test_a_reward_that_hangs_is_replaced_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

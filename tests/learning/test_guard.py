@@ -69,3 +69,51 @@ def test_its_state_survives_json() -> None:
         whole.observe(round, summary(0.1 * round, held_out))
     parts.load(json.loads(json.dumps(whole.facts())))
     assert parts.observe(2, summary(0.2, 0.2)) == whole.observe(2, summary(0.2, 0.2)) != ""
+
+
+def measured(kl: float = 0.0, diversity: float = 0.2) -> dict[str, float]:
+    return {"kl/per_step_gaussian": kl, "diversity/pixel_rms": diversity}
+
+
+def test_a_kl_above_its_limit_counts() -> None:
+    guard = Guard(GuardSettings(kl_most=0.1, patience=2))
+    said = [guard.observe(r, measured(kl=kl)) for r, kl in enumerate((0.0, 0.2, 0.1, 0.2, 0.3))]
+    assert said == [
+        "",
+        "",
+        "",
+        "",
+        "guard: after round 4 the KL to the pretrained model is 0.3, above 0.1; the run stops",
+    ]
+
+
+def test_diversity_is_held_to_the_first_evaluations() -> None:
+    guard = Guard(GuardSettings(diversity_least=0.5, patience=1, action="halve"))
+    assert guard.observe(0, measured(diversity=0.2)) == ""
+    assert guard.observe(1, measured(diversity=0.1)) == "", "half is enough"
+    assert guard.observe(2, measured(diversity=0.09)) == (
+        "guard: after round 2 the diversity of the pictures is 0.09, below 0.5 of the first"
+        " evaluation's 0.2; the learning rate is now 0.5 of its setting"
+    )
+    again = Guard(GuardSettings(diversity_least=0.5, patience=1))
+    again.load(json.loads(json.dumps(guard.facts())))
+    assert "first evaluation's 0.2; the run stops" in again.observe(3, measured(diversity=0.09))
+
+
+def test_every_broken_rule_is_named_and_counts_once() -> None:
+    settings = GuardSettings(
+        held_out="shapes", drop=0.1, kl_most=0.1, diversity_least=0.9, patience=2, action="raise_kl"
+    )
+    guard = Guard(settings)
+    guard.observe(0, summary(0.0, 0.5) | measured())
+    assert guard.observe(1, summary(0.1, 0.5) | measured(kl=0.2)) == ""
+    said = guard.observe(2, summary(0.2, 0.3) | measured(kl=0.2, diversity=0.1))
+    assert [said.count(word) for word in ("held-out", "KL to the", "diversity")] == [1, 1, 1]
+    assert said.endswith("the KL weight is now 2 times its setting")
+    assert (guard.kl, guard.rate, guard.stopped) == (2.0, 1.0, False)
+
+
+def test_a_checkpoint_of_before_there_were_more_rules_is_read() -> None:
+    guard = Guard(GuardSettings(held_out="shapes"))
+    guard.load({"best": [0.5, 0.1], "count": 1, "rate": 0.5, "reason": ""})
+    assert (guard.kl, guard.rate) == (1.0, 0.5)

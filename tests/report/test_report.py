@@ -14,12 +14,14 @@ import pytest
 import yaml
 
 from rlalign.core.pictures import write_grid
+from rlalign.learning.changes import changes_file
 from rlalign.learning.evaluate import write_json
 from rlalign.report import write_report
 from rlalign.report.charts import charts
 from rlalign.report.curves import Series, line_chart, smooth, stacked_bars
 from rlalign.report.files import read_run
 from rlalign.report.numbers import clock, headline, number, paired_interval, signed
+from rlalign.report.rewards import reward_table
 
 EVIL = 'a <script>alert("x")</script> & a "cat"'
 CONFIG = {
@@ -352,3 +354,76 @@ def test_numbers_are_written_for_people(value, text):
 def test_signs_and_clocks():
     assert [signed(v) for v in (0.1, -0.1, None)] == ["+0.100", "−0.100", "–"]
     assert [clock(s) for s in (2.04, 65, 7_620)] == ["2.0 s", "1 min 05 s", "2 h 07 min"]
+
+
+# several rewards, and what changed most
+
+
+def of_two_rewards(folder: Path, *, done: int = 6) -> Path:
+    """A run of two rewards, one of them a constraint too, whose metrics say how they stand to each
+    other."""
+    rewards = [{"name": "shapes"}, {"name": "jpeg", "label": "small", "at_least": -1.5}]
+    config = CONFIG | {"rewards": rewards, "combine": "normalised"}
+    make_run(folder, done=done, config=config)
+    lines = []
+    for r in range(1, done + 1):
+        line = round_record(r) | {"reward/small/mean": -2.0 + 0.1 * r, "reward/small/std": 0.02}
+        line |= {f"reward/{t}/flat_groups": 0.25 for t in ("total", "shapes", "small")}
+        line |= {"reward/shapes/correlation/small": -0.5, "constraint/small/below": r}
+        lines.append(json.dumps(line) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_the_table_of_rewards_is_of_the_last_five_rounds(tmp_path):
+    table = reward_table(read_run(of_two_rewards(tmp_path / "run")))
+    assert table is not None
+    assert (table.rounds, table.titles) == (5, ["shapes", "small"])
+    shapes, small, total = table.rows
+    assert (small.title, small.role, small.below) == ("small", "weight 1", "20 of 320 below −1.5")
+    assert small.before == pytest.approx(-1.9)
+    assert small.after == pytest.approx(np.mean([-2.0 + 0.1 * r for r in range(2, 7)]))
+    assert (small.spread, small.flat) == (pytest.approx(0.02), pytest.approx(0.25))
+    assert shapes.after == pytest.approx(np.mean([0.52, 0.53, 0.55, 0.56])), "one has no number"
+    assert shapes.correlations == [None, pytest.approx(-0.5)]
+    assert small.correlations == [pytest.approx(-0.5), None]
+    assert total.role == "sum of weight × reward, to look at: each reward is learned by itself"
+    assert total.correlations == []
+
+
+def test_a_run_of_before_has_a_table_without_what_was_not_measured(tmp_path):
+    table = reward_table(read_run(make_run(tmp_path / "run")))
+    assert table is not None
+    (row,) = table.rows
+    assert (row.title, row.flat, row.below, table.titles) == ("shapes", None, "", [])
+    assert reward_table(read_run(make_run(tmp_path / "other", done=0))) is None
+
+
+def test_the_page_shows_rewards_and_what_changed_most(tmp_path):
+    folder = of_two_rewards(tmp_path / "run", done=4)
+    media = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
+    captions = ["won <b>", "won <b>", "lost", "lost"]
+    write_grid(changes_file(folder, 4), media, captions, [0.25, 0.75, 0.5, 0.375])
+    text = write_report(folder).read_text(encoding="utf-8")
+    page = Page(text)
+    for word in ("with shapes", "with small", "−0.50", "flat prompts", "10 of 256 below −1.5"):
+        assert word in page.words, word
+    assert "Largest gains" in page.words
+    assert "Largest losses" in page.words
+    assert page.words.index("won <b>") < page.words.index("lost")
+    assert "+0.500" in page.words
+    assert "−0.125" in page.words
+    assert "load it again" in page.words, "the run goes on"
+
+
+def test_nothing_changed_most_where_no_evaluation_kept_it(tmp_path):
+    text = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "What changed most" not in text
+
+
+def test_a_password_in_the_settings_is_not_on_the_page(tmp_path):
+    store = "postgresql://me:hush-hush@host/votes"
+    config = CONFIG | {"preferences": {"ballots": {"store": store}}}
+    text = write_report(make_run(tmp_path / "run", config=config)).read_text(encoding="utf-8")
+    assert "hush-hush" not in text
+    assert "postgresql://me:***@host/votes" in text

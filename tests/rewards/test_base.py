@@ -162,3 +162,35 @@ def test_a_sample_without_one_of_its_scores_has_no_total():
 def test_a_weight_is_finite(weight):
     with pytest.raises(UserError, match="weight must be a finite number"):
         build("rewards", {"name": "shapes", "weight": weight})
+
+
+def test_a_product_has_weights_as_powers():
+    rewards = [Brightness(label="a", weight=2.0), Brightness(label="b", weight=0.5)]
+    raw = {
+        "a": np.array([3.0, 0.0, 0.5, math.nan], dtype=np.float32),
+        "b": np.array([16.0, 4.0, 0.0, 1.0], dtype=np.float32),
+    }
+    found = total(rewards, raw, "product")
+    np.testing.assert_array_equal(found, np.array([36.0, 0.0, 0.0, math.nan], dtype=np.float32))
+    assert found.dtype == np.float32
+
+
+def test_a_weight_of_0_leaves_a_score_out_of_a_product_and_not_the_dropped_sample():
+    rewards = [Brightness(label="a"), Brightness(label="b", weight=0.0)]
+    raw = {
+        "a": np.array([3.0, 2.0, 1.0], dtype=np.float32),
+        "b": np.array([0.0, 9.0, math.nan], dtype=np.float32),
+    }
+    np.testing.assert_array_equal(total(rewards, raw, "product"), [3.0, 2.0, math.nan])
+
+
+def test_a_product_of_negative_scores_is_refused():
+    raw = {"a": np.array([0.5, -1.25], dtype=np.float32)}
+    with pytest.raises(UserError, match=r"rewards\.a must be >= 0 under .* got -1\.25; take"):
+        total([Brightness(label="a")], raw, "product")
+
+
+def test_the_total_of_normalised_rewards_is_shown_as_their_sum():
+    rewards = [Brightness(label="a", weight=2.0), Brightness(label="b")]
+    raw = {"a": np.array([1.0, 2.0], dtype=np.float32), "b": np.array([5.0, 7.0], dtype=np.float32)}
+    np.testing.assert_array_equal(total(rewards, raw, "normalised"), total(rewards, raw))

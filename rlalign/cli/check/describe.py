@@ -29,10 +29,13 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
     """What a run file comes to. Raises UserError for what its parts lack, once they are loaded;
     where the policy's weights are not at hand its sizes are counted, and nothing is loaded."""
     from rlalign.config import locate_run, parse_run, summarise_run
+    from rlalign.learning.log import check_sinks
     from rlalign.runtime.reservation import run_bundles
 
     # the parts of the run, loaded or counted
     run = parse_run(data)
+    if address is None:
+        check_sinks(run.log)
     source = empty.find_source(run.policy)
     if source is None:
         run = locate_run(run, begun=False, here=address is None)
@@ -221,8 +224,13 @@ def load_rewards(run: Run | Sample) -> dict[str, int]:
 
 
 def weighted_sum(run: Run | Sample) -> str:
-    """The rewards that are followed, with their weights."""
-    return ", ".join(f"{reward.weight:g} x {reward.title}" for reward in run.rewards)
+    """The rewards that are followed, with their weights and constraints."""
+    parts = []
+    for reward in run.rewards:
+        limit = "" if reward.at_least is None else f" (at least {reward.at_least:g})"
+        parts.append(f"{reward.weight:g} x {reward.title}{limit}")
+    combine = getattr(run, "combine", "sum")
+    return ", ".join(parts) + ("" if combine == "sum" else f", {combine}")
 
 
 def reserved(wanted: Sequence[Bundle]) -> str:

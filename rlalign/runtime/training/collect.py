@@ -200,7 +200,7 @@ class RemoteCollect:
             unit=unit,
             policy_version=order.tag[1],
             raw=result.raw,
-            total_B=total(self._run.rewards, result.raw),
+            total_B=total(self._run.rewards, result.raw, self._run.combine),
             trajectory=trajectory,
             media_BFCHW=media_BFCHW,
             seconds=result.seconds,

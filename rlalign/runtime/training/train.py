@@ -20,6 +20,7 @@ from rlalign.core.registry import UserError
 from rlalign.data.pairs.reader import first_pair
 from rlalign.learning import folders
 from rlalign.learning.evaluate import read_final
+from rlalign.learning.log import check_sinks
 from rlalign.runtime.jobs.publish import job_id, publish_status
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def train(
     # on a cluster, the learner's node may be the one that has them
     if run.preferences is not None and address is None:
         first_pair(run.preferences)
+    if address is None:
+        check_sinks(run.log)
     folder = folder.resolve()
     dashboard = cluster.connect(
         run_bundles(run), run.runtime.device, address, lambda note: on_record({"note": note})

@@ -1,5 +1,5 @@
-"""The policy of a run that learns: before there is one, which round learns, and from which votes. Whole
-loops are in tests/end_to_end."""
+"""The policy of a run that learns: before there is one, which round learns, and from which
+votes. Whole loops are in tests/end_to_end."""
 
 from __future__ import annotations
 
