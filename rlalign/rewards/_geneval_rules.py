@@ -8,7 +8,7 @@ server computes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -22,8 +22,6 @@ Colour = Literal[
 COLOURS: tuple[str, ...] = get_args(Colour)
 """The answers that a colour may have, in the order that breaks a tie."""
 Relation = Literal["left of", "right of", "above", "below"]
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-"""The published tasks, values of ``tag``."""
 _NO_OFFSET = 1e-3
 """Pixels; two centres that are nearer on both axes stand in no relation."""
 _DIRECTION = 0.5
@@ -251,13 +249,3 @@ def _stands(
 
 def _closeness(asked: int, found: int) -> float:
     return 1.0 - abs(asked - found) / asked
-
-
-def task_scores(tags: Iterable[str], score_N: Iterable[float]) -> dict[str, float]:
-    """Task -> the mean of its pictures' verdicts, and "overall", the mean of the tasks' means: so a
-    task with many prompts counts no more than one with few."""
-    by_task: dict[str, list[float]] = {}
-    for tag, score in zip(tags, score_N, strict=True):
-        by_task.setdefault(tag, []).append(float(score))
-    means = {tag: float(np.mean(some)) for tag, some in by_task.items()}
-    return {**means, "overall": float(np.mean(list(means.values())))} if means else {}

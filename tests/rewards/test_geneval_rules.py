@@ -18,7 +18,6 @@ from rlalign.rewards._geneval_rules import (
     overlap,
     read_record,
     relations,
-    task_scores,
 )
 
 
@@ -211,7 +210,7 @@ def test_a_wrong_colour_leaves_the_position_out():
     assert verdicts(made, found, painted("blue")) == (False, False, pytest.approx(2 / 3))
 
 
-# --- records and summaries -----------------------------------------------------------------------
+# --- records -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -242,13 +241,3 @@ def test_a_record_that_is_wrong_names_the_prompt_and_the_part(made, said):
     with pytest.raises(UserError, match="rewards.geneval: the prompt 'two cows'") as caught:
         read_record(made, "rewards.geneval", "two cows")
     assert said in str(caught.value)
-
-
-def test_the_overall_score_is_the_mean_of_the_tasks():
-    made = task_scores(["counting", "colors", "counting", "counting"], [1, 1, 0, 0])
-    assert made == {
-        "counting": pytest.approx(1 / 3),
-        "colors": 1.0,
-        "overall": pytest.approx(2 / 3),
-    }
-    assert task_scores([], []) == {}
