@@ -74,6 +74,11 @@ def _as_pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_list(value: Any) -> Any:
+    # a column of a table has null where a line of JSON has nothing
+    return [] if value is None else value
+
+
 class Wanted(_Clause):
     """Objects that the picture must show."""
 
@@ -89,7 +94,7 @@ class Record(BaseModel):
 
     tag: str = Field(min_length=1)
     include: list[Wanted] = Field(min_length=1)
-    exclude: list[_Clause] = []
+    exclude: Annotated[list[_Clause], BeforeValidator(_as_list)] = []
 
     @model_validator(mode="after")
     def _refers_to_what_comes_before(self) -> Record:

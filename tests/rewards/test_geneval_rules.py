@@ -241,3 +241,9 @@ def test_a_record_that_is_wrong_names_the_prompt_and_the_part(made, said):
     with pytest.raises(UserError, match="rewards.geneval: the prompt 'two cows'") as caught:
         read_record(made, "rewards.geneval", "two cows")
     assert said in str(caught.value)
+
+
+def test_a_record_of_a_table_has_null_where_a_line_of_json_has_nothing():
+    clause = {"class": "cow", "count": 1, "color": None, "position": None}
+    made = read_record({"tag": "x", "include": [clause], "exclude": None}, "here", "a cow")
+    assert verdicts(made, {"cow": [thing()]}) == (True, True, 1.0)
