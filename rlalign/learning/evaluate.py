@@ -17,7 +17,6 @@ from rlalign.core.files import dump_json, write_whole
 from rlalign.core.records import Plan, Scored, Unit, UnitKey
 from rlalign.core.registry import plugin_field
 from rlalign.diffusion.rollout import replay
-from rlalign.learning.tasks import task_scores
 from rlalign.policies.base import Policy
 from rlalign.rewards.base import Reward
 
@@ -69,18 +68,14 @@ def media_of(scored: Sequence[Scored]) -> np.ndarray:
 def summarise(
     scored: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str]
 ) -> dict[str, float]:
-    """Mean and std of the total and of each reward, by task where prompts name tasks, and the
-    diversity of the pictures."""
+    """Mean and std of the total and of each reward, and the diversity of the pictures."""
     out: dict[str, float] = {}
-    prompts = [prompt for one in scored for prompt in one.unit.prompts]
     for prefix, titles in (("reward", ["total", *trained]), ("held_out", list(held_out))):
         for title in titles:
-            every_N = collect_scores(scored, title)
-            score_N = every_N[np.isfinite(every_N)].astype(np.float64)
+            score_N = collect_scores(scored, title)
+            score_N = score_N[np.isfinite(score_N)].astype(np.float64)
             out[f"{prefix}/{title}/mean"] = float(score_N.mean()) if len(score_N) else float("nan")
             out[f"{prefix}/{title}/std"] = float(score_N.std()) if len(score_N) else float("nan")
-            by_task = task_scores(prompts, every_N)
-            out |= {f"{prefix}/{title}/{name}": value for name, value in by_task.items()}
     out["diversity/pixel_rms"] = pixel_diversity(media_of(scored))
     return out
 
