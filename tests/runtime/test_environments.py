@@ -54,9 +54,9 @@ def requirements(tmp_path):
     """A package that is new, and another version of one that the tests have: by relative paths."""
     (tmp_path / "wheels").mkdir()
     write_wheel(tmp_path / "wheels", "made_up_scores", "BRIGHT = 7.0\n")
-    write_wheel(tmp_path / "wheels", "six", "__version__ = '99.0'\n")
+    write_wheel(tmp_path / "wheels", "cfgv", "VERSION = '99.0'\n")
     file = tmp_path / "requirements.txt"
-    lines = [f"./wheels/{name}-99.0-py3-none-any.whl" for name in ("made_up_scores", "six")]
+    lines = [f"./wheels/{name}-99.0-py3-none-any.whl" for name in ("made_up_scores", "cfgv")]
     file.write_text("\n".join(lines) + "\n")
     return file
 
@@ -64,8 +64,8 @@ def requirements(tmp_path):
 def seen_by(folder):
     """What its Python imports: the new package, the other version, rlalign and torch as here."""
     code = (
-        "import json, six, made_up_scores, importlib.util as u;"
-        "print(json.dumps([six.__version__, made_up_scores.BRIGHT,"
+        "import json, cfgv, made_up_scores, importlib.util as u;"
+        "print(json.dumps([cfgv.VERSION, made_up_scores.BRIGHT,"
         " u.find_spec('rlalign').origin, u.find_spec('torch').origin]))"
     )
     done = subprocess.run(
@@ -93,9 +93,9 @@ def test_the_files_packages_come_first_and_the_rest_is_that_of_the_run(
         pytest.skip("there is no uv")
     folder = environments.environment_of(requirements, print)
     assert seen_by(folder) == ["99.0", 7.0, rlalign.__file__, torch.__file__]
-    import six
+    import cfgv
 
-    assert six.__version__ != "99.0"
+    assert not hasattr(cfgv, "VERSION")
 
 
 def test_it_is_made_once_and_anew_for_a_changed_file(requirements, monkeypatch):
@@ -156,9 +156,9 @@ def test_a_reward_is_served_with_packages_that_the_run_does_not_have(
     """Its scores come from a package of the file; nobody here can import it."""
     monkeypatch.setenv(TOKEN_ENV, TOKEN)
     (tmp_path / "bright.py").write_text(
-        "import made_up_scores, six\n"
+        "import made_up_scores, cfgv\n"
         "def score(media, prompts):\n"
-        "    assert six.__version__ == '99.0'\n"
+        "    assert cfgv.VERSION == '99.0'\n"
         "    return media.flatten(1).mean(1) * made_up_scores.BRIGHT\n"
     )
     command = [sys.executable, "-m", "rlalign", "serve-reward", "function", "call=bright:score"]
