@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import logging
 import math
@@ -418,6 +419,37 @@ def test_the_cache_holds_no_key_and_no_picture(tmp_path, monkeypatch):
         "chances": None,
     }
     assert KEY.encode() not in file.read_bytes()
+
+
+@pytest.mark.promise
+def test_a_run_with_a_judge_keeps_its_key_to_itself(tmp_path, monkeypatch, capfd):
+    """A whole run, and a judge that stumbles, declines and talks nonsense: its scores are missing,
+    the run ends well, and no file or line holds the key."""
+    from rlalign.alignment.loop import train_local
+    from tests.runs import small_run
+
+    monkeypatch.setenv("A_KEY", KEY)
+    turns = itertools.cycle([says(), refuses(400, f"not {KEY}"), says("?"), says()])
+    with scripted(refuses(503, f"wait, {KEY}"), lambda _: next(turns)) as server:
+        settings = {
+            "name": "vlm_judge",
+            "label": "judge",
+            "model": "m",
+            "url": f"{server.url}/v1",
+            "token_env": "A_KEY",
+            "on_error": "drop",
+            "concurrency": 1,
+            "cache": str(tmp_path / "answers.sqlite"),
+        }
+        run = small_run("rounds=1", f"rewards={json.dumps([{'name': 'jpeg'}, settings])}")
+        train_local(run, tmp_path / "run", resume=False, on_record=print)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["reward/judge/mean"] == 0.75
+    assert 0 < line["samples_dropped"] < 8
+    assert line["seconds/reward/judge"] > 0 and line["seconds/reward/jpeg"] > 0
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or KEY.encode() not in file.read_bytes(), f"the key is in {file}"
+    assert KEY not in "".join(capfd.readouterr())
 
 
 # --- settings ------------------------------------------------------------------------------------
