@@ -460,7 +460,7 @@ def test_a_run_with_a_judge_keeps_its_key_to_itself(tmp_path, monkeypatch, capfd
     [
         ({"url": "ftp://x"}, "url must be a URL such as https://api.example.org/v1"),
         ({"url": "http://10.0.0.1:8000/v1"}, "url must be https for another machine"),
-        ({"url": "https://me:secret@x.org/v1"}, "a URL with a user, a password"),
+        ({"url": "https://me:hunter2@x.org/v1"}, "a URL with a user, a password"),
         ({"lowest": 5.0}, "lowest must be < highest, got 5 and 5"),
         ({"pattern": "("}, "pattern must be a regular expression"),
         ({"pattern": "score"}, "pattern must have one group"),
@@ -472,7 +472,7 @@ def test_settings_that_do_not_fit_are_refused(changes, said):
     settings = {"name": "vlm_judge", "model": "m", **changes}
     with pytest.raises(UserError, match=said) as caught:
         build("rewards", settings, "rewards.0")
-    assert "secret" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_the_address_may_be_the_whole_one():

@@ -126,7 +126,7 @@ def test_mistakes_of_the_command_are_said_before_anything_is_installed(
     cases = {
         ("--env", str(tmp_path / "none.txt")): "--env must name a requirements file",
         ("--env", str(requirements), "--address", "auto"): "the nodes of the cluster need the",
-        ("--env", str(requirements), "server.gpu=1"): "server.gpu",
+        ("--env", str(requirements), "server.gpu=1"): "gpu: unknown setting",
     }
     for arguments, said in cases.items():
         assert main(["serve-reward", "jpeg", *arguments]) == 2
