@@ -7,7 +7,7 @@ import contextlib
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,9 +27,11 @@ class Scripted:
 
 
 @contextlib.contextmanager
-def scripted(*answers: Answer, certificate: tuple[Path, Path] | None = None) -> Iterator[Scripted]:
+def scripted(
+    *answers: Answer | Callable[[bytes], Answer], certificate: tuple[Path, Path] | None = None
+) -> Iterator[Scripted]:
     """A server that gives these answers in turn, the last one for ever; with a certificate and its
-    key over TLS."""
+    key over TLS. A function answers by the request's body."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -37,7 +39,8 @@ def scripted(*answers: Answer, certificate: tuple[Path, Path] | None = None) -> 
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             made.sent.append((dict(self.headers), body))
-            answer = answers[min(len(made.sent), len(answers)) - 1]
+            scripted_one = answers[min(len(made.sent), len(answers)) - 1]
+            answer = scripted_one(body) if callable(scripted_one) else scripted_one
             if answer is None:
                 self.close_connection = True
             else:

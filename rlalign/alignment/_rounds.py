@@ -231,9 +231,9 @@ class Alignment:
         # the time that was waited for, shared out by who worked how long
         work = {"rollout": 0.0, "reward": 0.0}
         for one in scored:
-            for phase in work:
-                work[phase] += one.seconds.get(phase, 0.0)
-        share = waited / max(sum(work.values()), 1e-9)
+            for phase, spent in one.seconds.items():
+                work[phase] = work.get(phase, 0.0) + spent
+        share = waited / max(work["rollout"] + work["reward"], 1e-9)
         # the line, in the order of the columns
         line: dict[str, Any] = {
             "round": self.done,

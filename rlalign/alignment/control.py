@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlalign.core.files import write_whole
 from rlalign.core.registry import UserError
+from rlalign.learning.shares import reward_shares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -106,6 +107,7 @@ class Status:
             facts["reward"] = line["reward/total/mean"]
         facts["seconds_per_round"] = statistics.median(self._seconds)
         facts["eta_seconds"] = (facts["rounds"] - line["round"]) * facts["seconds_per_round"]
+        facts["reward_shares"] = reward_shares([line])
         self.write(state="running" if facts["state"] == "starting" else facts["state"])
 
     def write(self, **facts: Any) -> None:

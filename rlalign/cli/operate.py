@@ -183,6 +183,11 @@ def _progress(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:
     if "reward" in found:
         rows["reward"] = f"{found['reward']:.4f}"
     rows["seconds a round"] = f"{found['seconds_per_round']:.1f}"
+    # a reward that takes a tenth of a round or more is worth a look
+    slow = {title: s for title, s in found.get("reward_shares", {}).items() if s >= 0.1}
+    if slow:
+        said = [f"{title} {100 * share:.0f} %" for title, share in slow.items()]
+        rows["slow rewards"] = f"{', '.join(said)} of the last round"
     if not over:
         rows["time left"] = _clock(found["eta_seconds"])
     return rows

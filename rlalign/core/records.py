@@ -179,7 +179,7 @@ class Scored:
     media_BFCHW: np.ndarray | None = None
     """(B, F, 3, H, W) uint8, where asked for."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Phase ("rollout", "reward") -> seconds of work."""
+    """Phase ("rollout", "reward") -> seconds of work; "reward/TITLE" -> those of one reward."""
 
     @property
     def kept_B(self) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -49,6 +50,8 @@ class Scores(NamedTuple):
     """Title -> (B,) float32; NaN where a score is missing."""
     total_B: np.ndarray
     """(B,) float32 weighted sum of the rewards that are followed; NaN where one is missing."""
+    seconds: Mapping[str, float] = MappingProxyType({})
+    """Title -> how long it took, where that was measured."""
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:

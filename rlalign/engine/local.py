@@ -54,8 +54,13 @@ class LiveRewards:
         self, media_BFCHW: np.ndarray, prompts: Sequence[str], *, held_out: bool = False
     ) -> Scores:
         asked = [*self._rewards, *(self._held_out if held_out else [])]
-        raw = {r.title: score(r, self._scorers[r.title], media_BFCHW, prompts) for r in asked}
-        return self.counted(raw)
+        raw: dict[str, np.ndarray] = {}
+        seconds: dict[str, float] = {}
+        for reward in asked:
+            start = time.monotonic()
+            raw[reward.title] = score(reward, self._scorers[reward.title], media_BFCHW, prompts)
+            seconds[reward.title] = time.monotonic() - start
+        return self.counted(raw)._replace(seconds=seconds)
 
     def counted(self, raw: Mapping[str, np.ndarray]) -> Scores:
         """Raw scores with their total; adds to the counts."""

@@ -163,7 +163,7 @@ class Produced(NamedTuple):
     media_BFCHW: np.ndarray
     scores: Scores
     seconds: Mapping[str, float]
-    """Phase ("rollout", "reward") -> seconds of work."""
+    """Phase ("rollout", "reward") -> seconds of work; "reward/TITLE" -> those of one reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,7 @@ class Produce(Rollout):
         held_out = self.unit.key.stream == "evaluate"
         scores = rewards.score_bytes(media_BFCHW, self.unit.prompts, held_out=held_out)
         seconds = {"rollout": middle - start, "reward": time.monotonic() - middle}
+        seconds |= {f"reward/{title}": s for title, s in scores.seconds.items()}
         return Produced(trajectory, media_BFCHW, scores, seconds)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlalign.learning.shares import reward_shares
 from rlalign.report.files import RunFiles
 from rlalign.report.rewards import total_role
 
@@ -146,6 +147,7 @@ def cost(run: RunFiles) -> list[tuple[str, str]]:
         ("Reward queries", f"{last['reward_queries']:,}"),
         ("Optimiser updates", f"{last['policy_version']:,}"),
         ("Time in rounds", clock(learning)),
+        *_reward_times(run),
         ("Time in evaluations", clock(looking)),
         ("Samples per second", f"{last['samples'] / max(learning, 1e-9):.1f}"),
         (
@@ -156,6 +158,12 @@ def cost(run: RunFiles) -> list[tuple[str, str]]:
     ]
     through = last.get("driver_bytes_per_sample")
     return rows + ([("Through the driver", f"{through:,.0f} bytes a sample")] if through else [])
+
+
+def _reward_times(run: RunFiles) -> list[tuple[str, str]]:
+    """Which rewards the rounds waited for; none for runs that did not measure it."""
+    said = [f"{title} {100 * share:.0f} %" for title, share in reward_shares(run.rounds).items()]
+    return [("Waited for rewards", f"{', '.join(said)} of the time in rounds")] if said else []
 
 
 def number(value: float | None) -> str:

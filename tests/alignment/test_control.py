@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlalign.alignment import control
+from rlalign.cli import main
 from rlalign.core.registry import UserError
 
 
@@ -42,12 +43,27 @@ def test_status_tells_round_reward_and_time_left(tmp_path: Path) -> None:
                 "staleness/max": 0,
                 "reward/total/mean": 0.1 * number,
                 "seconds/round": seconds,
+                "seconds/reward/my judge": 0.6 * seconds,
+                "seconds/reward/jpeg": 0.01 * seconds,
             }
         )
     found = control.status_of(tmp_path)
     assert (found["state"], found["round"], found["rounds"]) == ("running", 3, 10)
     assert found["reward"] == pytest.approx(0.3)
     assert found["eta_seconds"] == pytest.approx(7 * 2.0)
+    assert found["reward_shares"] == {"my judge": pytest.approx(0.6), "jpeg": pytest.approx(0.01)}
+
+
+def test_the_status_command_names_the_rewards_that_take_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = control.Status(tmp_path, 10, name="test")
+    line = {"round": 1, "staleness/max": 0, "seconds/round": 5.0}
+    shares = {"my judge": 3.0, "jpeg": 0.01, "ocr": 0.5}
+    status.record(line | {f"seconds/reward/{title}": s for title, s in shares.items()})
+    assert main(["status", str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "slow rewards my judge 60 %, ocr 10 % of the last round" in said
 
 
 def test_what_is_not_a_round_changes_nothing(tmp_path: Path) -> None:

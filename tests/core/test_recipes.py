@@ -30,7 +30,9 @@ REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
     ("rewards", "aesthetic"): {"head": "head.safetensors"},
     ("rewards", "function"): {"call": "math:fsum"},
     ("rewards", "hpsv2"): {"weights": "hpsv2.safetensors"},
+    ("rewards", "hpsv3"): {"instruction": "data_collator_qwen.py"},
     ("rewards", "imagereward"): {"weights": "ImageReward.safetensors"},
+    ("rewards", "vlm_judge"): {"model": "a-judge"},
 }
 """The settings that cannot have a default, each with a value to build the recipe with."""
 

@@ -66,6 +66,8 @@ def test_a_run_folder_is_complete(local_run: Path) -> None:
     contract |= {f"seconds/{p}" for p in ("rollout", "reward", "update", "sync", "round")}
     first = json.loads((local_run / "metrics.jsonl").read_text().splitlines()[0])
     assert contract <= first.keys()
+    # of the one reward, all but what the engine does around it
+    assert 0.0 < first[f"seconds/reward/{reward}"] <= first["seconds/reward"]
     assert [m["samples"] for m in metrics(local_run)] == [8, 16, 24, 32]
 
 

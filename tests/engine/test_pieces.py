@@ -58,6 +58,8 @@ def test_a_unit_is_the_same_chain_in_each_of_its_forms(stream: str, titles: list
     alone, alone_media = one(engine, Rollout(unit=unit, version=3)).value
     scored = one(engine, Produce(unit=unit, version=3))
     pictures = one(engine, Pictures(unit=unit, version=3)).value
+    parts = {"rollout", "reward", *(f"reward/{title}" for title in titles)}
+    assert scored.value.seconds.keys() == parts
     made = scored.value
     for found in (alone, made.trajectory):
         for name, expected in vars(trajectory).items():

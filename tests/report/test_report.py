@@ -20,7 +20,7 @@ from rlalign.report import write_report
 from rlalign.report.charts import charts
 from rlalign.report.curves import Series, line_chart, smooth, stacked_bars
 from rlalign.report.files import read_run
-from rlalign.report.numbers import clock, headline, number, paired_interval, signed
+from rlalign.report.numbers import clock, cost, headline, number, paired_interval, signed
 from rlalign.report.rewards import reward_table
 
 EVIL = 'a <script>alert("x")</script> & a "cat"'
@@ -63,7 +63,7 @@ def round_record(r: int) -> dict[str, float | None]:
     return (
         line
         | {f"seconds/{p}": 0.5 for p in ("rollout", "reward", "update", "sync")}
-        | {"seconds/round": 2.0}
+        | {"seconds/round": 2.0, "seconds/reward/jpeg": 0.1, "seconds/reward/shapes": 0.4}
     )
 
 
@@ -354,6 +354,11 @@ def test_numbers_are_written_for_people(value, text):
 def test_signs_and_clocks():
     assert [signed(v) for v in (0.1, -0.1, None)] == ["+0.100", "−0.100", "–"]
     assert [clock(s) for s in (2.04, 65, 7_620)] == ["2.0 s", "1 min 05 s", "2 h 07 min"]
+
+
+def test_the_cost_names_the_rewards_that_the_rounds_waited_for(tmp_path):
+    rows = dict(cost(read_run(make_run(tmp_path))))
+    assert rows["Waited for rewards"] == "shapes 20 %, jpeg 5 % of the time in rounds"
 
 
 # several rewards, and what changed most

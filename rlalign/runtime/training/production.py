@@ -77,7 +77,7 @@ class Production:
             raw, seconds = await self._scored(unit, parts[1], reward)
             return UnitResult(
                 raw=raw,
-                seconds={"rollout": done.cost.seconds, "reward": seconds},
+                seconds={"rollout": done.cost.seconds, **seconds},
                 refs=(parts[0], parts[1]),
             )
 
@@ -115,8 +115,9 @@ class Production:
 
     async def _scored(
         self, unit: Unit, media: ray.ObjectRef, reward: WeightsRef | None
-    ) -> tuple[dict[str, np.ndarray], float]:
-        """(reward title -> raw scores, seconds of all of them)."""
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """(reward title -> raw scores, "reward" -> seconds of all of them, "reward/TITLE" -> of
+        one)."""
         titles = self._titles[unit.key.stream]
         answers = await self.pools.score(
             titles, media, unit.prompts, unit=str(unit.key), weights=reward
@@ -127,7 +128,8 @@ class Production:
             self._gauges.count("rlalign_reward_errors_total", missing, reward=title)
         raw = {title: answer.score_B for title, answer in answers.items()}
         self.count(raw)
-        return raw, sum(answer.seconds for answer in answers.values())
+        seconds = {f"reward/{title}": answer.seconds for title, answer in answers.items()}
+        return raw, {"reward": sum(seconds.values()), **seconds}
 
     def _note(self, role: Role, unit: Unit, seconds: float) -> None:
         """What a unit cost a worker."""
