@@ -288,7 +288,7 @@ class Alignment:
         scored = self.sample_fixed(weights)
         # one process writes what is measured
         if self.recorder is not None:
-            summary = evaluate.summarise(scored, self.trained, self.held_out)
+            summary = self.summarise(scored)
             with self.learner.policy.holding(dict(weights.tensors)):
                 summary["kl/per_step_gaussian"] = evaluate.kl_to_reference(
                     self.learner.policy, scored
@@ -300,12 +300,14 @@ class Alignment:
             self.on_record({"evaluation": line})
         # every process knows the verdict
         self.shown = (weights.tag, scored)
-        verdict = self.guard.observe(
-            self.done, evaluate.summarise(scored, self.trained, self.held_out)
-        )
+        verdict = self.guard.observe(self.done, self.summarise(scored))
         self.learner.scale_rate(self.guard.rate)
         if verdict:
             self.on_record({"note": verdict})
+
+    def summarise(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """What an evaluation measures of pictures and their scores."""
+        return evaluate.summarise(scored, self.trained, self.held_out, self.run.evaluate.by)
 
     @property
     def trained(self) -> list[str]:
@@ -330,7 +332,8 @@ class Alignment:
         # compared, exported and reported by one process
         policy = self.learner.policy
         policy.set_weights(dict(aligned_weights.tensors))
-        result = evaluate.compare(base, aligned, self.trained, self.held_out)
+        by = self.run.evaluate.by
+        result = evaluate.compare(base, aligned, self.trained, self.held_out, by)
         result["round"] = self.done
         if self.guard.stopped:
             result["stopped"] = self.guard.reason

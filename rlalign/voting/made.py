@@ -16,6 +16,7 @@ class Made:
     """A picture as its file's bytes, and what is known of it."""
 
     caption: str
+    """Its record, where it has one, goes to the rewards; the store has the text."""
     content: bytes
     policy: str = ""
     """Who made it."""
@@ -30,7 +31,7 @@ class Made:
         """Its row in a store."""
         return Picture(
             uid=picture_uid(self.content),
-            caption=self.caption,
+            caption=str(self.caption),
             policy=self.policy,
             seed=self.seed,
             plan=self.plan,

@@ -110,7 +110,7 @@ def first_of(prompts: Sequence[str], count: int) -> list[tuple[int, str]]:
 
 def walk_texts(prompts: Sequence[str]) -> Iterator[str]:
     """The text of every prompt of a pool, in order, without holding a long one in memory."""
-    return chain.from_iterable(texts_of(prompts))
+    return map(str, chain.from_iterable(texts_of(prompts)))
 
 
 def split_by_text(prompts: Sequence[str], share: float) -> np.ndarray:
