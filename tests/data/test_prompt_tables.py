@@ -404,3 +404,13 @@ def test_parquet_is_read_in_batches_of_the_columns_that_are_wanted(tmp_path, mon
     assert max(made) <= 4096
     assert isinstance(pool, ParquetRows)
     assert pool._rows.dtype == np.int64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["txt", "jsonl", "parquet"])
+def test_a_million_prompts_take_less_than_300_mb_more_than_ten(tmp_path, form):
+    """The largest resident set of a process that draws, holds out and compares."""
+    from benchmarks.long_prompts import measure_all
+
+    found = measure_all(1_000_000, tmp_path, (form,))
+    assert found[form]["memory_of_all"] < 300
