@@ -23,7 +23,9 @@ def listed(words, **settings) -> dict:
 
 def mix(*shares, **settings) -> Prompts:
     sources = [{"share": s, "label": label, "prompts": p} for s, label, p in shares]
-    return build("prompts", {"name": "mix", "sources": sources, **settings})
+    found = build("prompts", {"name": "mix", "sources": sources, **settings})
+    assert isinstance(found, Prompts)
+    return found
 
 
 def two(share=0.7, **settings) -> Prompts:
@@ -101,6 +103,7 @@ def test_a_mix_of_files_keeps_their_records(tmp_path):
             ],
         },
     )
+    assert isinstance(found, Mix)
     pool = found.pool()
     assert [(str(p), dict(record_of(p))) for p in pool] == [
         ("a cat", {"tag": "x", "source": "one"}),

@@ -42,7 +42,13 @@ GENEVAL = [
 
 
 def source(path, **settings) -> Prompts:
-    return build("prompts", {"name": "file", "path": str(path), **settings})
+    return made({"name": "file", "path": str(path), **settings})
+
+
+def made(settings: dict) -> Prompts:
+    found = build("prompts", settings)
+    assert isinstance(found, Prompts)
+    return found
 
 
 def write_lines(path, rows):
@@ -273,7 +279,7 @@ def test_a_round_is_the_same_from_every_form_of_file(tmp_path, monkeypatch, name
     path = write(tmp_path / name, texts)
     settings = {"per_round": 40, "per_unit": 4, "samples_per_prompt": 2}
     found = source(path, **settings)
-    listed = build("prompts", {"name": "list", "prompts": texts, **settings})
+    listed = made({"name": "list", "prompts": texts, **settings})
     for round in (1, 2):
         drawn = found.draw(3, round)
         assert [t for _, t in drawn] == [t for _, t in listed.draw(3, round)]
@@ -347,7 +353,7 @@ def test_prompts_on_both_sides_are_found(tmp_path, name):
 
 
 def test_a_list_tells_of_prompts_on_both_sides():
-    listed = build("prompts", {"name": "list", "prompts": ["a", "b"], "held_out_prompts": ["b"]})
+    listed = made({"name": "list", "prompts": ["a", "b"], "held_out_prompts": ["b"]})
     assert str(listed.find_overlap()).startswith("1 of 1 held-out prompts")
 
 

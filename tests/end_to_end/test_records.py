@@ -64,6 +64,13 @@ def test_prompts_on_both_sides_are_told_at_the_start(local: tuple[Path, list[str
     assert local[1] == ["prompts: 3 of 3 held-out prompts are trained on as well, such as 'left'"]
 
 
+def test_check_tells_them_too(tmp_path: Path) -> None:
+    from rlalign.cli.check.describe import read_prompts_and_pairs
+
+    said = read_prompts_and_pairs(run_of(tmp_path))
+    assert said["held-out prompts"].startswith("3 of 3 held-out prompts are trained on as well")
+
+
 def test_scores_are_told_by_a_field_of_the_record(local: tuple[Path, list[str]]) -> None:
     folder = local[0] / "run"
     final = json.loads((folder / "evaluation.json").read_text())
