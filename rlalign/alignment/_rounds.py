@@ -309,7 +309,7 @@ class Alignment:
         """Samples the fixed prompts, writes the grid and a line of evaluations.jsonl."""
         start = time.monotonic()
         scored = self.sample_fixed(weights)
-        summary = evaluate.summarise(scored, self.trained, self.held_out)
+        summary = self.summarise(scored)
         # one process writes what is measured
         if self.display is not None:
             self.display.show(self.done, scored)
@@ -334,6 +334,10 @@ class Alignment:
             weight = algorithm.kl_weight * self.guard.kl
             self.learner.loss = algorithm.model_copy(update={"kl_weight": weight}).loss
 
+    def summarise(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """What an evaluation measures of pictures and their scores."""
+        return evaluate.summarise(scored, self.trained, self.held_out, self.run.evaluate.by)
+
     @property
     def trained(self) -> list[str]:
         return [r.title for r in self.run.rewards]
@@ -356,7 +360,8 @@ class Alignment:
         # compared, exported and reported by one process
         policy = self.learner.policy
         policy.set_weights(dict(aligned_weights.tensors))
-        result = evaluate.compare(base, aligned, self.trained, self.held_out)
+        by = self.run.evaluate.by
+        result = evaluate.compare(base, aligned, self.trained, self.held_out, by)
         result["round"] = self.done
         if self.guard.stopped:
             result["stopped"] = self.guard.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from rlalign.config import Run
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.reader import open_pairs_of
+from rlalign.data.prompts.base import walk_texts
 from rlalign.networks.embeddings import (
     EmbeddingsFile,
     RefusedFile,
@@ -39,10 +41,10 @@ class Written:
 def prompts_of(run: Run) -> list[str]:
     """Every prompt that a run may ask for: its source's, the evaluation's, its set's captions, of
     votes those that there are now."""
-    held_out = [text for _, text in run.prompts.held_out(run.evaluate.prompts)]
+    held_out = [str(prompt) for _, prompt in run.prompts.held_out(run.evaluate.prompts)]
     pairs = run.preferences
     captions = [] if pairs is None else open_pairs_of(pairs, run.seed).captions
-    return list(dict.fromkeys([*run.prompts.pool(), *held_out, *captions]))
+    return list(dict.fromkeys(chain(walk_texts(run.prompts.pool()), held_out, captions)))
 
 
 def encode_prompts(

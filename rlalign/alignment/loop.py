@@ -51,6 +51,9 @@ def align(
         alignment.pairs = pairs
         if pairs is not None and pairs.note and learner.is_main:
             on_record({"note": f"preferences: {pairs.note}"})
+        overlap = run.prompts.find_overlap() if run.preferences is None else None
+        if overlap is not None and learner.is_main:
+            on_record({"note": f"prompts: {overlap}"})
         try:
             alignment.resume()
             while alignment.goes_on and alignment.has_pairs():

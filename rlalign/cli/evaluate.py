@@ -89,10 +89,11 @@ def _compare(
     aligned, distance = sample(mine, run)
     base: list[Scored] = []
     if other is None:
-        result = {"plan": run.plan.model_dump(), **_summarise(aligned, trained, held_out)}
+        found = _summarise(aligned, trained, held_out, run.evaluate.by)
+        result = {"plan": run.plan.model_dump(), **found}
     else:
         base, _ = sample(other, run)
-        result = compare(base, aligned, trained, held_out)
+        result = compare(base, aligned, trained, held_out, run.evaluate.by)
         own_base = other.title == mine.title
         result["against"] = f"the base model of {mine.title}" if own_base else other.title
     result = {"model": mine.title, **result}
@@ -163,18 +164,18 @@ def sample(model: Model, run: Run) -> tuple[list[Scored], float | None]:
 
 
 def _summarise(
-    scored: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str]
+    scored: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str], by: str
 ) -> dict[str, Any]:
     """What ``compare`` says, of one model."""
-    from rlalign.learning.evaluate import scores_by_prompt, summarise
+    from rlalign.learning.evaluate import said_of, scores_by_prompt, summarise
 
     samples = [
-        {"prompt": prompt, "aligned": scores}
+        {**said_of(prompt), "aligned": scores}
         for prompt, scores in scores_by_prompt(scored, ["total", *trained, *held_out])
     ]
     return {
         "prompts": len(samples),
-        "aligned": summarise(scored, trained, held_out),
+        "aligned": summarise(scored, trained, held_out, by),
         "samples": samples,
     }
 

@@ -3,6 +3,7 @@ it shall hold."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -33,3 +34,18 @@ class Prompt(str):
 def record_of(prompt: str) -> Mapping[str, Any]:
     """What a prompt carries beside its text; empty for a plain string."""
     return prompt.record if isinstance(prompt, Prompt) else _NOTHING
+
+
+def dump_record(prompt: str) -> str:
+    """What a prompt carries, as a JSON object; "{}" for a plain string."""
+    return json.dumps(dict(record_of(prompt)), ensure_ascii=False)
+
+
+def with_record(text: str, record: Any) -> str:
+    """The prompt of a text and of the JSON object that ``dump_record`` wrote; the plain text where
+    there is none, or where it is something else."""
+    try:
+        found = json.loads(record) if isinstance(record, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    return Prompt(text, found) if isinstance(found, dict) and found else text

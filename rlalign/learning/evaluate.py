@@ -14,8 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from rlalign.core.files import dump_json, write_whole
+from rlalign.core.prompts import record_of
 from rlalign.core.records import Plan, Scored, Unit, UnitKey
-from rlalign.core.registry import plugin_field
+from rlalign.core.registry import Before, plugin_field
 from rlalign.diffusion.rollout import replay
 from rlalign.policies.base import Policy
 from rlalign.rewards.base import Reward
@@ -36,6 +37,10 @@ class EvaluateSettings(BaseModel):
     prompts: int = Field(default=64, ge=1, description="held-out prompts")
     rewards: tuple[SerializeAsAny[_HeldOut], ...] = Field(
         default=(), description="held-out rewards: measured, never trained on"
+    )
+    by: Annotated[str, Before("")] = Field(
+        default="",
+        description="field of the prompts' records: the mean score of each of its values as well",
     )
     grid: int = Field(default=16, ge=1, description="pictures in the sample grid")
     seed: int = Field(default=0, ge=0, description="decides the noise")
@@ -66,18 +71,47 @@ def media_of(scored: Sequence[Scored]) -> np.ndarray:
 
 
 def summarise(
-    scored: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str]
+    scored: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str], by: str = ""
 ) -> dict[str, float]:
-    """Mean and std of the total and of each reward, and the diversity of the pictures."""
+    """Mean and std of the total and of each reward, and the diversity of the pictures.
+
+    ``by`` is a field of the prompts' records: ``reward/TITLE/BY=VALUE`` is the mean over the
+    prompts that have a value there, ``reward/TITLE/mean_by_BY`` the mean over the values of those.
+    """
     out: dict[str, float] = {}
+    groups = _groups(scored, by) if by else {}
     for prefix, titles in (("reward", ["total", *trained]), ("held_out", list(held_out))):
         for title in titles:
-            score_N = collect_scores(scored, title)
-            score_N = score_N[np.isfinite(score_N)].astype(np.float64)
-            out[f"{prefix}/{title}/mean"] = float(score_N.mean()) if len(score_N) else float("nan")
+            every_N = collect_scores(scored, title).astype(np.float64)
+            score_N = every_N[np.isfinite(every_N)]
+            out[f"{prefix}/{title}/mean"] = _mean(every_N)
             out[f"{prefix}/{title}/std"] = float(score_N.std()) if len(score_N) else float("nan")
+            means = {value: _mean(every_N[inside_N]) for value, inside_N in groups.items()}
+            out |= {f"{prefix}/{title}/{by}={value}": mean for value, mean in means.items()}
+            if means:
+                out[f"{prefix}/{title}/mean_by_{by}"] = _mean(np.array(list(means.values())))
     out["diversity/pixel_rms"] = pixel_diversity(media_of(scored))
     return out
+
+
+def _mean(score_N: np.ndarray) -> float:
+    """The mean of the scores that there are."""
+    score_N = score_N[np.isfinite(score_N)]
+    return float(score_N.mean()) if len(score_N) else float("nan")
+
+
+def _groups(scored: Sequence[Scored], by: str) -> dict[str, np.ndarray]:
+    """Value of a field of the records -> (N,) bool: the samples that have it, in unit order.
+    Values are sorted; "none" is that of records without the field."""
+    said = [record_of(prompt).get(by, "none") for one in scored for prompt in one.unit.prompts]
+    names = np.array([_name_of(value) for value in said])
+    return {str(name): names == name for name in np.unique(names)}
+
+
+def _name_of(value: Any) -> str:
+    """A value within the name of a metric, whose parts are cut at slashes."""
+    text = value if isinstance(value, str) else dump_json(value)
+    return text.replace("/", "|")
 
 
 def round_facts(scored: Sequence[Scored], titles: Sequence[str]) -> dict[str, float]:
@@ -143,16 +177,17 @@ def compare(
     aligned: Sequence[Scored],
     trained: Sequence[str],
     held_out: Sequence[str],
+    by: str = "",
 ) -> dict[str, Any]:
     """Two models on the same prompts and noise: the content of ``evaluation.json`` but for what
     needs a live policy."""
-    before = summarise(base, trained, held_out)
-    after = summarise(aligned, trained, held_out)
+    before = summarise(base, trained, held_out, by)
+    after = summarise(aligned, trained, held_out, by)
     titles = ["total", *trained, *held_out]
 
     # every picture under both models
     samples = [
-        {"prompt": prompt, "base": base_scores, "aligned": aligned_scores}
+        {**said_of(prompt), "base": base_scores, "aligned": aligned_scores}
         for (prompt, base_scores), (_, aligned_scores) in zip(
             scores_by_prompt(base, titles), scores_by_prompt(aligned, titles), strict=True
         )
@@ -168,6 +203,12 @@ def compare(
         },
         "samples": samples,
     }
+
+
+def said_of(prompt: str) -> dict[str, Any]:
+    """A prompt within a file of results: its text, and its record where it has one."""
+    record = dict(record_of(prompt))
+    return {"prompt": str(prompt), **({"record": record} if record else {})}
 
 
 def scores_by_prompt(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,7 @@ def comparison(run: RunFiles) -> list[dict[str, Any]]:
         for t in run.trained
     ]
     rows += [(t, f"held_out/{t}/mean", t, "held out") for t in run.held_out]
+    rows += group_rows(final["aligned"], str((run.config.get("evaluate") or {}).get("by") or ""))
     rows += [("diversity", "diversity/pixel_rms", "", "pixel distance of pairs, of 1")]
     return [
         {
@@ -123,6 +124,18 @@ def comparison(run: RunFiles) -> list[dict[str, Any]]:
         }
         for name, key, title, role in rows
     ]
+
+
+def group_rows(summary: Mapping[str, Any], by: str) -> list[tuple[str, str, str, str]]:
+    """(name, key, "", role) of each mean by ``by``, a field of the prompts' records."""
+    rows = []
+    for key in summary if by else ():
+        _, title, name = [*key.split("/", 2), "", ""][:3]
+        if name == f"mean_by_{by}":
+            rows.append((title, key, "", f"mean over {by}"))
+        elif name.startswith(f"{by}="):
+            rows.append((title, key, "", f"{by} = {name.removeprefix(f'{by}=')}"))
+    return rows
 
 
 def gap(before: float | None, after: float | None) -> float | None:

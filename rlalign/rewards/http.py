@@ -178,6 +178,7 @@ class _HttpScorer:
         hints = {
             401: f"the token in {self.reward.token_env or 'token_env'} is not the server's",
             404: "url is the address without /score",
+            400: "where the prompts have records, an older server knows none of them",
             413: "lower batch",
         }
         hint = hints.get(status, "see the server's log" if status >= 500 else "")

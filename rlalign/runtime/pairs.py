@@ -22,6 +22,7 @@ import numpy as np
 import ray
 import ray.data
 
+from rlalign.core.prompts import dump_record, with_record
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.buckets import Crop
 from rlalign.data.pairs.reader import PairReader
@@ -135,7 +136,7 @@ def _row(row: dict[str, Any]) -> Pair | _Undecodable:
     if row["fault"]:
         return _Undecodable(row=str(row["row"]), why=str(row["fault"]))
     return Pair(
-        caption=str(row["caption"]),
+        caption=with_record(str(row["caption"]), str(row["record"])),
         picture_0=_picture(row["picture_0"], row["shape_0"]),
         picture_1=_picture(row["picture_1"], row["shape_1"]),
         label_0=float(row["label_0"]),
@@ -185,6 +186,7 @@ _NOTHING: dict[str, Any] = {
     "refused": "",
     "fault": "",
     "caption": "",
+    "record": "",
     "label_0": 0.0,
     "source": "",
     "picture_0": b"",
@@ -208,7 +210,8 @@ def _packed(row: dict[str, Any], size: int, resize: Resize) -> dict[str, Any]:
     except ValueError as error:
         return {"fault": str(error)}
     return {
-        "caption": pair.caption,
+        "caption": str(pair.caption),
+        "record": dump_record(pair.caption),
         "label_0": pair.label_0,
         "source": pair.source,
         "picture_0": pair.picture_0.tobytes(),

@@ -26,6 +26,7 @@ from rlalign.config import Run, locate_run, resolved
 from rlalign.core.media import as_uint8
 from rlalign.core.records import Scored, Weights
 from rlalign.core.registry import UserError
+from rlalign.data.prompts.base import prompt_id
 from rlalign.learning import evaluate
 from rlalign.learning.log import Log
 from rlalign.learning.metrics import Recorder
@@ -33,6 +34,7 @@ from rlalign.rewards.base import refuse_constraints, score, total
 from rlalign.sinks.base import Origin
 
 ENVIRONMENT = "rlalign/denoising"
+MOST_PROMPTS = 10_000
 OnRecord = Callable[[dict[str, Any]], None]
 
 
@@ -62,8 +64,17 @@ def environment(run: Run) -> Denoising:
 
 
 def prompts_of(run: Run) -> list[str]:
-    """The run's prompts, each once: an observation says by number which one it is."""
-    return list(dict.fromkeys(run.prompts.pool()))
+    """The run's prompts, each once: an observation says by number which one it is.
+
+    Raises UserError for more than ``MOST_PROMPTS``.
+    """
+    pool = run.prompts.pool()
+    if len(pool) > MOST_PROMPTS:
+        raise UserError(
+            f"prompts must be at most {MOST_PROMPTS:,} for rllib, whose observations have a number"
+            f" for each, got {len(pool):,}; name a shorter list, or use rlalign train"
+        )
+    return list({prompt_id(prompt): prompt for prompt in pool}.values())
 
 
 class DenoisingModule(TorchRLModule, ValueFunctionAPI):
@@ -186,7 +197,8 @@ def train(run: Run, folder: Path, on_record: OnRecord, *, runners: int = 0) -> d
     finally:
         ray.shutdown()
     titles = [r.title for r in run.rewards]
-    found = evaluate.compare(base, trained, titles, [r.title for r in run.evaluate.rewards])
+    held_out = [r.title for r in run.evaluate.rewards]
+    found = evaluate.compare(base, trained, titles, held_out, run.evaluate.by)
     found["round"] = run.rounds
     evaluate.write_json(folder / "evaluation.json", found)
     policy.save(folder / "policy")

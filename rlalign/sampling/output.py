@@ -15,6 +15,7 @@ from rlalign.core.files import write_whole
 from rlalign.core.media import to_image
 from rlalign.core.pictures import write_grid
 from rlalign.learning.checkpoint import disk_errors
+from rlalign.learning.evaluate import said_of
 from rlalign.report import curves
 from rlalign.report.gallery import cells
 from rlalign.report.pages import write_page
@@ -64,7 +65,7 @@ def describe(sample: Sample, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     pictures = []
     for i, prompt in enumerate(sample.unit.prompts):
         scores = {o.title: _picture_scores(o, i) for o in outcomes}
-        pictures.append({"prompt": prompt, **scores})
+        pictures.append({**said_of(prompt), **scores})
     return {
         "name": sample.name,
         "model": sample.model.title,

@@ -78,7 +78,7 @@ class Pairing:
         return Item(
             id=digest("item", vote.name, group[0].caption, *chosen),
             campaign=vote.name,
-            caption=group[0].caption,
+            caption=str(group[0].caption),
             uids=tuple(chosen),
             kind=kind,
             rule=choice.rule,
@@ -117,7 +117,7 @@ class Pairing:
                 Item(
                     id=digest("gold", vote.name, own.caption, *uids),
                     campaign=vote.name,
-                    caption=own.caption,
+                    caption=str(own.caption),
                     uids=uids,
                     kind="gold",
                     truth=uids[0],

@@ -18,7 +18,8 @@ class PictureFile:
     picture: Picture
     content: bytes
     caption: str
-    """As it was drawn by; the store has its text alone."""
+    """As it was drawn by; its record, where it has one, goes to the rewards, and the store has the
+    text alone."""
 
     @classmethod
     def of(cls, content: bytes, caption: str, **facts: Any) -> PictureFile:

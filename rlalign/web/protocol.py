@@ -2,7 +2,8 @@
 Pure functions.
 
 ``POST /score`` takes ``{"prompts": [B strings], "media": [[a PNG in base64 per frame] per
-sample]}`` and answers ``{"scores": [B numbers or null], "reward": title}``; null is a failed score.
+sample]}``, and with prompts that carry records ``"records": [B objects or null]``. It answers
+``{"scores": [B numbers or null], "reward": title}``; null is a failed score.
 ``GET /health`` answers ``{"reward": title, ...}``. Whatever is refused is answered with ``{"error":
 "one sentence"}``. Nothing that arrives is unpickled or evaluated, and sizes are read off before
 anything is decoded.
@@ -18,12 +19,13 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlalign.core.files import parse_strict_json
 from rlalign.core.media import encode_image, to_image
+from rlalign.core.prompts import Prompt, record_of
 from rlalign.core.registry import UserError
 from rlalign.web.refused import Refused
 
@@ -34,6 +36,8 @@ MAX_SIDE = 8192
 MAX_PIXELS = 64 * 2**20
 """Of all frames of a request together: 64 pictures of 1024 x 1024."""
 MAX_PROMPT_CHARACTERS = 10_000
+MAX_RECORD_BYTES = 2**16
+"""Of one prompt's record as JSON."""
 MAX_ANSWER_BYTES = 2**20
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -64,36 +68,62 @@ def requests_of(
     most = min(most, MAX_SAMPLES, MAX_PIXELS // pixels)
 
     # as many samples in a request as fit
-    names: list[str] = []
-    pictures: list[str] = []
+    samples: list[_Sample] = []
     size = 0
     for prompt, media_FCHW in zip(prompts, media_BFCHW, strict=True):
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise UserError(
-                f"a prompt over HTTP has at most {MAX_PROMPT_CHARACTERS:,} characters, got"
-                f" {len(prompt):,}"
-            )
-        name = json.dumps(prompt)
-        media = json.dumps([base64.b64encode(png(f)).decode() for f in media_FCHW])
-        more = len(name) + len(media) + 4
-        if more + 64 > MAX_BODY_BYTES:
+        sample = _Sample(
+            name=_name_of(prompt),
+            record=_record_of(prompt),
+            media=json.dumps([base64.b64encode(png(f)).decode() for f in media_FCHW]),
+        )
+        more = sum(map(len, sample)) + 6
+        if more + 96 > MAX_BODY_BYTES:
             raise UserError(
                 f"a sample of {more:,} bytes is too large for a request of {MAX_BODY_BYTES:,}"
             )
-        if names and (len(names) == most or size + more + 64 > MAX_BODY_BYTES):
-            yield len(names), _body(names, pictures)
-            names = []
-            pictures = []
+        if samples and (len(samples) == most or size + more + 96 > MAX_BODY_BYTES):
+            yield len(samples), _body(samples)
+            samples = []
             size = 0
-        names.append(name)
-        pictures.append(media)
+        samples.append(sample)
         size += more
-    if names:
-        yield len(names), _body(names, pictures)
+    if samples:
+        yield len(samples), _body(samples)
 
 
-def _body(names: list[str], pictures: list[str]) -> bytes:
-    return f'{{"prompts": [{", ".join(names)}], "media": [{", ".join(pictures)}]}}'.encode()
+class _Sample(NamedTuple):
+    """What a request says of a sample, each as JSON."""
+
+    name: str
+    record: str
+    media: str
+
+
+def _name_of(prompt: str) -> str:
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise UserError(
+            f"a prompt over HTTP has at most {MAX_PROMPT_CHARACTERS:,} characters, got"
+            f" {len(prompt):,}"
+        )
+    return json.dumps(prompt)
+
+
+def _record_of(prompt: str) -> str:
+    record = record_of(prompt)
+    said = json.dumps(dict(record), allow_nan=False) if record else "null"
+    if len(said) > MAX_RECORD_BYTES:
+        raise UserError(
+            f"a prompt's record over HTTP has at most {MAX_RECORD_BYTES:,} bytes as JSON, got"
+            f" {len(said):,} of {prompt[:40]!r}; leave fields out by the prompts' record"
+        )
+    return said
+
+
+def _body(samples: list[_Sample]) -> bytes:
+    """A request; without a word of records where no prompt has one, which older servers need."""
+    names, records, pictures = map(", ".join, zip(*samples, strict=True))
+    said = f', "records": [{records}]' if any(s.record != "null" for s in samples) else ""
+    return f'{{"prompts": [{names}]{said}, "media": [{pictures}]}}'.encode()
 
 
 def png(picture_CHW: np.ndarray) -> bytes:
@@ -102,13 +132,15 @@ def png(picture_CHW: np.ndarray) -> bytes:
 
 
 def read_request(body: bytes) -> tuple[np.ndarray, list[str]]:
-    """(uint8 media BFCHW, prompts) of a request's body. Raises Refused: 400 where it is malformed,
-    413 where too large."""
+    """(uint8 media BFCHW, prompts with their records) of a request's body. Raises Refused: 400
+    where it is malformed, 413 where too large."""
     # the shape of the whole
     found = _json(body)
-    if not isinstance(found, dict) or set(found) != {"prompts", "media"}:
+    if not isinstance(found, dict) or set(found) - {"records"} != {"prompts", "media"}:
         raise Refused(
-            400, 'the body must be a JSON object with the keys "prompts" and "media" and no others'
+            400,
+            'the body must be a JSON object with the keys "prompts" and "media", perhaps "records",'
+            " and no others",
         )
     prompts = found["prompts"]
     media = found["media"]
@@ -138,7 +170,23 @@ def read_request(body: bytes) -> tuple[np.ndarray, list[str]]:
         )
     if frames > MAX_FRAMES:
         raise Refused(413, f"a sample has at most {MAX_FRAMES} frames, got {frames}")
+    if "records" in found:
+        prompts = _with_records(prompts, found["records"])
     return _pictures(media, frames), prompts
+
+
+def _with_records(prompts: list[str], records: Any) -> list[str]:
+    if not isinstance(records, list) or len(records) != len(prompts):
+        raise Refused(400, "records must be a list of an object or null for each prompt")
+    for i, record in enumerate(records):
+        if record is None:
+            continue
+        if not isinstance(record, dict):
+            raise Refused(400, f"records[{i}] must be an object or null")
+        if len(json.dumps(record)) > MAX_RECORD_BYTES:
+            raise Refused(413, f"records[{i}] has more than {MAX_RECORD_BYTES:,} bytes")
+    pairs = zip(prompts, records, strict=True)
+    return [Prompt(prompt, record) if record else prompt for prompt, record in pairs]
 
 
 def _json(body: bytes) -> Any:

@@ -314,4 +314,4 @@ def test_the_lists_of_prompts() -> None:
     assert (len(set(simple)), simple[0], simple[-1]) == (45, "cat", "kangaroo")
     verbs = ("washing the dishes", "riding a bike", "playing chess")
     nouns = ["an ant" if animal == "ant" else f"a {animal}" for animal in simple]
-    assert activities == [f"{noun} {verb}" for noun in nouns for verb in verbs]
+    assert list(activities) == [f"{noun} {verb}" for noun in nouns for verb in verbs]

@@ -27,6 +27,7 @@ REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
     ("policies", "stable_diffusion"): {"path": "models/some-pipeline"},
     ("prompts", "file"): {"path": "prompts.txt"},
     ("prompts", "list"): {"prompts": ["a red circle", "a blue square"]},
+    ("prompts", "mix"): {"sources": [{"share": 1.0, "prompts": {"name": "shapes"}}]},
     ("rewards", "aesthetic"): {"head": "head.safetensors"},
     ("rewards", "function"): {"call": "math:fsum"},
     ("rewards", "hpsv2"): {"weights": "hpsv2.safetensors"},

@@ -93,6 +93,32 @@ def test_summarise_leaves_missing_scores_out():
     assert math.isnan(lost["reward/toy/mean"])
 
 
+def test_means_by_a_field_of_the_records_leave_missing_scores_out():
+    from dataclasses import replace
+
+    from rlalign.core.prompts import Prompt
+
+    nan = float("nan")
+    tags = [{"tag": "b"}, {"tag": "a"}, {"tag": "b"}, {}, {"tag": ["x", 1]}]
+    found = []
+    for one in scored_with([1.0, nan, 3.0, 5.0, 7.0], other=0.5):
+        prompts = tuple(Prompt(p, tags[int(p.split()[1])]) for p in one.unit.prompts)
+        found.append(replace(one, unit=replace(one.unit, prompts=prompts)))
+    plain = evaluate.summarise(found, ["toy"], ["other"])
+    out = evaluate.summarise(found, ["toy"], ["other"], by="tag")
+    more = {k: v for k, v in out.items() if k not in plain}
+    assert {k: v for k, v in out.items() if k in plain} == plain
+    toy = {k.split("/", 2)[2]: v for k, v in more.items() if k.startswith("reward/toy/")}
+    assert math.isnan(toy.pop("tag=a"))
+    assert toy == {
+        'tag=["x", 1]': 7.0,
+        "tag=b": 2.0,
+        "tag=none": 5.0,
+        "mean_by_tag": pytest.approx((2 + 5 + 7) / 3),
+    }
+    assert more["held_out/other/tag=b"] == 0.5
+
+
 def test_compare_pairs_the_same_prompts():
     base, aligned = (
         scored_with([0.0, 1.0, 2.0, 3.0], other=1.0),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlalign.core.prompts import Prompt, record_of
 from rlalign.core.registry import UserError, build
 from rlalign.data.shapes import draw, random_scene
 from rlalign.rewards.base import score
@@ -107,6 +108,26 @@ def test_scores_are_bitwise_those_of_the_reward_itself(name):
         found = ask(client(server.url, batch=7), media, prompts)
     np.testing.assert_array_equal(found, score(reward, reward.load("cpu"), media, prompts))
     assert len(server.bodies) == 3
+
+
+def length_of_words(media_BFCHW, prompts):
+    return torch.tensor([float(len(record_of(prompt).get("words", ""))) for prompt in prompts])
+
+
+def test_records_arrive_at_the_reward():
+    media, _ = drawn(3)
+    prompts = [Prompt("a sign", {"words": "OPEN"}), "a cat", Prompt("a sign", {"words": "NO"})]
+    reward = build(
+        "rewards", {"name": "function", "call": "tests.rewards.test_http:length_of_words"}
+    )
+    with Server(reward) as server:
+        assert ask(client(server.url, batch=2), media, prompts).tolist() == [4.0, 0.0, 2.0]
+
+
+def test_an_older_server_that_knows_no_records_is_said():
+    said = b'{"error": "the body must be a JSON object with the keys \\"prompts\\" and no others"}'
+    with scripted((400, {}, said)) as server, pytest.raises(UserError, match="an older server"):
+        ask(client(server.url), prompts=(Prompt("a", {"n": 1}), "b"))
 
 
 def test_every_pixel_arrives_as_it_was():

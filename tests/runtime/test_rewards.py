@@ -3,6 +3,7 @@ those of this process."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from rlalign.config import RuntimeSettings
+from rlalign.core.prompts import Prompt, record_of
+from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import build
+from rlalign.data.prompts.base import prompt_id
 from rlalign.engine.local import LiveRewards
 from rlalign.rewards.base import Reward
 
@@ -34,6 +38,33 @@ def test_neighbours_prefer_different_workers() -> None:
     first = [asked.prefer(number).actors["shapes"][0] for number in range(5)]
     assert first == ["a", "b", "c", "a", "b"]
     assert asked.prefer(4).actors == {"shapes": ["b", "c", "a"], "jpeg": ["d"]}
+
+
+def length_of_words(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """How many letters each prompt's record has."""
+    return torch.tensor([float(len(record_of(prompt).get("words", ""))) for prompt in prompts])
+
+
+@pytest.mark.ray
+def test_records_arrive_in_other_processes(ray_cluster: None) -> None:
+    """With the rows of a unit that travels whole, and with prompts alone."""
+    import ray
+
+    from rlalign.runtime.rewards import RemoteRewards
+    from rlalign.runtime.workers import RewardWorker
+
+    call = "tests.runtime.test_rewards:length_of_words"
+    rewards = (reward("function", call=call, label="words"),)
+    make: Any = ray.remote(num_cpus=0)(RewardWorker)
+    remote = RemoteRewards(asked_of(rewards, {"words": [make.remote(rewards[0], "cpu", 1, "it")]}))
+    prompts = (Prompt("a sign", {"words": "OPEN"}), "a cat", Prompt("a sign", {"words": "NO"}))
+    unit = Unit.of_rows(
+        UnitKey("train", 1, 0), [(prompt_id(p), p, 0) for p in prompts], 0, Plan(steps=1)
+    )
+    there = ray.get(ray.put(unit.take([2, 0])))
+    found = remote.scores(torch.zeros(2, 1, 3, 8, 8), there.prompts)
+    assert found.raw["words"].tolist() == [2.0, 4.0]
+    assert there.prompt_ids == tuple(map(prompt_id, there.prompts))
 
 
 @pytest.mark.promise

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from rlalign.core.prompts import Prompt, record_of
 from rlalign.core.registry import UserError
 from rlalign.web import protocol as http_protocol
 from rlalign.web import token as http_token
@@ -64,6 +65,24 @@ def test_what_is_sent_is_what_arrives(most):
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, media)
     assert [one for _, p in back for one in p] == prompts
+
+
+def test_records_are_sent_with_the_prompts_that_have_some():
+    prompts = ["a", Prompt("b", {"tag": "grün", "include": [{"count": 2}]}), "c"]
+    sent = [body for _, body in requests_of(media_of(), prompts, 2)]
+    assert [sorted(json.loads(one)) for one in sent] == [
+        ["media", "prompts", "records"],
+        ["media", "prompts"],
+    ], "what an older server takes, where no prompt has one"
+    back = [one for body in sent for one in read_request(body)[1]]
+    assert back == prompts
+    assert [dict(record_of(one)) for one in back] == [{}, dict(record_of(prompts[1])), {}]
+
+
+def test_a_record_too_large_for_a_request_is_a_users_mistake():
+    large = Prompt("a", {"text": "x" * http_protocol.MAX_RECORD_BYTES})
+    with pytest.raises(UserError, match=r"at most 65,536 bytes as JSON, got 65,548 of 'a'"):
+        list(requests_of(media_of(1), [large], 2))
 
 
 def test_requests_keep_to_the_limits(monkeypatch):

@@ -205,13 +205,15 @@ def advice(run: Run, policy: Policy, needs: memory.Needs) -> dict[str, str]:
 
 def read_prompts_and_pairs(run: Run) -> dict[str, str]:
     """Reads the prompts of a round and of an evaluation, and the set of preferences, of which it
-    says how many pairs there are. Raises UserError for what cannot be read."""
+    says how many pairs there are, and which prompts are both trained on and held out. Raises
+    UserError for what cannot be read."""
     from rlalign.data.pairs.reader import first_pair, open_pairs_of
 
     run.prompts.units(run.seed, 1, run.plan)
     run.prompts.held_out(run.evaluate.prompts)
     if run.preferences is None:
-        return {}
+        overlap = run.prompts.find_overlap()
+        return {} if overlap is None else {"held-out prompts": str(overlap)}
     first_pair(run.preferences)
     reader = open_pairs_of(run.preferences, run.seed)
     return {"preferences": "; ".join(filter(None, [f"{len(reader):,} pairs", reader.note]))}

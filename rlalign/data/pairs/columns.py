@@ -44,6 +44,9 @@ OPTIONAL: tuple[str, ...] = (
 """The other columns of Pick-a-Pic v2, which ``write_pairs`` writes where the rows have them.
 ``has_label`` and ``are_different`` may rule a row out."""
 
+RECORD = "record"
+"""A caption's record as a JSON object, written where the rows have it."""
+
 Extra = Literal["bool", "double", "int64", "string"]
 """Arrow types that columns beyond Pick-a-Pic's may have."""
 
@@ -120,12 +123,13 @@ def _groups(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mappi
 
 def _columns_of(row: Mapping[str, Any], extras: Mapping[str, Extra]) -> tuple[str, ...]:
     missing = [name for name in (*REQUIRED, *extras) if name not in row]
-    unknown = [name for name in row if name not in (*REQUIRED, *OPTIONAL, *extras)]
+    optional = (*OPTIONAL, RECORD)
+    unknown = [name for name in row if name not in (*REQUIRED, *optional, *extras)]
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}"
-        what += "" if missing else f"; {nearest(unknown[0], [*OPTIONAL])}"
+        what += "" if missing else f"; {nearest(unknown[0], [*optional])}"
         raise UserError(f"a pair must have the columns {', '.join(REQUIRED)}; the first row {what}")
-    return (*REQUIRED, *(name for name in OPTIONAL if name in row), *extras)
+    return (*REQUIRED, *(name for name in optional if name in row), *extras)
 
 
 def pair_files(path: str, place: str = "preferences.path") -> list[Path]:

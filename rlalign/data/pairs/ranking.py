@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlalign.core.media import encode_image, to_image
+from rlalign.core.prompts import dump_record, record_of
 from rlalign.core.records import Scored
 
 Every = Literal["best_and_worst", "all"]
@@ -24,10 +25,12 @@ def pairs_of(
 
     Labels go by the total reward, equal totals are a tie of 0.5 each; samples with a missing score
     take no part. Picture 0 is the sample that came first, so that its place says nothing about its
-    label. PNG is lossless; JPEG is of quality 95. A clip is shown by its first frame. ``scored``
+    label. Where any prompt has a record, each row has its caption's. PNG is lossless; JPEG is of
+    quality 95. A clip is shown by its first frame. ``scored``
     must carry its media.
     """
     groups: dict[int, list[tuple[str, str, float, np.ndarray]]] = defaultdict(list)
+    has_records = any(record_of(prompt) for one in scored for prompt in one.unit.prompts)
 
     # samples of one prompt, whatever unit they are of
     for one in scored:
@@ -54,6 +57,7 @@ def pairs_of(
                 "image_0_uid": uid_0,
                 "image_1_uid": uid_1,
                 "ranking_id": number,
+                **({"record": dump_record(caption)} if has_records else {}),
             }
 
 

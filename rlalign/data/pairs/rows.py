@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from rlalign.core.media import UnreadablePicture, read_picture
+from rlalign.core.prompts import with_record
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.buckets import Crop, choose_bucket, cut_out
 from rlalign.data.pairs.columns import REQUIRED, open_pairs
@@ -31,6 +32,7 @@ class Pair:
     """Two pictures of one caption, and which is preferred."""
 
     caption: str
+    """With its record, where the set has one (``record``)."""
     picture_0: np.ndarray
     """(3, H, W) uint8."""
     picture_1: np.ndarray
@@ -166,7 +168,7 @@ def _named(name: str, read: Callable[[str], Read]) -> Read:
 
 def _pair_of(row: Mapping[str, Any], **pictures: Any) -> Pair:
     return Pair(
-        caption=row["caption"],
+        caption=with_record(row["caption"], row.get("record")),
         label_0=float(row["label_0"]),
         row=row["row"],
         source=row.get("model_0") or "",
@@ -194,7 +196,7 @@ def groups_of(file: Path, sizes: Sequence[int]) -> Iterator[Group]:
 
 def read_rows(
     group: Group,
-    columns: Sequence[str] = (*REQUIRED, "model_0"),
+    columns: Sequence[str] = (*REQUIRED, "model_0", "record"),
     numbers: np.ndarray | None = None,
     *,
     batch: int = 64,

@@ -1,128 +1,140 @@
-"""Prompts from a text file."""
+"""Prompts from a file: text lines, JSON lines, CSV or Parquet."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+import numpy as np
+from pydantic import Field, model_validator
 
-from rlalign.core.files import read_text, split_lines
 from rlalign.core.locations import LocalPath
-from rlalign.core.registry import UserError
-from rlalign.data.prompts.base import Prompts, first_of
-
-_TABLES = {
-    ".jsonl": "JSON lines",
-    ".ndjson": "JSON lines",
-    ".json": "JSON",
-    ".csv": "CSV",
-    ".tsv": "TSV",
-    ".tab": "TSV",
-    ".parquet": "Parquet",
-    ".arrow": "Arrow",
-    ".feather": "Arrow",
-    ".xls": "a spreadsheet",
-    ".xlsx": "a spreadsheet",
-    ".ods": "a spreadsheet",
-}
-"""A file's ending -> what it is."""
-_MAGIC = {b"PAR1": "Parquet", b"ARROW1": "Arrow"}
-"""How a file begins -> what it is."""
-_HEADERS = ("prompt", "prompts", "caption", "captions", "text")
-"""Names of a column of prompts, by which the first line of a text file shows that it is a table."""
+from rlalign.core.registry import Before, UserError
+from rlalign.data.prompts._forms import LINES, form_of
+from rlalign.data.prompts._lines import CsvRows, JsonLines, TextLines
+from rlalign.data.prompts._parquet import ParquetRows
+from rlalign.data.prompts._rows import Columns
+from rlalign.data.prompts._table import Choice, PromptTable
+from rlalign.data.prompts.base import Overlap, Prompts, first_of, split_by_text
 
 
 class FilePrompts(Prompts):
-    """Prompts from a UTF-8 text file, one on a line; empty lines are skipped.
+    """Prompts from a file: UTF-8 text with one on a line, JSON lines, CSV, TSV or Parquet.
 
-    Source: the file named in the run file. Tables (CSV, JSON lines and the like) are refused.
+    Of a table one column is the prompts, and the others are each prompt's record. Rows without a
+    prompt are skipped, as empty lines are. However long the file is, no more of it is in memory
+    than what a round asks for and 16 bytes a prompt.
+
+    Source: the file named in the run file.
     """
 
-    path: LocalPath = Field(description="text file with the prompts to train on")
+    path: LocalPath = Field(description="file with the prompts to train on")
     held_out_path: LocalPath = Field(
-        default="", description="text file with prompts for evaluation; empty takes the first ones"
+        default="", description="file with prompts for evaluation; empty takes the first ones"
+    )
+    column: Annotated[str, Before("")] = Field(
+        default="",
+        description="a table's column of prompts; empty takes prompt, caption or text",
+    )
+    record: Annotated[tuple[str, ...] | None, Before(None)] = Field(
+        default=None, description="a table's columns that make the record; all others by default"
+    )
+    held_out_share: Annotated[float, Before(0.0)] = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="this share of the prompts is for evaluation alone, chosen by their text",
     )
 
+    @model_validator(mode="after")
+    def _is_held_out_once(self) -> FilePrompts:
+        if self.held_out_share and self.held_out_path:
+            raise ValueError(
+                f"held_out_share must be 0 with held_out_path, got {self.held_out_share:g}: either"
+                " part of the file or another one is for evaluation"
+            )
+        return self
+
     def pool(self) -> Sequence[str]:
-        return read_prompts(self.path, "prompts.path")
+        table = self._read(self.path, "prompts.path")
+        return self._part(table, held_out=False) if self.held_out_share else table
 
     def held_out(self, count: int) -> list[tuple[int, str]]:
+        apart = self.held_out_pool()
+        return first_of(self.pool() if apart is None else apart, count)
+
+    def held_out_pool(self) -> Sequence[str] | None:
+        if self.held_out_share:
+            return self._part(self._read(self.path, "prompts.path"), held_out=True)
         path = self.held_out_path
-        return first_of(read_prompts(path, "prompts.held_out_path") if path else self.pool(), count)
+        return self._read(path, "prompts.held_out_path") if path else None
+
+    def find_overlap(self) -> Overlap | None:
+        # equal texts are on one side
+        return None if self.held_out_share else super().find_overlap()
+
+    def _read(self, path: str, place: str) -> PromptTable:
+        return read_prompts(path, place, column=self.column, record=self.record)
+
+    def _part(self, table: PromptTable, *, held_out: bool) -> Choice:
+        part = _parts(table, self.held_out_share)[held_out]
+        if not len(part):
+            what = "for evaluation" if held_out else "to train on"
+            raise UserError(
+                f"prompts.held_out_share must leave a prompt {what}, got"
+                f" {self.held_out_share:g} of {len(table):,} in {self.path!r}"
+            )
+        return part
 
 
-def read_prompts(path: str, place: str) -> list[str]:
-    """The prompts in a file; a missing, empty or unreadable one, and a table, is a UserError."""
-    file = Path(path)
+def read_prompts(
+    path: str, place: str, column: str = "", record: tuple[str, ...] | None = None
+) -> PromptTable:
+    """The prompts of a file, which are read when they are asked for.
 
-    # a table may be known by its name or its first bytes
+    Raises UserError for a missing, empty or unreadable file, and for a table that has no column of
+    prompts; ``place`` is the setting that names the file.
+    """
     try:
-        found = _TABLES.get(file.suffix.lower(), "") if file.is_file() else ""
-        found = found or _magic(file)
-        text = "" if found else read_text(file)
+        found = Path(path).stat()
+        stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
+        return _opened(path, stamp, place, Columns(prompt=column, record=record))
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"{place} must be a readable UTF-8 text file, got {path!r} ({error})"
         ) from error
 
-    # a table as text is known by its lines
-    found = found or table_kind(text)
-    if found:
+
+@lru_cache(maxsize=16)
+def _opened(path: str, stamp: tuple[int, int, int], place: str, columns: Columns) -> PromptTable:
+    """The file as it was at ``stamp``; a round does not look for its lines again."""
+    file = Path(path)
+    form = form_of(file)
+    table: PromptTable
+    if not form.kind:
+        table = TextLines(file)
+    elif form.kind == LINES:
+        table = JsonLines(file, columns, place)
+    elif form.kind == "Parquet":
+        table = ParquetRows(file, columns, place)
+    elif form.separator:
+        table = CsvRows(file, form.separator, columns, place)
+    else:
         raise UserError(
-            f"{place} must be a text file with one prompt on a line, got {path!r}, which is a table"
-            f" ({found}); write its column of prompts to a text file, one on a line, and name that"
+            f"{place} must be text lines, JSON lines, CSV or Parquet, got {path!r}, which is a"
+            f" table that is not read ({form.kind}); write it as one of these"
         )
-
-    # empty lines are no prompts
-    prompts = [line.strip() for line in split_lines(text) if line.strip()]
-    if not prompts:
+    if not len(table):
         raise UserError(f"{place} must hold at least one prompt, got an empty file {path!r}")
-    return prompts
+    return table
 
 
-def table_kind(text: str) -> str:
-    """What kind of table a text is: JSON, JSON lines, CSV or TSV; "" where its lines are prompts.
-
-    JSON is one list or object; JSON lines are one of them on each line. CSV and TSV begin with a
-    line of two or more short names, one of which is that of a column of prompts, and have as many
-    cells in every other line.
-    """
-    lines = [line for line in split_lines(text) if line.strip()]
-    if not lines:
-        return ""
-    if lines[0].lstrip()[0] in "[{":
-        if isinstance(_json(text), list | dict):
-            return "JSON"
-        if all(isinstance(_json(line), list | dict) for line in lines):
-            return "JSON lines"
-    for separator, kind in ((",", "CSV"), ("\t", "TSV"), (";", "CSV")):
-        names = [name.strip().strip('"').lower() for name in lines[0].split(separator)]
-        are_names = len(names) > 1 and all(len(name.split()) <= 2 for name in names)
-        if are_names and set(names) & set(_HEADERS) and _cells(lines, separator) == {len(names)}:
-            return kind
-    return ""
-
-
-def _cells(lines: Sequence[str], separator: str) -> set[int]:
-    """The numbers of cells that the lines of a table have; none where they are no CSV."""
-    try:
-        return {len(row) for row in csv.reader(lines, delimiter=separator) if row}
-    except csv.Error:
-        return set()
-
-
-def _magic(file: Path) -> str:
-    with file.open("rb") as opened:
-        start = opened.read(8)
-    return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "")
-
-
-def _json(text: str) -> object:
-    """The value of a JSON text; None where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+@lru_cache(maxsize=4)
+def _parts(table: PromptTable, share: float) -> tuple[Choice, Choice]:
+    """What is trained on, and what is held out."""
+    held_out = split_by_text(table, share)
+    return Choice(table, np.flatnonzero(~held_out)), Choice(table, np.flatnonzero(held_out))

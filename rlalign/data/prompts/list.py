@@ -32,3 +32,6 @@ class ListedPrompts(Prompts):
 
     def held_out(self, count: int) -> list[tuple[int, str]]:
         return first_of(self.held_out_prompts or self.prompts, count)
+
+    def held_out_pool(self) -> Sequence[str] | None:
+        return self.held_out_prompts or None

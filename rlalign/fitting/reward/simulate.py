@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rlalign.core.progress import Report
+from rlalign.core.prompts import dump_record, record_of
 from rlalign.core.records import Unit
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import write_pairs
@@ -52,6 +53,9 @@ def simulate_pairs(config: FitReward, file: Path, report: Report) -> None:
         *_sampled(config, simulate, utility, simulate.pairs - drawn, report),
         *_drawn(config, utility, drawn, report),
     ]
+    # every row of a file has the same columns
+    if any("record" in row for row in rows):
+        rows = [{"record": "{}", **row} for row in rows]
     order = generator("fit-reward", config.seed, "mix").permutation(len(rows))
     write_pairs(file, (rows[i] for i in order))
 
@@ -76,6 +80,7 @@ def _sampled(
 
     # units in their order, whatever lane has made them
     made = 0
+    has_records = any(record_of(prompt) for unit in units for prompt in unit.prompts)
     source = {"model_0": simulate.policy.name, "model_1": simulate.policy.name}
     for done, unit in enumerate(units, start=1):
         media: np.ndarray = works.popleft().result().value
@@ -85,7 +90,9 @@ def _sampled(
             uids = (f"{key}/{unit.sample_ids[a]}", f"{key}/{unit.sample_ids[b]}")
             pictures = (media[a, 0], media[b, 0])
             utilities = (float(utility_B[a]), float(utility_B[b]))
-            yield {**_row(config, simulate, unit.prompts[a], pictures, utilities, uids), **source}
+            row = _row(config, simulate, unit.prompts[a], pictures, utilities, uids)
+            record = {"record": dump_record(unit.prompts[a])} if has_records else {}
+            yield {**row, **source, **record}
             made += 1
         report("sampling", done, len(units), float(np.mean(utility_B)))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlalign.ballots.records import Picture
+from rlalign.core.prompts import record_of
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.data.prompts.base import Prompts, prompt_id
 from rlalign.voting.pictures import PictureFile
@@ -55,7 +56,7 @@ class EngineSource:
 
     def prompts(self) -> Sequence[str]:
         """See ``PictureSource``."""
-        return list(self.prompts_of.pool())
+        return self.prompts_of.pool()
 
     def take_up(self, plans: Iterator[Mapping[str, Any]]) -> None:
         """See ``PictureSource``."""
@@ -152,23 +153,24 @@ def draw_rows(
 
 
 def _facts_of(piece: Unit) -> dict[str, Any]:
-    return {
+    facts = {
         "plan": piece.plan.model_dump(),
         "stream": piece.key.stream,
         "batch": piece.key.round,
         "side": piece.key.index,
-        "prompts": list(piece.prompts),
+        "prompts": [str(prompt) for prompt in piece.prompts],
         "samples": list(piece.sample_ids),
     }
+    # the text alone does not say the number of a prompt with a record
+    has_record = any(record_of(prompt) for prompt in piece.prompts)
+    return {**facts, "prompt_ids": list(piece.prompt_ids)} if has_record else facts
 
 
 def redraw(picture: Picture, engine: Engine) -> bytes:
     """A picture's file, drawn again from its row by the policy that drew it."""
     plan = picture.plan
-    rows = [
-        (prompt_id(text), text, sample)
-        for text, sample in zip(plan["prompts"], plan["samples"], strict=True)
-    ]
+    numbers = plan.get("prompt_ids") or [prompt_id(text) for text in plan["prompts"]]
+    rows = list(zip(numbers, plan["prompts"], plan["samples"], strict=True))
     key = UnitKey(plan["stream"], plan["batch"], plan["side"])
     unit = Unit.of_rows(key, rows, picture.seed, Plan.model_validate(plan["plan"]))
     assert len(rows) <= engine.rows, "an engine cuts no piece that was one"

@@ -119,7 +119,7 @@ class RunSource:
     def prompts(self) -> Sequence[str]:
         """See ``PictureSource``."""
         found = self.prompts_of or (self._run.prompts if self._run is not None else None)
-        return list(found.pool()) if found is not None else []
+        return found.pool() if found is not None else []
 
     @property
     def renewed(self) -> bool:

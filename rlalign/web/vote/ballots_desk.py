@@ -283,10 +283,14 @@ class BallotsDesk:
 
     def _next_prompt(self, before: str) -> str:
         """The prompt after this one in the list, the first after the last."""
-        prompts = list(self.source.prompts())
-        if not prompts:
-            return ""
-        return prompts[(prompts.index(before) + 1) % len(prompts) if before in prompts else 0]
+        first = ""
+        found = False
+        for prompt in self.source.prompts():
+            if found:
+                return str(prompt)
+            first = first or str(prompt)
+            found = prompt == before
+        return first
 
     def _chain(self, annotator: str) -> Chain:
         """Where a person is, read off the log where this process does not know."""

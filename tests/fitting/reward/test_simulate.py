@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlalign.core.prompts import record_of
 from rlalign.data.pairs.reader import PairReader, PreferenceSettings
 from rlalign.data.shapes import parse_caption, random_scene, split_of
 from rlalign.fitting.reward.settings import FitReward
@@ -52,6 +53,22 @@ def test_labels_are_those_of_the_utility_and_pairs_share_a_prompt(tmp_path: Path
     assert {p.label_0 for p in pairs if p.source == "drawn"} == {0.0, 1.0}, (
         "the true scene is not always the first"
     )
+
+
+def test_records_of_prompts_come_along(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle", "n": 1}\n"a blue square"\n')
+    prompts = {"name": "file", "path": str(tmp_path / "p.jsonl"), "column": "prompt"}
+    file = tmp_path / "pairs.parquet"
+    simulate_pairs(config(prompts={**prompts, "per_unit": 1}, pairs=8), file, quiet)
+    settings = PreferenceSettings(path=str(file), pairs_per_round=16, ties="half")
+    found = {
+        (p.source, str(p.caption), *record_of(p.caption)) for p in PairReader(settings, 0).all()
+    }
+    assert {one[1:] for one in found if one[0] == "tiny"} == {
+        ("a red circle", "n"),
+        ("a blue square",),
+    }
+    assert {len(one) for one in found if one[0] == "drawn"} == {2}
 
 
 def test_the_set_depends_on_the_seed_alone(tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from rlalign.core.prompts import record_of
 from rlalign.core.records import Plan
 from rlalign.core.registry import build
 from rlalign.data.prompts.base import Prompts
@@ -42,6 +47,22 @@ def test_a_picture_is_drawn_again_from_its_row(tiny: LocalEngine) -> None:
     for made in (groups[0][1], groups[2][0]):
         assert made.picture.plan["plan"]["steps"] == 2
         assert redraw(made.picture, another) == made.content
+
+
+def test_a_prompt_with_a_record_is_drawn_again_too(tiny: LocalEngine, tmp_path: Path) -> None:
+    """Its record is part of its noise's key, and no part of what people see."""
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a red circle", "n": 1}\n')
+    listed = build("prompts", {"name": "file", "path": str(path), "per_round": 1, "per_unit": 1})
+    side = Side(title="tiny", engine=tiny)
+    drawn = EngineSource(sides=[side], prompts_of=listed, plan=PLAN, seed=0, count=2)  # type: ignore[arg-type]
+    ((made, _),) = drawn.batch()
+    assert record_of(made.caption) == {"n": 1}, "for a reward that filters"
+    picture = made.picture
+    assert type(picture.caption) is str
+    plan = json.loads(json.dumps(picture.plan))
+    assert redraw(replace(picture, plan=plan), tiny) == made.content
+    assert drawn.of_prompt("a red circle", 0)[0].content != made.content
 
 
 def test_noise_is_keyed_by_seed_and_batch(tiny: LocalEngine) -> None:
