@@ -121,7 +121,7 @@ def share_read(text: str, wanted: str, *, contains: bool = False) -> float:
 
     With ``contains`` it is 1 wherever the wanted text stands within the other.
 
-    Source: Liu 2025, arXiv:2505.05470 (Flow-GRPO), section 5.1; its published code has ``contains``
+    Source: Liu 2025, arXiv:2505.05470 (Flow-GRPO), on rendered text; its code has ``contains``
     for pictures and not for clips.
     """
     read = plain_text(text)

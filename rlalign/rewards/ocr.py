@@ -30,7 +30,7 @@ class Ocr(WrittenText):
 
     Weights: PP-OCRv6, inside the package rapidocr (extra ``ocr``); nothing is downloaded.
 
-    Source: Liu 2025, arXiv:2505.05470 (Flow-GRPO), section 5.1; the engine: Cui 2025,
+    Source: Liu 2025, arXiv:2505.05470 (Flow-GRPO), on rendered text; the engine: Cui 2025,
     arXiv:2507.05595 (PaddleOCR 3.0).
     """
 

@@ -35,7 +35,7 @@ class Tesseract(WrittenText):
     Weights: Debian's packages tesseract-ocr and tesseract-ocr-eng, or those of another language.
 
     Source: Smith 2007, "An Overview of the Tesseract OCR Engine"; the rule: Liu 2025,
-    arXiv:2505.05470, section 5.1.
+    arXiv:2505.05470.
     """
 
     differentiable: ClassVar[bool] = False
