@@ -163,9 +163,16 @@ def assert_learned(folder: Path) -> None:
     assert lines[0].get("ratio/first_update", 0.0) == 0.0
 
 
-PROMISED = ("points", "quickstart", "tiny_dpo_offline", "tiny_draft", "tiny_flow_grpo")
-"""One of each kind: points, both embedded models, given pairs, gradients through the reward. The
-others are slow tests."""
+PROMISED = (
+    "points",
+    "quickstart",
+    "tiny_dpo_offline",
+    "tiny_draft",
+    "tiny_flow_grpo",
+    "tiny_ocr",
+)
+"""One of each kind: points, the embedded models, given pairs, gradients through the reward, engines
+that are no torch. The others are slow tests."""
 
 
 @pytest.mark.parametrize(

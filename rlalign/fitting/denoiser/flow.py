@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlalign.data.shapes import SIZE
 from rlalign.diffusion.noise import generator, normal
 from rlalign.diffusion.paths import RectifiedFlow
+from rlalign.fitting.denoiser.corpus import SIZE
 from rlalign.fitting.denoiser.pipeline import (
     LATENT_CHANNELS,
     caption_tokenizer,
     save_pipeline,
     text_config,
 )
-from rlalign.fitting.denoiser.settings import Pretrain
+from rlalign.fitting.denoiser.settings import Pretrain, Task
 from rlalign.fitting.denoiser.stages import denoising_loss
 from rlalign.fitting.denoiser.zero_rows import MaskedJointAttention, with_zero_row
 
@@ -50,7 +50,7 @@ def flow_components(config: Pretrain) -> FlowComponents:
     from transformers import CLIPTextModelWithProjection
 
     # both text encoders have the same sizes
-    words = text_config(config, caption_tokenizer())
+    words = text_config(config, caption_tokenizer(config.task))
     settings = config.denoiser
 
     # the weights depend on the seed alone
@@ -138,7 +138,7 @@ def flow_loss(
     return loss
 
 
-def write_flow_pipeline(parts: FlowComponents, vae: Any, folder: Path) -> Path:
+def write_flow_pipeline(parts: FlowComponents, vae: Any, task: Task, folder: Path) -> Path:
     """A Stable Diffusion 3 pipeline folder without T5, float32 safetensors."""
     from diffusers import StableDiffusion3Pipeline
 
@@ -149,8 +149,8 @@ def write_flow_pipeline(parts: FlowComponents, vae: Any, folder: Path) -> Path:
     pipeline = StableDiffusion3Pipeline(
         **vars(parts),
         vae=vae,
-        tokenizer=caption_tokenizer(),
-        tokenizer_2=caption_tokenizer(),
+        tokenizer=caption_tokenizer(task),
+        tokenizer_2=caption_tokenizer(task),
         text_encoder_3=absent,
         tokenizer_3=absent,
     )

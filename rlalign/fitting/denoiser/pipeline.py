@@ -11,8 +11,8 @@ import torch
 
 from rlalign.core.files import replacing
 from rlalign.core.registry import UserError
-from rlalign.data.shapes import CAPTION_WORDS, SIZE
-from rlalign.fitting.denoiser.settings import Pretrain
+from rlalign.fitting.denoiser.corpus import CAPTION_MARKS, CAPTION_WORDS, SIZE
+from rlalign.fitting.denoiser.settings import Pretrain, Task
 from rlalign.networks.pipelines.loading import load_network, quiet_libraries
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -34,7 +34,7 @@ class Components:
 
 def components(config: Pretrain) -> Components:
     """The parts with fresh weights, which depend on the seed alone."""
-    tokenizer = caption_tokenizer()
+    tokenizer = caption_tokenizer(config.task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         vae = _vae(config)
@@ -148,22 +148,23 @@ def _scheduler() -> Any:
     )
 
 
-def caption_tokenizer() -> Any:
-    """A CLIP tokenizer to which every word of a caption is one token; other words fall into
+def caption_tokenizer(task: Task = "shapes") -> Any:
+    """A CLIP tokenizer to which every word of a task's captions is one token; other words fall into
     letters."""
     from transformers import CLIPTokenizer
 
-    # all letters, within a word and at its end
+    # all letters and marks, within a word and at its end
+    signs = _ALPHABET + CAPTION_MARKS[task]
     vocabulary = [
         "<|startoftext|>",
         "<|endoftext|>",
-        *_ALPHABET,
-        *(letter + "</w>" for letter in _ALPHABET),
+        *signs,
+        *(sign + "</w>" for sign in signs),
     ]
 
     # merges make each word of a caption one token
     merges: list[tuple[str, str]] = []
-    for word in CAPTION_WORDS:
+    for word in CAPTION_WORDS[task]:
         parts = [*word[:-1], word[-1] + "</w>"]
         for merge in merges:  # what the merges so far make of the word
             parts = _merged(parts, merge)
@@ -193,7 +194,7 @@ def tokenise(tokenizer: Any, captions: Sequence[str]) -> torch.Tensor:
     ).input_ids
 
 
-def write_pipeline(parts: Components, folder: Path) -> Path:
+def write_pipeline(parts: Components, task: Task, folder: Path) -> Path:
     """A Stable Diffusion pipeline folder, float32 safetensors; replaces an earlier one in one
     rename."""
     from diffusers import StableDiffusionPipeline
@@ -201,7 +202,7 @@ def write_pipeline(parts: Components, folder: Path) -> Path:
     # diffusers takes None here, its annotations do not
     absent: Any = None
     # a used tokenizer remembers the padding of its last call and would save it
-    fresh = vars(parts) | {"tokenizer": caption_tokenizer()}
+    fresh = vars(parts) | {"tokenizer": caption_tokenizer(task)}
     pipeline = StableDiffusionPipeline(
         **fresh, safety_checker=absent, feature_extractor=absent, requires_safety_checker=False
     )

@@ -17,6 +17,7 @@ from rlalign.diffusion.paths import VariancePreserving
 from rlalign.fitting.checkpoints import StageCheckpoints
 from rlalign.fitting.denoiser import stages
 from rlalign.fitting.denoiser.classifier import train_classifier
+from rlalign.fitting.denoiser.corpus import pictures
 from rlalign.fitting.denoiser.flow import flow_components, flow_loss, write_flow_pipeline
 from rlalign.fitting.denoiser.pipeline import components, load_vae, tokenise, write_pipeline
 from rlalign.fitting.denoiser.settings import Pretrain
@@ -44,7 +45,7 @@ def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None =
     saved = checkpoints.newest() if resume else checkpoints.clear()
     with contextlib.nullcontext(progress) if progress else console_progress() as report:
         # the corpus, as latents of the autoencoder
-        pictures_NCHW, captions = stages.pictures(config)
+        pictures_NCHW, captions = pictures(config)
         parts = components(config)
         vae, latents_NCHW, earlier = _latents(
             config, parts.vae, pictures_NCHW, saved, checkpoints, report
@@ -61,12 +62,12 @@ def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None =
             flow = flow_components(config)
             network = flow.module()
             loss = flow_loss(network, *corpus, config)
-            write = partial(write_flow_pipeline, flow, vae)
+            write = partial(write_flow_pipeline, flow, vae, config.task)
         else:
             network = torch.nn.ModuleDict({"unet": parts.unet, "text_encoder": parts.text_encoder})
             path = VariancePreserving(parts.scheduler.alphas_cumprod)
             loss = stages.denoiser_loss(network, *corpus, path, config)
-            write = partial(write_pipeline, replace(parts, vae=vae))
+            write = partial(write_pipeline, replace(parts, vae=vae), config.task)
         stage = stages.Stage("denoiser", network, config.denoiser, saved)
         train(stage, loss, earlier)
         stage.keep_average()

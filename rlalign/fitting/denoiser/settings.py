@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlalign.core.locations import NamesFile
 
+Task = Literal["shapes", "words"]
+"""The embedded tasks; a module of each is in data/."""
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -122,12 +125,22 @@ class Pretrain(_Settings):
         default=0, ge=0, description="decides the pictures, the first weights and all noise"
     )
     out: Path = Field(default=Path("runs/pretrain"), description="run folder")
+    task: Task = Field(
+        default="shapes",
+        description="what the pictures show: coloured shapes, or one short word",
+    )
     images: int = Field(default=16000, ge=1, description="pictures drawn from the train split")
     faded: float = Field(
         default=0.0,
         ge=0.0,
         le=1.0,
         description="share of washed-out pictures, as in any corpus of mixed quality",
+    )
+    misspelt: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="words: share of pictures with one or two wrong letters",
     )
     autoencoder: Autoencoder = Autoencoder()
     denoiser: Denoiser = Denoiser()
@@ -136,6 +149,16 @@ class Pretrain(_Settings):
         description="trains this, on the latents of autoencoder.source, in place of a denoiser",
     )
     checkpoint_every: int = Field(default=250, ge=1, description="updates between two checkpoints")
+
+    @model_validator(mode="after")
+    def _of_its_task(self) -> Pretrain:
+        if self.task == "shapes" and "misspelt" in self.model_fields_set:
+            raise ValueError("misspelt has no meaning where the task is shapes; leave it out")
+        if self.task != "shapes" and self.classifier is not None:
+            raise ValueError(
+                f"classifier must be trained on shapes, whose facts it tells, got task {self.task}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _classifier_alone(self) -> Pretrain:

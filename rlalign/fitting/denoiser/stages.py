@@ -6,11 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from rlalign.core.finite import refuse
-from rlalign.data.shapes import SIZE, draw, random_scene
 from rlalign.diffusion.noise import generator, normal
 from rlalign.diffusion.paths import NoisePath, VariancePreserving, coefficients
 from rlalign.diffusion.predictions import PredictionType, target
@@ -43,26 +41,6 @@ def denoising_loss(
     return torch.nn.functional.mse_loss(
         output_BCHW, target(clean_BCHW, noise_BCHW, alpha, sigma, kind)
     )
-
-
-def pictures(config: Pretrain) -> tuple[torch.Tensor, list[str]]:
-    """(N, 3, 32, 32) uint8 and their captions, each picture keyed by its number."""
-    pictures_NHWC = np.empty((config.images, SIZE, SIZE, 3), dtype=np.uint8)
-    captions = []
-    for n in range(config.images):
-        rng = generator("pretrain", config.seed, "picture", n)
-        scene = random_scene(rng, "train")
-        picture_HWC = draw(scene, rng)
-        pictures_NHWC[n] = faded(picture_HWC, rng) if rng.random() < config.faded else picture_HWC
-        captions.append(scene.caption)
-    return torch.from_numpy(pictures_NHWC).permute(0, 3, 1, 2).contiguous(), captions
-
-
-def faded(picture_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The picture with its contrast against the ground reduced to 0.2 - 0.45: a viewer no longer
-    tells the colours."""
-    ground_C = np.median(picture_HWC.reshape(-1, 3), axis=0)
-    return (ground_C + (picture_HWC - ground_C) * rng.uniform(0.2, 0.45)).round().astype(np.uint8)
 
 
 def _to_network(pictures_NCHW: torch.Tensor) -> torch.Tensor:
