@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlalign.algorithms.base import Memory
 from rlalign.alignment import control, costs, cursors
@@ -26,8 +27,24 @@ from rlalign.learning.learner import Learner
 from rlalign.learning.metrics import Recorder
 
 OnRecord = Callable[[dict[str, Any]], None]
+KL = "kl/per_step_gaussian"
 TELL_SECONDS = 1.0
 """Between two reports of how much of the work at hand is done."""
+
+
+class _Shown(NamedTuple):
+    """An evaluation: of which weights, what was sampled, what was measured."""
+
+    tag: tuple[str, int]
+    scored: list[Scored]
+    summary: Mapping[str, float]
+    kl: float = 0.0
+    """From the pretrained weights; known to the process that writes."""
+
+    def without_samples(self) -> _Shown:
+        """The scores alone: what is kept until the end of a run."""
+        bare = [replace(one, trajectory=None, media_BFCHW=None) for one in self.scored]
+        return self._replace(scored=bare)
 
 
 class Alignment:
@@ -51,7 +68,8 @@ class Alignment:
         # (ticket, rounds that its weights had learned)
         self.tickets: deque[tuple[int, int]] = deque()
         self.ordered = 0
-        self.shown: tuple[tuple[str, int], list[Scored]] = (("", -1), [])
+        self.shown = _Shown(("", -1), [], {})
+        self.base: _Shown | None = None
         self.recorder: Recorder | None = None
         self.identity = identity_of(run)
         self.pairs: Pairing | None = None
@@ -80,6 +98,7 @@ class Alignment:
                 self.recorder = Recorder(self.folder, self.done if found else -1)
         if self.done == 0:
             self.evaluate(self.learner.base_weights())
+            self.base = self.shown.without_samples()
 
     def has_pairs(self) -> bool:
         """Waits until there is what the next round learns from; false where the run is asked to
@@ -285,27 +304,31 @@ class Alignment:
     def evaluate(self, weights: Weights) -> None:
         """Samples the fixed prompts, writes the grid and a line of evaluations.jsonl."""
         start = time.monotonic()
-        scored = self.sample_fixed(weights)
+        self.shown = self.measure(weights)
         # one process writes what is measured
         if self.recorder is not None:
-            summary = evaluate.summarise(scored, self.trained, self.held_out)
-            with self.learner.policy.holding(dict(weights.tensors)):
-                summary["kl/per_step_gaussian"] = evaluate.kl_to_reference(
-                    self.learner.policy, scored
-                )
-            line = {"round": self.done, **summary, "seconds": time.monotonic() - start}
+            line = {"round": self.done, **self.shown.summary, KL: self.shown.kl}
+            line["seconds"] = time.monotonic() - start
             with checkpoint.disk_errors(self.folder):
                 self.recorder.write_evaluation(line)
-                evaluate.write_samples(self.folder, self.done, scored, self.run.evaluate.grid)
+                evaluate.write_samples(
+                    self.folder, self.done, self.shown.scored, self.run.evaluate.grid
+                )
             self.on_record({"evaluation": line})
         # every process knows the verdict
-        self.shown = (weights.tag, scored)
-        verdict = self.guard.observe(
-            self.done, evaluate.summarise(scored, self.trained, self.held_out)
-        )
+        verdict = self.guard.observe(self.done, self.shown.summary)
         self.learner.scale_rate(self.guard.rate)
         if verdict:
             self.on_record({"note": verdict})
+
+    def measure(self, weights: Weights, *, distance: bool = True) -> _Shown:
+        """The fixed prompts under these weights; how far they are from the pretrained ones, where
+        that is asked for."""
+        scored = self.sample_fixed(weights)
+        summary = evaluate.summarise(scored, self.trained, self.held_out)
+        asked = distance and self.recorder is not None
+        kl = self.learner.kl_to_pretrained(weights, scored) if asked else 0.0
+        return _Shown(weights.tag, scored, summary, kl)
 
     @property
     def trained(self) -> list[str]:
@@ -317,12 +340,11 @@ class Alignment:
 
     def finish(self) -> None:
         """Base and aligned on the same prompts and noise, the exported policy, and the report."""
-        # both ends of the run; what was shown last may be the second
+        # both ends of the run, sampled and measured unless they have been
         aligned_weights = self.learner.weights_to_show()
-        base = self.sample_fixed(self.learner.base_weights())
-        tag, aligned = self.shown
-        if tag != aligned_weights.tag:
-            aligned = self.sample_fixed(aligned_weights)
+        base = self.base or self.measure(self.learner.base_weights(), distance=False)
+        if self.shown.tag != aligned_weights.tag:
+            self.shown = self.measure(aligned_weights)
         if self.recorder is None:
             return
         from rlalign.report import write_report
@@ -330,11 +352,13 @@ class Alignment:
         # compared, exported and reported by one process
         policy = self.learner.policy
         policy.set_weights(dict(aligned_weights.tensors))
-        result = evaluate.compare(base, aligned, self.trained, self.held_out)
+        result = evaluate.compare(
+            base.scored, self.shown.scored, self.trained, self.held_out, before=base.summary
+        )
         result["round"] = self.done
         if self.guard.stopped:
             result["stopped"] = self.guard.reason
-        result["kl/per_step_gaussian"] = evaluate.kl_to_reference(policy, aligned)
+        result[KL] = self.shown.kl
         with checkpoint.disk_errors(self.folder):
             evaluate.write_json(self.folder / "evaluation.json", result)
             policy.save(self.folder / "policy")
