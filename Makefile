@@ -51,7 +51,7 @@ IMPORTED := accelerate diffusers huggingface_hub matplotlib mpmath numpy pandas 
 UNUSED := /(tests?|testing)/|transformers/models/(?!auto/|clip/|__)|diffusers/pipelines/(?!stable_diffusion/|\w*\.py)|ray/(rllib|serve|llm|tune)/
 define compile
 	@cd $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-	  $(CURDIR)/$(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(IMPORTED) || true
+	  $(abspath $(BIN)/python) -m compileall -q -j 0 -x '$(UNUSED)' $(IMPORTED) || true
 endef
 
 # Stamps: what is installed is renewed when, and only when, what it was installed from has changed.
