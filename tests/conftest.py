@@ -103,5 +103,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_sessionfinish() -> None:
+    """What is left goes with the process, and is not looked through for garbage before."""
     shared_ray.end()
-    gc.unfreeze()
+    gc.freeze()

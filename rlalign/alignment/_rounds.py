@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlalign.algorithms.base import Memory
 from rlalign.alignment import control, costs, cursors
@@ -28,8 +29,24 @@ from rlalign.learning.guard import Guard
 from rlalign.learning.learner import Learner
 from rlalign.learning.reward_facts import reward_facts
 
+KL = "kl/per_step_gaussian"
 TELL_SECONDS = 1.0
 """Between two reports of how much of the work at hand is done."""
+
+
+class _Shown(NamedTuple):
+    """An evaluation: of which weights, what was sampled, what was measured."""
+
+    tag: tuple[str, int]
+    scored: list[Scored]
+    summary: Mapping[str, float]
+    kl: float = 0.0
+    """From the pretrained weights; known to the process that writes."""
+
+    def without_samples(self) -> _Shown:
+        """The scores alone: what is kept until the end of a run."""
+        bare = [replace(one, trajectory=None, media_BFCHW=None) for one in self.scored]
+        return self._replace(scored=bare)
 
 
 class Alignment:
@@ -53,7 +70,8 @@ class Alignment:
         # (ticket, rounds that its weights had learned)
         self.tickets: deque[tuple[int, int]] = deque()
         self.ordered = 0
-        self.shown: tuple[tuple[str, int], list[Scored]] = (("", -1), [])
+        self.shown = _Shown(("", -1), [], {})
+        self.base: _Shown | None = None
         self.display: Display | None = None
         """Of the one process that writes."""
         self.identity = identity_of(run)
@@ -85,6 +103,7 @@ class Alignment:
                 self.display = Display(self.run, self.folder, self.on_record, resume_at)
         if self.done == 0:
             self.evaluate(self.learner.base_weights())
+            self.base = self.shown.without_samples()
 
     @property
     def votes(self) -> Pairing | None:
@@ -308,20 +327,15 @@ class Alignment:
     def evaluate(self, weights: Weights) -> None:
         """Samples the fixed prompts, writes the grid and a line of evaluations.jsonl."""
         start = time.monotonic()
-        scored = self.sample_fixed(weights)
-        summary = self.summarise(scored)
+        self.shown = self.measure(weights)
         # one process writes what is measured
         if self.display is not None:
-            self.display.show(self.done, scored)
-            with self.learner.policy.holding(dict(weights.tensors)):
-                summary["kl/per_step_gaussian"] = evaluate.kl_to_reference(
-                    self.learner.policy, scored
-                )
-            line = {"round": self.done, **summary, "seconds": time.monotonic() - start}
-            self.display.write_evaluation(line)
+            self.display.show(self.done, self.shown.scored)
+            line = {"round": self.done, **self.shown.summary, KL: self.shown.kl}
+            self.display.write_evaluation({**line, "seconds": time.monotonic() - start})
         # every process knows the verdict
-        self.shown = (weights.tag, scored)
-        verdict = self.guard.observe(self.done, control.agreed(summary, self.learner.accelerator))
+        found = control.agreed({**self.shown.summary, KL: self.shown.kl}, self.learner.accelerator)
+        verdict = self.guard.observe(self.done, found)
         self.follow_guard()
         if verdict:
             self.on_record({"note": verdict})
@@ -334,9 +348,14 @@ class Alignment:
             weight = algorithm.kl_weight * self.guard.kl
             self.learner.loss = algorithm.model_copy(update={"kl_weight": weight}).loss
 
-    def summarise(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """What an evaluation measures of pictures and their scores."""
-        return evaluate.summarise(scored, self.trained, self.held_out, self.run.evaluate.by)
+    def measure(self, weights: Weights, *, distance: bool = True) -> _Shown:
+        """The fixed prompts under these weights; how far they are from the pretrained ones, where
+        that is asked for."""
+        scored = self.sample_fixed(weights)
+        summary = evaluate.summarise(scored, self.trained, self.held_out, self.run.evaluate.by)
+        asked = distance and self.display is not None
+        kl = self.learner.kl_to_pretrained(weights, scored) if asked else 0.0
+        return _Shown(weights.tag, scored, summary, kl)
 
     @property
     def trained(self) -> list[str]:
@@ -348,12 +367,11 @@ class Alignment:
 
     def finish(self) -> None:
         """Base and aligned on the same prompts and noise, the exported policy, and the report."""
-        # both ends of the run; what was shown last may be the second
+        # both ends of the run, sampled and measured unless they have been
         aligned_weights = self.learner.weights_to_show()
-        base = self.sample_fixed(self.learner.base_weights())
-        tag, aligned = self.shown
-        if tag != aligned_weights.tag:
-            aligned = self.sample_fixed(aligned_weights)
+        base = self.base or self.measure(self.learner.base_weights(), distance=False)
+        if self.shown.tag != aligned_weights.tag:
+            self.shown = self.measure(aligned_weights)
         if self.display is None:
             return
 
@@ -361,11 +379,13 @@ class Alignment:
         policy = self.learner.policy
         policy.set_weights(dict(aligned_weights.tensors))
         by = self.run.evaluate.by
-        result = evaluate.compare(base, aligned, self.trained, self.held_out, by)
+        result = evaluate.compare(
+            base.scored, self.shown.scored, self.trained, self.held_out, by, before=base.summary
+        )
         result["round"] = self.done
         if self.guard.stopped:
             result["stopped"] = self.guard.reason
-        result["kl/per_step_gaussian"] = evaluate.kl_to_reference(policy, aligned)
+        result[KL] = self.shown.kl
         with checkpoint.disk_errors(self.folder):
             policy.save(self.folder / "policy")
         self.display.finish(result)

@@ -178,10 +178,12 @@ def compare(
     trained: Sequence[str],
     held_out: Sequence[str],
     by: str = "",
+    before: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Two models on the same prompts and noise: the content of ``evaluation.json`` but for what
-    needs a live policy."""
-    before = summarise(base, trained, held_out, by)
+    needs a live policy. ``before`` is the base's summary, where its media are not kept."""
+    if before is None:
+        before = summarise(base, trained, held_out, by)
     after = summarise(aligned, trained, held_out, by)
     titles = ["total", *trained, *held_out]
 
@@ -221,7 +223,6 @@ def scores_by_prompt(
             yield prompt, {t: float(score_B[i]) for t, score_B in scores.items()}
 
 
-@torch.no_grad()
 def kl_to_reference(policy: Policy, scored: Sequence[Scored]) -> float:
     """Mean over samples and stochastic steps of KL(policy || pretrained model) per step, nats per
     latent element.
@@ -229,19 +230,30 @@ def kl_to_reference(policy: Policy, scored: Sequence[Scored]) -> float:
     On the policy's own trajectories; times the steps and the elements of a latent it is the bound
     of DPOK's lemma 4.2 (Fan 2023, arXiv:2305.16381). 0 when no step is stochastic.
     """
-    values: list[torch.Tensor] = []
-    for one in scored:
-        assert one.trajectory is not None
-        latents = torch.from_numpy(np.array(one.trajectory.latents_BK1, dtype=np.float32)).to(
-            policy.device
-        )
-        condition = policy.encode(one.unit.prompts, one.unit.plan)
-        for k in np.flatnonzero(one.trajectory.stochastic_K).tolist():
-            before = latents[:, [one.trajectory.kept.index(k)]]
-            mine = replay(policy, one.unit, before, [k], condition).gaussian
-            with policy.as_reference(pretrained=True):
-                theirs = replay(policy, one.unit, before, [k], condition).gaussian
-            values.append(mine.kl(theirs))
+    return mean_kl([kl_of_unit(policy, one) for one in scored])
+
+
+@torch.no_grad()
+def kl_of_unit(policy: Policy, one: Scored) -> list[torch.Tensor]:
+    """(B,) of each stochastic step of one unit: what ``kl_to_reference`` is the mean of."""
+    assert one.trajectory is not None
+    latents = torch.from_numpy(np.array(one.trajectory.latents_BK1, dtype=np.float32)).to(
+        policy.device
+    )
+    condition = policy.encode(one.unit.prompts, one.unit.plan)
+    values = list[torch.Tensor]()
+    for k in np.flatnonzero(one.trajectory.stochastic_K).tolist():
+        before = latents[:, [one.trajectory.kept.index(k)]]
+        mine = replay(policy, one.unit, before, [k], condition).gaussian
+        with policy.as_reference(pretrained=True):
+            theirs = replay(policy, one.unit, before, [k], condition).gaussian
+        values.append(mine.kl(theirs))
+    return values
+
+
+def mean_kl(units: Sequence[Sequence[torch.Tensor]]) -> float:
+    """The mean over units, in their order, of their steps' (B,); 0 where there is no step."""
+    values = list(chain.from_iterable(units))
     return float(torch.cat(values).double().mean()) if values else 0.0
 
 

@@ -20,9 +20,10 @@ from rlalign.core.batches import Batch, Pass
 from rlalign.core.copies import AtRoundStart, Copy, Decay, Every
 from rlalign.core.finite import refuse_update
 from rlalign.core.progress import Tell, tell_nobody
-from rlalign.core.records import Weights
+from rlalign.core.records import Scored, Weights
 from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import generator
+from rlalign.learning.evaluate import kl_of_unit, mean_kl
 from rlalign.learning.gradients import ShardSum, are_finite, take_gradients
 from rlalign.learning.lanes import Lane, PassLoss
 from rlalign.learning.optimisers import (
@@ -314,6 +315,21 @@ class Learner:
     def base_weights(self) -> Weights:
         """The weights before the first update of the run."""
         return Weights(version=0, kind="base", tensors=self._base)
+
+    def kl_to_pretrained(self, weights: Weights, scored: Sequence[Scored]) -> float:
+        """``evaluate.kl_to_reference`` of a policy with these weights, units side by side on the
+        lanes. 0 of the weights that the reference is."""
+        if weights.tensors is self.policy.reference:
+            return 0.0
+
+        def measure(lane: Lane, units: Sequence[Scored]) -> list[list[torch.Tensor]]:
+            with lane.policy.holding(dict(weights.tensors)):
+                return [kl_of_unit(lane.policy, one) for one in units]
+
+        # each lane measures some of the units, whose values are put into their order
+        lanes = len(self._lanes)
+        found = list(self._pool.map(measure, self._lanes, (scored[i::lanes] for i in range(lanes))))
+        return mean_kl([found[i % lanes][i // lanes] for i in range(len(scored))])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything that an update depends on, as named tensors: weights, the optimiser's state,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 
 from rlalign.alignment.models import Model, ready_policy
 from rlalign.config import RuntimeSettings
+from rlalign.core.garbage import pause_collection
 from rlalign.core.registry import UserError
 from rlalign.engine import Work
 from rlalign.engine.local import LiveRewards, do_and_count
@@ -64,9 +66,11 @@ class Worker:
         @functools.wraps(begin)
         def begin_or_refuse(self: Worker, *args: Any, **kwargs: Any) -> None:
             try:
-                begin(self, *args, **kwargs)
+                with pause_collection():
+                    begin(self, *args, **kwargs)
             except UserError as error:
                 self.refusal = error
+            gc.freeze()  # what is loaded by now stays
 
         cls.__init__ = begin_or_refuse
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import krippendorff
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -18,6 +17,8 @@ answers = st.lists(
 @given(answers)
 @settings(deadline=None, derandomize=True)
 def test_alpha_is_that_of_the_package(said: list[list[int | None]]) -> None:
+    import krippendorff
+
     values = {unit: [one for one in row if one is not None] for unit, row in enumerate(said)}
     counts = count_values(values)
     seen = {value for row in values.values() if len(row) > 1 for value in row}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import choix
 import numpy as np
 import pytest
 
@@ -65,6 +64,8 @@ def test_a_left_bias_is_found_and_none_is_not_found() -> None:
 
 
 def test_without_ties_and_sides_it_is_the_fit_of_choix() -> None:
+    import choix
+
     counts = simulate(np.random.default_rng(2), simulations=1)[0]
     counts[..., 2] = 0
     counts = counts + np.swapaxes(counts, 1, 2)[..., [1, 0, 2]]

@@ -9,8 +9,9 @@ import sys
 from rlalign.core.moved import NEW_NAMES
 
 CHECK = """
-import importlib, sys, warnings
+import gc, importlib, sys, warnings
 
+gc.disable()  # no garbage is worth a look here
 import rlalign
 from rlalign.core.moved import NEW_NAMES
 
@@ -34,6 +35,7 @@ from rlalign import registry
 
 if UserError is not home or registry is not sys.modules["rlalign.core.registry"]:
     sys.exit("from rlalign.registry import UserError gave another class")
+gc.freeze()
 """
 
 

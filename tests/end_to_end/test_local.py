@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from rlalign.alignment import control
-from rlalign.alignment.loop import train_local
+from rlalign.alignment.assemble import build_learner
+from rlalign.alignment.collect import LocalCollect
+from rlalign.alignment.loop import align, train_local
 from rlalign.cli import main
 from rlalign.config import Run, dump, load_run
+from rlalign.core.records import Unit, Weights
 from rlalign.core.registry import UserError
 from rlalign.learning import checkpoint
 from tests.runs import assert_same_run, final_tensors, metrics, quiet, small_run
@@ -190,8 +193,28 @@ def test_a_stop_leaves_a_run_that_ends_as_an_undisturbed_one(
     assert not (folder / "evaluation.json").exists()
     train_local(small(*settings), folder, resume=True, on_record=quiet)
     assert control.status_of(folder)["state"] == "ended"
-    train_local(small(*settings), tmp_path / "whole", resume=False, on_record=quiet)
-    assert_same_run(folder, tmp_path / "whole")
+    whole = tmp_path / "whole"
+    train_local(small(*settings), whole, resume=False, on_record=quiet)
+    assert_same_run(folder, whole)
+    # the resumed run draws the base's pictures once more, the whole one keeps their scores
+    found = [(one / "evaluation.json").read_bytes() for one in (folder, whole)]
+    assert found[0] == found[1]
+
+
+def test_no_evaluation_is_drawn_twice(small: Make, tmp_path: Path) -> None:
+    """Three evaluations in four rounds: the comparison at the end draws none of its own."""
+    drawn: list[tuple[str, int]] = []
+
+    class Counting(LocalCollect):
+        def order(self, units: Sequence[Unit], weights: Weights) -> int:
+            drawn.extend([weights.tag] * (units[0].key.stream == "evaluate"))
+            return super().order(units, weights)
+
+    run = small()
+    (tmp_path / "run").mkdir()
+    align(run, tmp_path / "run", Counting(run), build_learner(run), quiet)
+    assert [kind for kind, _ in drawn] == ["base", "current", "current"]
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["round"] == 4
 
 
 DEADLY = """

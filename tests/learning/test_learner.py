@@ -21,6 +21,7 @@ from rlalign.algorithms.ddpo import DDPO
 from rlalign.core.batches import StepBatch, StepPass
 from rlalign.core.registry import UserError
 from rlalign.diffusion.rollout import replay
+from rlalign.learning.evaluate import kl_to_reference
 from rlalign.learning.learner import Learner, LearnerSettings
 from rlalign.policies.base import Policy
 from tests.toy import ToyPolicy, as_float64, collect, gradient, make_units
@@ -408,6 +409,26 @@ def test_lanes_that_look_at_the_reference_do_not_disturb_one_another(lora_rank: 
         return learner
 
     assert same(run(4), run(1))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_the_distance_from_the_pretrained_weights_is_the_same_on_any_lanes(shards: int) -> None:
+    learner = trained(rounds=1, shards=shards)
+    weights = learner.weights_to_show()
+    scored = collect(learner.policy, make_units(4))
+    expected = kl_to_reference(learner.policy, scored)
+    train_round(learner, 2)  # these weights are asked about, not those that the policy has
+    assert learner.kl_to_pretrained(weights, scored) == expected > 0
+    assert same(learner, trained(rounds=2, shards=shards))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_weights_before_the_first_update_are_the_pretrained_ones(lora_rank: int) -> None:
+    learner = learner_of(ToyPolicy(lora_rank=lora_rank, lora_alpha=lora_rank))
+    base = learner.base_weights()
+    scored = collect(learner.policy, make_units(2))
+    train_round(learner, 1)
+    assert learner.kl_to_pretrained(base, scored) == 0.0
 
 
 @pytest.mark.slow

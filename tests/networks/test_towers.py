@@ -7,7 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -38,6 +37,8 @@ def media(count: int, size: int = 64, frames: int = 1) -> torch.Tensor:
 
 
 def test_plain_open_clip_loads_the_folder_and_gives_the_same_scores(folder: Path) -> None:
+    import open_clip
+
     towers = load_towers(folder, "here")
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,6 +58,8 @@ def test_it_is_the_cosine_of_open_clips_own_vectors(
 
 
 def test_hpsv2_pads_the_shorter_side_and_clip_cuts_the_longer(weights: Path) -> None:
+    import open_clip
+
     wide = torch.rand(1, 1, 3, 32, 64, generator=torch.Generator().manual_seed(1))
     for name, expected, more in (
         ("hpsv2", "longest", {"antialias": True}),

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import optimize
 
 from rlalign.ballots.records import picture_uid
 from rlalign.core.registry import build
@@ -48,6 +47,8 @@ def test_features_add_up_to_the_score(fitted: FittedChoice) -> None:
 
 
 def test_the_posterior_is_where_its_slope_is_zero() -> None:
+    from scipy import optimize
+
     rng = np.random.default_rng(0)
     difference_ND = rng.normal(size=(40, 3))
     label_N = rng.choice([0.0, 0.5, 1.0], size=40)

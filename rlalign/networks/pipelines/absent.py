@@ -26,5 +26,6 @@ def takes_config(kind: type) -> bool:
 
 
 def is_absent(network: torch.nn.Module) -> bool:
-    """Whether a network has no weights in this process."""
-    return any(parameter.is_meta for parameter in network.parameters())
+    """Whether a network has no weights in this process: then none of them is here."""
+    first = next(network.parameters(), None)
+    return first is not None and first.is_meta

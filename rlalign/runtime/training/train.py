@@ -8,6 +8,7 @@ learner is started again by Ray Train and goes on from the run folder's newest c
 
 from __future__ import annotations
 
+import gc
 import shutil
 import uuid
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlalign.alignment import control
 from rlalign.config import Run, locate_run
+from rlalign.core.garbage import pause_collection
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.reader import first_pair
 from rlalign.learning import folders
@@ -169,8 +171,9 @@ def learn(config: dict[str, Any]) -> Failure | None:
     torch.set_num_threads(run.runtime.learner.threads)
     learner = None
     try:
-        with naming_the_node():
+        with naming_the_node(), pause_collection():
             learner = build_learner(run, reader_of(config.get("encoder"), run.runtime))
+        gc.freeze()  # what is loaded by now stays
         return _align(run, Path(config["folder"]), coordinator, learner)
     except CoordinatorLost:  # Ray Train starts the group again, from the newest checkpoint
         raise
