@@ -46,6 +46,20 @@ def test_an_algorithm_without_a_clip_range_is_refused() -> None:
         ppo_config(load_run(CONFIGS / "points.yaml", ["algorithm={name: rwr}"]), 0)
 
 
+def test_a_list_of_prompts_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    """Each has a number in an observation; two records of one text are two of them."""
+    from rlalign.runtime.rllib import prompts_of
+
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "left", "n": 1}\n{"prompt": "left", "n": 2}\n"left"\n"left"\n')
+    prompts = f"prompts={{name: file, path: {path}, column: prompt}}"
+    assert prompts_of(load_run(CONFIGS / "points.yaml", [prompts])) == ["left"] * 3
+    (tmp_path / "p.txt").write_text("left\n" * 10_001)
+    run = load_run(CONFIGS / "points.yaml", [f"prompts={{name: file, path: {tmp_path / 'p.txt'}}}"])
+    with pytest.raises(UserError, match=r"at most 10,000 for rllib, .*, got 10,001"):
+        prompts_of(run)
+
+
 def test_lora_is_refused(tmp_path: Path) -> None:
     from rlalign.runtime.rllib import train
 
