@@ -79,7 +79,7 @@ def seen_by(folder):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("tool", ["uv", "pip"])
+@pytest.mark.parametrize("tool", ["uv", pytest.param("pip", marks=pytest.mark.promise)])
 def test_the_files_packages_come_first_and_the_rest_is_that_of_the_run(
     requirements, monkeypatch, tool
 ):
