@@ -14,6 +14,7 @@ import pytest
 
 from rlalign.alignment.loop import train_local
 from rlalign.ballots.store import Store
+from rlalign.cli import main
 from rlalign.config import Run, load_run
 from rlalign.data.shapes import captions
 from rlalign.learning import checkpoint
@@ -130,6 +131,10 @@ def of_votes(place: Path) -> Run:
     return load_run(CONFIGS / "tiny_people_grpo.yaml", [*SMALL_GRPO, more])
 
 
+def evaluation(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+
+
 class Stopped(Exception):
     """As if the process were killed."""
 
@@ -160,11 +165,13 @@ def test_grpo_under_a_refitted_reward_is_one_run_locally_resumed_and_on_ray(
     scores = [line["reward/bradley_terry/mean"] for line in lines]
     assert len(set(scores)) == 3
 
-    # killed after the second round, of which no checkpoint was written; gone on with
+    # killed after the third round, of which no checkpoint was written; gone on with from the
+    # second's
     place = tmp_path / "resumed.db"
-    voters = Voters(place, {2: stop})
+    voters = Voters(place, {3: stop})
     with pytest.raises(Stopped):
         train_local(of_votes(place), tmp_path / "resumed", resume=False, on_record=voters.record)
+    assert checkpoint.newest_round(tmp_path / "resumed") == 2
     train_local(of_votes(place), tmp_path / "resumed", resume=True, on_record=voters.record)
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
@@ -174,6 +181,22 @@ def test_grpo_under_a_refitted_reward_is_one_run_locally_resumed_and_on_ray(
     voters = Voters(place, kills)
     train_on_ray(of_votes(place), folder, resume=False, on_record=voters.record)
     assert_same_run(tmp_path / "ray", tmp_path / "whole")
+
+    # both ends are scored by the last fit, by the run and by the command
+    whole = evaluation(tmp_path / "whole")
+    assert whole == evaluation(tmp_path / "resumed") == evaluation(tmp_path / "ray")
+    assert main(["evaluate", str(tmp_path / "whole"), "--out", str(tmp_path / "again")]) == 0
+    again = evaluation(tmp_path / "again")
+    assert again["refit"] == "bradley_terry is the run's last fit, on votes up to number 24"
+    assert [again[side] for side in ("base", "aligned")] == [whole["base"], whole["aligned"]]
+
+    # or by another reward, where that is asked for
+    own = ["rewards=[{name: bradley_terry}]", "--out", str(tmp_path / "before")]
+    assert main(["evaluate", str(tmp_path / "whole"), *own]) == 0
+    before = evaluation(tmp_path / "before")
+    assert "as it was before any fit on votes" in before["refit"]
+    mean = "reward/bradley_terry/mean"
+    assert before["aligned"][mean] != whole["aligned"][mean]
 
 
 @pytest.mark.slow
