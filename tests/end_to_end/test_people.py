@@ -125,10 +125,10 @@ class Voters:
         self._after.get(number, lambda: None)()
 
 
-def of_votes(place: Path) -> Run:
+def of_votes(place: Path, *overrides: str) -> Run:
     ballots = f"{{store: {place}, least: 8, fresh: 8}}"
     more = f"refit.preferences.ballots={ballots}"
-    return load_run(CONFIGS / "tiny_people_grpo.yaml", [*SMALL_GRPO, more])
+    return load_run(CONFIGS / "tiny_people_grpo.yaml", [*SMALL_GRPO, more, *overrides])
 
 
 def evaluation(folder: Path) -> dict[str, Any]:
@@ -197,6 +197,21 @@ def test_grpo_under_a_refitted_reward_is_one_run_locally_resumed_and_on_ray(
     assert "as it was before any fit on votes" in before["refit"]
     mean = "reward/bradley_terry/mean"
     assert before["aligned"][mean] != whole["aligned"][mean]
+
+
+@pytest.mark.promise
+def test_a_line_of_a_stale_round_names_the_fit_that_scored_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds 1 and 2 are ordered before the first is learned from, and the third after it."""
+    monkeypatch.setattr("rlalign.report.write_report", quiet)
+    place = tmp_path / "votes.db"
+    run = of_votes(place, "runtime.max_staleness=1", "checkpoint.every=3")
+    train_local(run, tmp_path / "run", resume=False, on_record=Voters(place).record)
+    lines = metrics(tmp_path / "run")
+    assert [line["staleness/max"] for line in lines] == [0, 1, 1]
+    assert [line["votes/cursor"] for line in lines] == [8, 8, 16]
+    assert lines[0]["refit/loss"] == lines[1]["refit/loss"] != lines[2]["refit/loss"]
 
 
 @pytest.mark.slow
