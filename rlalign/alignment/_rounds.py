@@ -263,7 +263,7 @@ class Alignment:
         line.update(reward_facts(scored, self.run.rewards))
         line.update(learned)
         if self.refit is not None:
-            line.update(self.refit.measures(self.refit.number(self.done - 1)))
+            line.update(self.refit.measures(self.refit.number(self.done - 1 - staleness)))
         elif self.pairs is not None:
             line.update(self.pairs.measures(self.done - 1))
         line["staleness/max"] = staleness
@@ -369,7 +369,9 @@ class Alignment:
         """Base and aligned on the same prompts and noise, the exported policy, and the report."""
         # both ends of the run, sampled and measured unless they have been
         aligned_weights = self.learner.weights_to_show()
-        base = self.base or self.measure(self.learner.base_weights(), distance=False)
+        # (a reward that was fitted anew has other weights than when it scored the base)
+        base = self.base if self.refit is None else None
+        base = base or self.measure(self.learner.base_weights(), distance=False)
         if self.shown.tag != aligned_weights.tag:
             self.shown = self.measure(aligned_weights)
         if self.display is None:

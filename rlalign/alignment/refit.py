@@ -4,8 +4,9 @@
 
 A fit starts from the folder that the reward's ``path`` names and takes all votes up to the cursor:
 its weights follow from (run, cursor) alone, never from an earlier fit, and are those of ``rlalign
-fit-reward`` with ``preferences.upto``. Fit number k is that of rounds k * every + 1 to (k + 1) *
-every; what comes before the first round is scored by the reward as it was.
+fit-reward`` with ``preferences.upto``. Fit number k scores what is ordered when k * every to
+(k + 1) * every - 1 rounds are done, which without staleness are rounds k * every + 1 to
+(k + 1) * every; what comes before the first round is scored by the reward as it was.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rlalign.core.records import Weights
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.growing import GrowingPairs
 from rlalign.fitting.reward import FitReward, fit_reward
+from rlalign.learning import checkpoint
 from rlalign.networks.towers import CONFIG, WEIGHTS
 
 FOLDER = "refits"
@@ -43,7 +45,7 @@ class Refit:
         self._read: Weights | None = None
 
     def number(self, round: int) -> int:
-        """Which fit scores the round after ``round`` that are done."""
+        """Which fit scores what is ordered when ``round`` rounds are done."""
         return round // self.settings.every
 
     def weights(self, number: int, tell: Tell) -> Weights:
@@ -91,7 +93,7 @@ class Refit:
         return reward
 
     def _out(self, cursor: int) -> Path:
-        return self._folder / f"votes-{cursor:09d}"
+        return _fit_folder(self._folder, cursor)
 
     def config(self, cursor: int) -> FitReward:
         """The settings of ``rlalign fit-reward`` for the votes up to a cursor."""
@@ -111,3 +113,22 @@ class Refit:
             "fit": refit.fit.model_dump(),
         }
         return FitReward.model_validate(said)
+
+
+def last_weights(run: Run, folder: Path) -> Weights | None:
+    """The weights of the reward as the last fit before a run's newest checkpoint has made them;
+    None where the run's folder does not hold that fit."""
+    from safetensors.torch import load_file
+
+    assert run.refit is not None, "asked for"
+    found = checkpoint.read_newest(folder)
+    number = (found.round - 1) // run.refit.every
+    cursor = int(found.facts["cursors"][number])
+    file = _fit_folder(folder / FOLDER, cursor) / "reward" / WEIGHTS
+    if not file.is_file():
+        return None
+    return Weights(version=cursor, kind=run.refit.reward, tensors=load_file(file))
+
+
+def _fit_folder(folder: Path, cursor: int) -> Path:
+    return folder / f"votes-{cursor:09d}"

@@ -36,6 +36,10 @@ LeastGold = Annotated[
     ),
 ]
 
+Yes = Annotated[
+    bool, typer.Option("--yes", help="delete: do not ask; needed where nobody can answer.")
+]
+
 
 def ballots(
     store: Annotated[
@@ -62,6 +66,7 @@ def ballots(
     as_json: Annotated[
         bool, typer.Option("--json", help="results: every number, as JSON.")
     ] = False,
+    yes: Yes = False,
 ) -> None:
     """Show what people chose, export it as preference pairs, or say whose votes count.
 
@@ -72,11 +77,13 @@ def ballots(
     import FILE     votes of Label Studio (pairwise, exported as JSON), into a campaign of their own
     leave-out NAME  a person is no longer asked, and their votes count nowhere
     take-in NAME    the contrary
-    delete NAME     blanks a person's votes, name and token, for good
+    delete NAME     blanks a person's votes, name and token, for good; asks first
     """
     from rlalign.ballots.store import Store
 
     _refuse_missing(store, verb, what)
+    if yes and verb != "delete":
+        raise UserError(f"--yes is for delete, which asks, got {verb}; leave it out")
     limits = (min_ms, min_gold)
     with contextlib.closing(Store.open(store)) as opened:
         if verb == "results":
@@ -88,7 +95,7 @@ def ballots(
         elif verb == "import":
             _import(opened, campaign, Path(what))
         else:
-            _change(opened, verb, what)
+            _change(opened, verb, what, yes)
 
 
 def _refuse_missing(store: str, verb: str, what: str) -> None:
@@ -209,11 +216,13 @@ def _import(store: Store, campaign: str, file: Path) -> None:
 # --- who counts ----------------------------------------------------------------------------------
 
 
-def _change(store: Store, verb: str, name: str) -> None:
+def _change(store: Store, verb: str, name: str, yes: bool) -> None:
     person = _person(store, name)
     now = time.time()
     shown = person.name or person.id[:8]
     if verb == "delete":
+        if not yes:
+            _ask_to_delete(shown)
         count = store.delete_votes_of(person.id, now)
         print(f"{shown}: {count} votes are blanked, and the name and the token with them")
         return
@@ -222,6 +231,18 @@ def _change(store: Store, verb: str, name: str) -> None:
     status = "left_out" if verb == "leave-out" else "active"
     store.set_status(person.id, status, "rlalign ballots", now)
     print(f"{shown} is {'left out' if status == 'left_out' else 'taken in'}")
+
+
+def _ask_to_delete(shown: str) -> None:
+    """Asks at the terminal. Raises UserError where there is none, or the answer is not yes."""
+    if not sys.stdin.isatty():
+        raise UserError(
+            f"delete asks before it blanks the votes of {shown}, and nobody can answer here; say"
+            " --yes to do it unasked"
+        )
+    question = f"Blank all votes, the name and the token of {shown}? It cannot be undone"
+    if not typer.confirm(question, err=True):
+        raise UserError(f"nothing is deleted: the votes of {shown} are as they were")
 
 
 def _person(store: Store, name: str) -> Annotator:

@@ -14,7 +14,7 @@ from rlalign.cli.common import folder_option, override_argument
 
 if TYPE_CHECKING:
     from rlalign.config import Run
-    from rlalign.core.records import Scored
+    from rlalign.core.records import Scored, Weights
 
 MODEL_HELP = "A run folder, a diffusers pipeline folder, or the name of a policy (tiny)."
 
@@ -67,9 +67,10 @@ def evaluate(
     mine = _with_settings(find_model(model), overrides or [])
     other = find_model(against) if against is not None else _base_of(mine)
     run = _run_for(mine, config, overrides or [])
+    reward = None if config is not None else _refitted(mine, run, overrides or [])
     folder = out or _first_free(Path("runs") / "evaluation")
     refuse_what_is_there(folder, "name another with --out DIR")
-    base, aligned, result = _compare(mine, other, run)
+    base, aligned, result = _compare(mine, other, run, reward)
     with disk_errors(folder), all_or_nothing(folder) as unfinished:
         write_json(unfinished / "evaluation.json", result)
         write_page(unfinished / "evaluation.html", result, base, aligned, run.evaluate.grid)
@@ -78,28 +79,49 @@ def evaluate(
 
 
 def _compare(
-    mine: Model, other: Model | None, run: Run
+    mine: Model, other: Model | None, run: Run, reward: Weights | None
 ) -> tuple[list[Scored], list[Scored], dict[str, Any]]:
     """The samples of the other model (none where there is none), those of this one, and what
-    evaluation.json holds."""
+    evaluation.json holds. Both are scored by ``reward`` where a run has fitted one anew."""
     from rlalign.learning.evaluate import compare
 
     trained = [r.title for r in run.rewards]
     held_out = [r.title for r in run.evaluate.rewards]
-    aligned, distance = sample(mine, run)
+    aligned, distance = sample(mine, run, reward)
     base: list[Scored] = []
     if other is None:
         found = _summarise(aligned, trained, held_out, run.evaluate.by)
         result = {"plan": run.plan.model_dump(), **found}
     else:
-        base, _ = sample(other, run)
+        base, _ = sample(other, run, reward)
         result = compare(base, aligned, trained, held_out, run.evaluate.by)
         own_base = other.title == mine.title
         result["against"] = f"the base model of {mine.title}" if own_base else other.title
     result = {"model": mine.title, **result}
     if distance is not None:
         result["kl/per_step_gaussian"] = distance
+    if run.refit is not None:
+        result["refit"] = _tell_of_refit(run.refit.reward, reward)
     return base, aligned, result
+
+
+def _refitted(model: Model, run: Run, overrides: Sequence[str]) -> Weights | None:
+    """The weights of the reward that a run has fitted anew on votes, where its folder has them and
+    nobody asks for other rewards."""
+    if run.refit is None or model.run_folder is None:
+        return None
+    if any(one.strip().startswith(("rewards", "refit")) for one in overrides):
+        return None
+    from rlalign.alignment.refit import last_weights
+
+    return last_weights(run, model.run_folder)
+
+
+def _tell_of_refit(title: str, reward: Weights | None) -> str:
+    """By which weights a reward that a run fits anew has scored."""
+    if reward is None:
+        return f"{title} is the reward at its path, as it was before any fit on votes"
+    return f"{title} is the run's last fit, on votes up to number {reward.version}"
 
 
 def _with_settings(model: Model, overrides: Sequence[str]) -> Model:
@@ -142,9 +164,11 @@ def _run_for(model: Model, config: Path | None, overrides: Sequence[str]) -> Run
     return locate_run(fill_earlier(run, {**data, "policy": None}) if begun else run, begun=begun)
 
 
-def sample(model: Model, run: Run) -> tuple[list[Scored], float | None]:
-    """The evaluation's prompts and noise under a model, scored; and a trained model's distance from
-    where it started."""
+def sample(
+    model: Model, run: Run, reward: Weights | None = None
+) -> tuple[list[Scored], float | None]:
+    """The evaluation's prompts and noise under a model, scored, by ``reward`` where a run has
+    fitted one anew; and a trained model's distance from where it started."""
     from rlalign.alignment.assemble import check_plan
     from rlalign.alignment.collect import LocalCollect
     from rlalign.core.records import Weights
@@ -157,9 +181,8 @@ def sample(model: Model, run: Run) -> tuple[list[Scored], float | None]:
     prompts = run.prompts.held_out(run.evaluate.prompts)
     units = evaluation_units(prompts, run.plan, run.evaluate.seed, run.samples_per_unit)
     collect = LocalCollect(run)
-    scored = collect.gather(
-        collect.order(units, Weights(version=0, kind="current", tensors=policy.weights()))
-    )
+    weights = Weights(version=0, kind="current", tensors=policy.weights())
+    scored = collect.gather(collect.order(units, weights, reward))
     return scored, kl_to_reference(policy, scored) if model.run_folder is not None else None
 
 
@@ -189,6 +212,8 @@ def _print_metrics(result: Mapping[str, Any]) -> None:
         print(line)
     for title, rate in result.get("win_rate", {}).items():
         print(f"{'win rate ' + title:<28} {100 * rate:.1f} % of {result['prompts']}")
+    if "refit" in result:
+        print(result["refit"])
 
 
 def _first_free(folder: Path) -> Path:

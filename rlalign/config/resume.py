@@ -54,6 +54,8 @@ FREE = (
     ),
     "preferences.workers",
     "preferences.ballots.patience_seconds",
+    "refit.preferences.workers",
+    "refit.preferences.ballots.patience_seconds",
     "policy.embeddings",
     *(path for path in paths_of(RuntimeSettings, "runtime.") if path not in REASONS),
 )

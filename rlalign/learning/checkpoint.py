@@ -80,6 +80,9 @@ def identity(resolved: Mapping[str, Any]) -> str:
         kept["write_pairs"] = ""
     if kept.get("preferences"):
         kept["preferences"] = _free_of_patience({**kept["preferences"], "workers": 0})
+    if kept.get("refit"):
+        refitted = _free_of_patience({**kept["refit"]["preferences"], "workers": 0})
+        kept["refit"] = {**kept["refit"], "preferences": refitted}
     if "embeddings" in kept.get("policy", {}):
         kept["policy"] = {n: v for n, v in kept["policy"].items() if n != "embeddings"}
     return plain_identity(kept)
@@ -152,12 +155,17 @@ def newest_round(run_folder: Path) -> int:
 
 def read_tensors(run_folder: Path) -> Mapping[str, torch.Tensor]:
     """The tensors of the newest checkpoint, whatever run made it (for evaluate and export)."""
+    return read_newest(run_folder).tensors
+
+
+def read_newest(run_folder: Path) -> Checkpoint:
+    """The newest checkpoint, whatever run made it. Raises UserError where there is none."""
     rounds = _rounds(run_folder)
     if not rounds:
         raise UserError(
             f"{run_folder} has no checkpoint yet; wait for the first one, or name another folder"
         )
-    return _read(folder_of(run_folder, rounds[-1]), None).tensors
+    return _read(folder_of(run_folder, rounds[-1]), None)
 
 
 def _read(folder: Path, identities: tuple[str, ...] | None) -> Checkpoint:

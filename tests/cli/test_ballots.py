@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,11 +61,39 @@ def test_people_are_listed_left_out_taken_in_and_deleted(
     assert main(["ballots", place, "leave-out", "bert"]) == 0
     assert people()["bert"] == ["left_out", "2"]
     assert main(["ballots", place, "take-in", "bert"]) == 0
-    assert main(["ballots", place, "delete", "bert"]) == 0
+    assert main(["ballots", place, "delete", "bert", "--yes"]) == 0
     assert "bert: 2 votes are blanked" in capsys.readouterr().out
     assert people()["(deleted)"] == ["deleted", "0"]
     store = Store.open(place)
     assert len(list(store.votes("shapes"))) == 3
+
+
+@pytest.mark.parametrize(("answer", "left"), [("y", 3), ("n", 5), ("", 5)])
+def test_a_deletion_is_asked_for_at_a_terminal(
+    place: str,
+    answer: str,
+    left: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs) as terminal, os.fdopen(ours, "wb", buffering=0) as keys:
+        keys.write(f"{answer}\n".encode())
+        monkeypatch.setattr("sys.stdin", terminal)
+        code = main(["ballots", place, "delete", "bert"])
+    printed = capsys.readouterr()
+    assert "Blank all votes, the name and the token of bert?" in printed.err
+    assert code == (0 if left == 3 else 2)
+    assert ("nothing is deleted" in printed.err) == (left == 5)
+    assert len(list(Store.open(place).votes("shapes"))) == left
+
+
+def test_a_deletion_that_nobody_can_confirm_needs_yes(place: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rlalign", "ballots", place, "delete", "bert"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "say --yes to do it unasked" in done.stderr and "Traceback" not in done.stderr
+    assert len(list(Store.open(place).votes("shapes"))) == 5
 
 
 def test_an_export_has_a_card_and_no_vote_of_those_left_out(
@@ -127,6 +159,7 @@ def test_label_studios_votes_are_taken_in_once(
         (["PLACE", "export", "x.csv"], "name a file that ends in .parquet, got 'x.csv'"),
         (["PLACE", "leave-out"], "leave-out needs a person's name"),
         (["PLACE", "leave-out", "ann"], "NAME must be a person's, got 'ann'; did you mean 'anna'?"),
+        (["PLACE", "leave-out", "anna", "--yes"], "--yes is for delete, which asks, got leave-out"),
         (["PLACE", "results", "x"], "results takes nothing more, got 'x'"),
         (["PLACE", "--campaign", "no"], "campaign must be one of shapes"),
     ],

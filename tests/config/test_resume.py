@@ -11,6 +11,7 @@ from tests.runs import CONFIGS
 
 QUICKSTART = CONFIGS / "quickstart.yaml"
 GUARDED = ("guard.held_out=jpeg", "evaluate.rewards=[{name: jpeg}]")
+REFIT = ("rewards=[{name: bradley_terry}]", "refit.preferences.ballots={store: v.db}")
 STALE = ("runtime.max_staleness=1",)
 
 
@@ -59,6 +60,8 @@ def change(before: tuple[str, ...], *changes: str) -> None:
             ("runtime.device=cuda:1", "runtime.reward.gpus=1"),
             ["runtime.device=cuda", "runtime.reward.gpus=0.5"],
         ),
+        (REFIT, ["refit.preferences.ballots={store: v.db, patience_seconds: 9}"]),
+        (REFIT, ["refit.preferences.workers=3"]),
         (STALE, ["checkpoint.keep=5", "runtime.rollout.workers=4"]),
         (GUARDED, ["checkpoint.every=1", "evaluate.grid=2"]),
     ],

@@ -14,6 +14,7 @@ import pytest
 
 from rlalign.alignment.loop import train_local
 from rlalign.ballots.store import Store
+from rlalign.cli import main
 from rlalign.config import Run, load_run
 from rlalign.data.shapes import captions
 from rlalign.learning import checkpoint
@@ -124,10 +125,14 @@ class Voters:
         self._after.get(number, lambda: None)()
 
 
-def of_votes(place: Path) -> Run:
+def of_votes(place: Path, *overrides: str) -> Run:
     ballots = f"{{store: {place}, least: 8, fresh: 8}}"
     more = f"refit.preferences.ballots={ballots}"
-    return load_run(CONFIGS / "tiny_people_grpo.yaml", [*SMALL_GRPO, more])
+    return load_run(CONFIGS / "tiny_people_grpo.yaml", [*SMALL_GRPO, more, *overrides])
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
 
 
 class Stopped(Exception):
@@ -160,11 +165,13 @@ def test_grpo_under_a_refitted_reward_is_one_run_locally_resumed_and_on_ray(
     scores = [line["reward/bradley_terry/mean"] for line in lines]
     assert len(set(scores)) == 3
 
-    # killed after the second round, of which no checkpoint was written; gone on with
+    # killed after the third round, of which no checkpoint was written; gone on with from the
+    # second's
     place = tmp_path / "resumed.db"
-    voters = Voters(place, {2: stop})
+    voters = Voters(place, {3: stop})
     with pytest.raises(Stopped):
         train_local(of_votes(place), tmp_path / "resumed", resume=False, on_record=voters.record)
+    assert checkpoint.newest_round(tmp_path / "resumed") == 2
     train_local(of_votes(place), tmp_path / "resumed", resume=True, on_record=voters.record)
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
@@ -174,6 +181,37 @@ def test_grpo_under_a_refitted_reward_is_one_run_locally_resumed_and_on_ray(
     voters = Voters(place, kills)
     train_on_ray(of_votes(place), folder, resume=False, on_record=voters.record)
     assert_same_run(tmp_path / "ray", tmp_path / "whole")
+
+    # both ends are scored by the last fit, by the run and by the command
+    whole = evaluation(tmp_path / "whole")
+    assert whole == evaluation(tmp_path / "resumed") == evaluation(tmp_path / "ray")
+    assert main(["evaluate", str(tmp_path / "whole"), "--out", str(tmp_path / "again")]) == 0
+    again = evaluation(tmp_path / "again")
+    assert again["refit"] == "bradley_terry is the run's last fit, on votes up to number 24"
+    assert [again[side] for side in ("base", "aligned")] == [whole["base"], whole["aligned"]]
+
+    # or by another reward, where that is asked for
+    own = ["rewards=[{name: bradley_terry}]", "--out", str(tmp_path / "before")]
+    assert main(["evaluate", str(tmp_path / "whole"), *own]) == 0
+    before = evaluation(tmp_path / "before")
+    assert "as it was before any fit on votes" in before["refit"]
+    mean = "reward/bradley_terry/mean"
+    assert before["aligned"][mean] != whole["aligned"][mean]
+
+
+@pytest.mark.promise
+def test_a_line_of_a_stale_round_names_the_fit_that_scored_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds 1 and 2 are ordered before the first is learned from, and the third after it."""
+    monkeypatch.setattr("rlalign.report.write_report", quiet)
+    place = tmp_path / "votes.db"
+    run = of_votes(place, "runtime.max_staleness=1", "checkpoint.every=3")
+    train_local(run, tmp_path / "run", resume=False, on_record=Voters(place).record)
+    lines = metrics(tmp_path / "run")
+    assert [line["staleness/max"] for line in lines] == [0, 1, 1]
+    assert [line["votes/cursor"] for line in lines] == [8, 8, 16]
+    assert lines[0]["refit/loss"] == lines[1]["refit/loss"] != lines[2]["refit/loss"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import requests
 
 from rlalign.ballots.deal import Deal
 from rlalign.ballots.store import Store
-from rlalign.web.vote.ballots_desk import Listed, Supply
+from rlalign.web.vote.ballots_desk import PictureList, Supply
 from rlalign.web.vote.serving import ADMIN_ENV, PageSettings
 from tests.certificates import write_certificate
 from tests.web.vote.made_desk import Served
@@ -374,7 +374,7 @@ def test_events_tell_of_votes_and_end_with_the_server(serve_page: Make) -> None:
     assert json.loads(next(lines)[5:])["done"] == 1
 
 
-class Learning(Listed):
+class Learning(PictureList):
     """A source of a run that learns."""
 
     said: Supply = Supply(round=3)
