@@ -164,6 +164,7 @@ def test_a_process_of_an_old_locale_works_on_files_of_any_name(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f" +- {metrics(folder)[0]['reward/total/std']:.3f}" in done.stdout
     assert done.stdout.splitlines()[-1] == f"report: {tmp_path}/l\\xe4uft/report.html"
+    assert "leaked" not in done.stderr, "libraries in C++ tell what is never let go"
 
 
 @pytest.mark.slow
