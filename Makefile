@@ -12,14 +12,13 @@ BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-mlflow test-promises test-slow chaos docs docs-check lint format bench clean distclean
+.PHONY: help demo install install-dev test test-promises test-slow chaos docs docs-check lint format bench clean distclean
 
 help:
 	@echo "make demo       install into $(VENV) and train $(CONFIG) (a few minutes on two CPU cores)"
 	@echo "make test       the default tests (some six minutes on two cores)"
 	@echo "make test-promises  local = Ray = killed = resumed, whole runs on both (a few minutes)"
 	@echo "make test-slow  the long tests"
-	@echo "make test-mlflow  the sink mlflow, whose package is installed into build/mlflow for it"
 	@echo "make chaos      thirty kills in one run on a small cluster (a few minutes)"
 	@echo "make docs-check run every command that docs/cluster.md shows"
 	@echo "make docs       build the site with the reference into build/docs (a warning is an error)"
@@ -91,14 +90,6 @@ test-promises: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow or promise" --timeout 3600 $(PYTEST_ARGS)
-
-# MLflow wants an older importlib_metadata than constraints.txt has: it lies in a folder of its own, which comes before the venv.
-build/mlflow/.installed: pyproject.toml $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --target build/mlflow "mlflow-skinny>=3.1"
-	@touch $@
-
-test-mlflow: build/mlflow/.installed
-	PYTHONPATH=build/mlflow $(BIN)/python -m pytest -m "promise or not promise" tests/sinks/test_mlflow.py $(PYTEST_ARGS)
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow -s tests/end_to_end/test_chaos.py

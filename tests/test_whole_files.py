@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 ENDS = "import os, time\ndef test_before(): pass\ndef test_ends(): os._exit(1)\n"
 AFTER = "def test_after(): pass\n"
@@ -33,6 +35,7 @@ def run_tests(folder: Path, files: dict[str, str], processes: int = 2) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.promise
 def test_a_single_test_that_waits_behind_a_process_that_ended_is_run(tmp_path: Path) -> None:
     said = run_tests(
         tmp_path, {"test_a": ENDS, "test_b": ONE, "test_c": ONE, "test_d": ONE}, processes=1
@@ -41,11 +44,13 @@ def test_a_single_test_that_waits_behind_a_process_that_ended_is_run(tmp_path: P
     assert "test_a.py::test_ends: the process that ran it has ended" in said
 
 
+@pytest.mark.promise
 def test_the_rest_of_its_file_is_run(tmp_path: Path) -> None:
     said = run_tests(tmp_path, {"test_a": ENDS + AFTER, "test_b": ONE}, processes=2)
     assert "1 failed, 3 passed" in said, said
 
 
+@pytest.mark.promise
 def test_more_than_one_may_end(tmp_path: Path) -> None:
     said = run_tests(
         tmp_path,
@@ -64,6 +69,7 @@ def test_waits():
 """
 
 
+@pytest.mark.promise
 def test_files_that_need_a_ray_go_to_one_process(tmp_path: Path) -> None:
     """The other process has enough to do: its first file waits for the last of them."""
     names = [f"tests/runtime/test_{n}" for n in "abc"]

@@ -35,9 +35,12 @@ Job = Callable[[Writer], None]
 
 
 class Log:
-    """The sinks of a run, open until ``close``."""
+    """The sinks of a run, open until ``close``, which waits ``patience`` seconds for them."""
 
-    def __init__(self, sinks: Sequence[Sink], origin: Origin) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], origin: Origin, *, patience: float = CLOSE_SECONDS
+    ) -> None:
+        self._patience = patience
         self._notes: deque[str] = deque()
         self._threads = [_SinkThread(sink, origin, self._notes.append) for sink in sinks]
 
@@ -67,7 +70,7 @@ class Log:
         """Writes what is left and closes every sink; gives up on those that take too long."""
         for thread in self._threads:
             thread.end(ended)
-        deadline = time.monotonic() + CLOSE_SECONDS
+        deadline = time.monotonic() + self._patience
         for thread in self._threads:
             thread.wait(deadline - time.monotonic())
 

@@ -158,6 +158,7 @@ def test_each_picture_is_mirrored_by_a_draw_of_its_own() -> None:
     assert abs((coins[:, 0] == coins[:, 1]).mean() - 0.5) < 4 * 0.5 / np.sqrt(160)
 
 
+@pytest.mark.promise
 def test_draws_of_the_posterior_have_its_mean_and_deviation(tiny: Policy) -> None:
     """400 draws of two pictures: standardised by the posterior they are standard normal."""
     one = pairs(2)

@@ -39,6 +39,7 @@ def round_of(learner: Learner, algorithm: Algorithm, round: int) -> None:
     learner.update(algorithm.make_batch(scored, Memory()), round=round)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("every", [0, 1, 2, 3])
 @pytest.mark.parametrize("make", [D3PO, DiffusionDPO], ids=lambda m: m.__name__)

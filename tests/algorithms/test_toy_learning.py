@@ -132,6 +132,7 @@ def test_the_reward_rises(name: str, seed: int) -> None:
     assert after > before + 0.1, (before, after)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", BUDGETS)
 def test_the_distance_to_the_reference_stays_within_its_budget(name: str, seed: int) -> None:

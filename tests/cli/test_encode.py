@@ -50,6 +50,7 @@ def config(model: Path, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.promise
 def test_a_run_on_the_file_is_the_run_with_text_encoders(
     call: Call, config: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

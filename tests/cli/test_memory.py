@@ -154,6 +154,7 @@ def test_several_learners_hold_a_table_of_all_shards_and_its_sum() -> None:
     assert gradients("learner.shards=1") == 1
 
 
+@pytest.mark.promise
 def test_shards_one_after_the_other_hold_the_sum_and_the_next_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -230,6 +231,7 @@ def told_by(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return {row[0]: row[1] for row in columns if len(row) > 1}
 
 
+@pytest.mark.promise
 def test_check_speaks_of_every_worker(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(CONFIGS / "tiny_draft.yaml")]) == 0
     told = told_by(capsys)

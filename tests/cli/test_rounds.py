@@ -19,6 +19,7 @@ from tests.runs import small_run
 FIGURES = [(kind, key) for kind in (rounds.UNET, rounds.TRANSFORMER) for key in kind.figures]
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(("kind", "key"), FIGURES)
 def test_the_measured_case_takes_what_was_measured(
     kind: rounds.Kind, key: tuple[str, bool], monkeypatch: pytest.MonkeyPatch

@@ -53,6 +53,7 @@ def stand_in_for_stdout(monkeypatch):
     return replace
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-16-le"])
 def test_train_says_what_the_encoding_can(stand_in_for_stdout, tmp_path, encoding):
     stream, folder = stand_in_for_stdout(encoding), tmp_path / "läuft"
@@ -179,6 +180,7 @@ def test_a_run_whose_reader_leaves_and_whose_errors_nobody_hears(tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("redirected", "code"),
     [

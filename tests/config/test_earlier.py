@@ -18,6 +18,7 @@ from rlalign.rewards.hpsv2 import HpsV2
 EARLIER = Path(__file__).parent / "earlier_run"
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("without_report")
 def test_a_run_of_an_earlier_version_goes_on_as_it_would_have(tmp_path: Path) -> None:
     shutil.copytree(EARLIER, tmp_path / "run")

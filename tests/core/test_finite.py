@@ -181,6 +181,7 @@ def test_the_step_is_the_first_that_is_not_finite() -> None:
     assert len(seen) == 6 + 5 + 1
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("without_trial")
 @pytest.mark.parametrize("command", ["evaluate", "sample"])
 @pytest.mark.parametrize("part", PARTS)
@@ -217,6 +218,7 @@ def test_evaluate_and_sample_end_with_one_message(
     assert not list(tmp_path.glob("out/*.json"))
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("part", ["unet", "vae"])
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_every_sampler_names_the_part(

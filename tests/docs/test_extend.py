@@ -47,6 +47,7 @@ def test_every_shelf_has_its_example(folder: Path) -> None:
         assert load_class(shelf, name).__doc__
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_of_the_page_work(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

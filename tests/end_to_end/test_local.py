@@ -206,9 +206,11 @@ def test_no_evaluation_is_drawn_twice(small: Make, tmp_path: Path) -> None:
     drawn: list[tuple[str, int]] = []
 
     class Counting(LocalCollect):
-        def order(self, units: Sequence[Unit], weights: Weights) -> int:
+        def order(
+            self, units: Sequence[Unit], weights: Weights, reward: Weights | None = None
+        ) -> int:
             drawn.extend([weights.tag] * (units[0].key.stream == "evaluate"))
-            return super().order(units, weights)
+            return super().order(units, weights, reward)
 
     run = small()
     (tmp_path / "run").mkdir()
@@ -283,6 +285,7 @@ def test_another_runs_checkpoint_is_refused(small: Make, tmp_path: Path) -> None
         train_local(small("seed=1"), folder, resume=True, on_record=quiet)
 
 
+@pytest.mark.promise
 def test_the_exported_policy_loads_in_plain_diffusers(pipeline: str, tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 

@@ -103,6 +103,7 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(whole, tmp_path, sto
     assert_same(weights(run(tmp_path)), weights(whole))
 
 
+@pytest.mark.promise
 def test_a_longer_run_passes_through_the_shorter_ones_weights(whole, tmp_path):
     denoiser = dict(SMALL["denoiser"])
     run(tmp_path, denoiser={**denoiser, "updates": 3})
@@ -240,6 +241,7 @@ def test_another_seed_gives_other_weights(whole, tmp_path):
     assert any(not torch.equal(other[name], same[name]) for name in same)
 
 
+@pytest.mark.promise
 def test_other_settings_cannot_resume_but_can_start_anew(whole, tmp_path):
     run(tmp_path, seed=4)
     with pytest.raises(UserError, match=r"seed must stay 4 to resume from .*, got 3"):

@@ -81,6 +81,7 @@ def prediction(policy: Policy, network: Any) -> torch.Tensor:
     return family.with_network(network).predict(latents, torch.tensor([501.0]), words)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", FIRST)
 def test_plain_diffusers_computes_the_same_with_the_file(
     folders: dict[str, Path], tmp_path: Path, name: str

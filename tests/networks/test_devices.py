@@ -189,6 +189,7 @@ def test_every_command_says_so_and_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.promise
 def test_check_refuses_what_runs_nowhere_and_says_what_runs_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,6 +75,7 @@ def prediction(policy: Policy) -> torch.Tensor:
 # --- what it starts with -------------------------------------------------------------------------
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("as_file", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 10.0])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -458,6 +459,11 @@ def test_runs_without_an_adapter_are_the_runs_that_they_were() -> None:
     assert before["policy"].pop("vae_tiling") is False
     assert before["learner"].pop("optimizer") == "adamw"
     assert before["learner"].pop("warmup") == 0
+    assert before.pop("combine") == "sum"
+    assert before.pop("refit") is None
+    assert before["evaluate"].pop("by") == ""
+    assert before["guard"].pop("kl_most") == before["guard"].pop("diversity_least") == 0.0
+    assert before["rewards"][0].pop("at_least") is None
     assert identity_of(run) == checkpoint.identity(before) == "c4c621d302faa380"
     other = load_run(CONFIGS / "quickstart.yaml", ["policy.adapter=somewhere"])
     assert identity_of(other) != identity_of(run)

@@ -74,6 +74,7 @@ def assert_one_message(said: str, part: str, copy: Path) -> None:
     assert said.rpartition("; ")[2].startswith(("is the folder", "name "))
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", NAMES)
 def test_what_its_files_tell_is_refused_before_anything_is_loaded(
     name: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -106,6 +107,7 @@ def may_be_left_out(part: str, title: str) -> bool:
     return (part, title) == ("text_encoder_3", "left out")
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_refused_when_it_is_loaded(
     name: str, folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]

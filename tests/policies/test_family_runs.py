@@ -60,6 +60,7 @@ def test_it_trains_two_rounds(
     train_two_rounds(run_of_pair(name, algorithm, folders[name]), tmp_path)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", SETTINGS)
 def test_edict_draws_from_it(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Its coupled chains run in float64, the denoiser too."""
@@ -68,6 +69,7 @@ def test_edict_draws_from_it(name: str, folders: dict[str, Path], tmp_path: Path
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler["name"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_samplers_draw_from_it(

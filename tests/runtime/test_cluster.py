@@ -29,6 +29,7 @@ def test_needed_resources_are_counted() -> None:
     assert placement.needed(run_bundles(run), "GPU") == pytest.approx(6 * 0.25)
 
 
+@pytest.mark.promise
 @pytest.mark.ray
 def test_a_run_that_is_larger_than_the_cluster_is_refused(ray_cluster: None) -> None:
     with pytest.raises(

@@ -115,6 +115,7 @@ async def fetched(parts: Sequence[Any], done: WorkResult) -> tuple[list[Any], Wo
     return [await part for part in parts], done
 
 
+@pytest.mark.promise
 def test_a_unit_is_made_under_its_weights_which_travel_once(ray_cluster: None) -> None:
     """Bit for bit a rollout of this process, also by a worker that has died and lost them."""
     import ray
@@ -152,6 +153,7 @@ def test_a_unit_is_made_under_its_weights_which_travel_once(ray_cluster: None) -
     assert restarts == 1
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("lost", [1, 2])
 def test_a_result_that_is_lost_before_it_was_used_is_made_again(
     members: dict[Role, list[Any]], lost: int
@@ -241,6 +243,7 @@ def test_a_failing_score_is_missing_or_fails_the_unit_as_the_asker_says(
     assert retries == [FAULTY]
 
 
+@pytest.mark.promise
 def test_an_engine_begins_where_every_role_has_a_worker(members: dict[Role, list[Any]]) -> None:
     """And ends with what the reward's worker says, before any piece waits for it."""
     from rlalign.runtime.engine import RayEngine

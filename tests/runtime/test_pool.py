@@ -81,6 +81,7 @@ def test_a_killed_actor_comes_back_and_is_counted(ray_cluster: None) -> None:
     assert restarts == 1
 
 
+@pytest.mark.promise
 def test_a_mistake_of_the_user_that_keeps_actors_from_starting_is_raised_as_it_is(
     ray_cluster: None,
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_mistake_of_the_user_that_keeps_actors_from_starting_is_raised_as_it_i
         asyncio.run(scene())
 
 
+@pytest.mark.promise
 def test_a_pool_whose_actors_cannot_start_is_lost_with_their_own_error(ray_cluster: None) -> None:
     import ray
 
@@ -399,6 +401,7 @@ def test_a_call_that_ends_its_process_on_every_attempt_fails_and_says_how(
     assert retries == ["again"]
 
 
+@pytest.mark.promise
 def test_what_a_call_had_tried_often_enough_is_not_tried_once_more(ray_cluster: None) -> None:
     """A piece of work whose question to a reward failed on every attempt fails with it, at once."""
     from rlalign.config import RuntimeSettings

@@ -1,9 +1,6 @@
-"""MLflow on a SQLite file: what it holds of a run; a server that is down ends nothing. Needs the
-extra ``mlflow``."""
+"""MLflow on a SQLite file: what it holds of a run; a server that is down ends nothing."""
 
 from __future__ import annotations
-
-import importlib.util
 
 import pytest
 
@@ -11,13 +8,9 @@ from rlalign.core.registry import UserError, build
 from tests.sinks.logged import files_with, log_rounds
 
 PASSWORD = "hush-hush-0123456789"
-needs_mlflow = pytest.mark.skipif(
-    importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed (make test-mlflow)"
-)
 
 
 @pytest.mark.promise
-@needs_mlflow
 def test_a_database_holds_metrics_pictures_settings_and_the_report(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     sink = {"name": "mlflow", "tracking_uri": uri, "experiment": "trials"}
@@ -53,7 +46,6 @@ def test_a_database_holds_metrics_pictures_settings_and_the_report(tmp_path):
 
 
 @pytest.mark.promise
-@needs_mlflow
 def test_a_server_that_is_down_ends_nothing(tmp_path):
     found = log_rounds(
         tmp_path / "run",

@@ -103,6 +103,7 @@ def test_a_resumed_fit_ends_in_the_same_weights_bit_for_bit(
     assert (tmp_path / "fit.json").read_bytes() == (whole.parent / "fit.json").read_bytes()
 
 
+@pytest.mark.promise
 def test_other_settings_cannot_resume_but_can_start_anew(
     whole: Path, pairs: Path, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_plain_diffusers_draws_what_is_asked_for(opened: tuple[str, Path, Any]) 
     assert (first - second).abs().max() > 1e-5
 
 
+@pytest.mark.promise
 def test_every_weight_comes_from_the_folder(opened: tuple[str, Path, Any]) -> None:
     """The networks of the pipeline have the weights of the files, name by name, in float32; and as
     many as are counted without reading any."""

@@ -82,6 +82,7 @@ async def round_of(coordinator: Any, learner: str, work: Sequence[Unit]) -> None
         have += len(await coordinator.gather(learner, 1, have, 1))
 
 
+@pytest.mark.promise
 def test_samples_are_counted_when_they_are_there_and_once(members: dict[Role, Any]) -> None:
     """A learner that was killed orders its round again under the same weights: the same samples."""
     from rlalign.runtime.training.coordinator import Coordinator
@@ -143,6 +144,7 @@ def test_a_new_coordinator_counts_on(members: dict[Role, Any]) -> None:
     asyncio.run(scene())
 
 
+@pytest.mark.promise
 def test_how_long_a_worker_of_each_pool_worked(members: dict[Role, Any]) -> None:
     """Four units of 0.1 s on two rollout workers, scored in 0.2 s each by one: 0.2 and 0.8 s a
     worker."""
