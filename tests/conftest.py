@@ -107,6 +107,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """What is left goes with the process, and is not looked through for garbage before."""
+    """What is left is let go, or libraries in C++ complain of leaks."""
     shared_ray.end()
-    gc.freeze()
+    gc.unfreeze()

@@ -6,10 +6,8 @@ and leaves a traceback (1).
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -102,8 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is."""
     if arguments is None:
         streams.use_utf8()
-        # the process goes with all that it holds: looking through it for garbage takes a second
-        atexit.register(gc.freeze)
     streams.prepare()
     if not sys.stderr.isatty():
         # bars of the libraries that load weights, one line per change in a log

@@ -252,7 +252,7 @@ def test_a_folder_with_other_things_is_left_alone(
         ),
         ("preferences: {path: none.parquet}", "there is nothing at "),
         ("preferences: {path: x}\nfits: {}", "fits: unknown setting; did you mean 'fit'?"),
-        ("preferences: {path: x}\nfit: {updates: 0}", "fit.updates must be >= 1, got 0"),
+        ("preferences: {path: x}\nfit: {updates: -1}", "fit.updates must be >= 0, got -1"),
         (
             "preferences: {path: x}\nfit: {theta: 1.5}",
             "fit.theta > 1 models ties and needs preferences.ties half",
