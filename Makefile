@@ -16,7 +16,7 @@ CONFIG ?= configs/quickstart.yaml
 
 help:
 	@echo "make demo       install into $(VENV) and train $(CONFIG) (a few minutes on two CPU cores)"
-	@echo "make test       the default tests (some six minutes on two cores)"
+	@echo "make test       the default tests (five minutes on two cores)"
 	@echo "make test-promises  local = Ray = killed = resumed, whole runs on both (a few minutes)"
 	@echo "make test-slow  the long tests"
 	@echo "make chaos      thirty kills in one run on a small cluster (a few minutes)"

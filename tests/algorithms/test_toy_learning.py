@@ -141,6 +141,7 @@ def test_the_distance_to_the_reference_stays_within_its_budget(name: str, seed: 
     assert 0.1 * BUDGETS[name] < kl < BUDGETS[name], kl
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dpok_stays_nearer_to_the_reference_than_ddpo(seed: int) -> None:
     """Less than a fifth of DDPO's KL (seen: a fourteenth or less)."""

@@ -112,6 +112,7 @@ WATCHED = {
 }
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("model", ["points", pytest.param("quickstart", marks=pytest.mark.slow)])
 def test_the_guard_stops_an_over_optimising_run(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

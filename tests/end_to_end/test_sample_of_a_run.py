@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from rlalign.config import load_run
 from rlalign.sampling import sample_local
@@ -38,6 +39,7 @@ def _pictures(folder: Path, policy: Any, interpolation: float, family: str) -> n
     )
 
 
+@pytest.mark.promise
 def test_interpolation_goes_from_the_base_to_the_aligned_model_and_beyond(
     local_run: Path, tmp_path: Path
 ) -> None:

@@ -288,6 +288,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     assert after.stdout == "got it\n"
 
 
+@pytest.mark.promise
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"

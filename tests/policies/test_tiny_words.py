@@ -63,6 +63,7 @@ def test_plain_diffusers_draws_the_same_pictures(policy: Policy) -> None:
     assert (pictures_BCHW[:, None] * 255.0 - grey_BFCHW).abs().max() < 0.5 + 0.1
 
 
+@pytest.mark.promise
 def test_held_out_words_are_read_and_something_is_left_to_learn(policy: Policy) -> None:
     """The plan of configs/tiny_ocr.yaml on 64 words that no picture of its corpus shows."""
     _, media = rollout(policy, unit_of(64, Plan(steps=10, rule="flow_sde", eta=0.7)), 0)

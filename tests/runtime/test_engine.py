@@ -184,6 +184,7 @@ def test_a_result_that_is_lost_before_it_was_used_is_made_again(
     assert retries == [ROLLOUT] * lost
 
 
+@pytest.mark.promise
 def test_pieces_that_ask_for_scores_are_those_of_one_process(
     members: dict[Role, list[Any]],
 ) -> None:

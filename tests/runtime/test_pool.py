@@ -129,6 +129,7 @@ def test_a_pool_whose_actors_cannot_start_is_lost_with_their_own_error(ray_clust
         asyncio.run(scene())
 
 
+@pytest.mark.promise
 def test_it_grows_and_shrinks_while_its_actors_work(ray_cluster: None) -> None:
     from rlalign.runtime.pool import Pool
 
@@ -225,6 +226,7 @@ async def answers(actor: Any) -> None:
         await actor.ping.remote()
 
 
+@pytest.mark.promise
 def test_nobody_coming_back_in_time_says_so(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +343,7 @@ def test_a_call_that_waits_behind_another_has_not_begun(ray_cluster: None, tmp_p
     assert restarts == 0
 
 
+@pytest.mark.promise
 def test_a_worker_that_hangs_is_replaced_also_where_nobody_waits_for_it_any_more(
     ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -374,6 +377,7 @@ def test_a_worker_that_hangs_is_replaced_also_where_nobody_waits_for_it_any_more
     assert asyncio.run(scene()) == (1, 0)
 
 
+@pytest.mark.promise
 def test_a_call_that_ends_its_process_on_every_attempt_fails_and_says_how(
     ray_cluster: None,
 ) -> None:

@@ -119,6 +119,7 @@ def test_what_was_ordered_and_dropped_is_not_counted(members: dict[Role, Any]) -
     assert asyncio.run(scene()) == 0
 
 
+@pytest.mark.promise
 def test_a_new_coordinator_counts_on(members: dict[Role, Any]) -> None:
     from rlalign.runtime.training.coordinator import Coordinator
 
