@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,9 @@ def fit_reward(config: FitReward, *, resume: bool = True, progress: Report | Non
                 config.seed,
                 keep=lambda caption: not held_out(caption, config.held_out),
             )
+            measured_on = _held_out_pairs(config)
             _train(towers, _stages(towers, config, reader), saved, checkpoints, config.seed, report)
-            facts = {"trained_on": len(reader), **_measured(towers, config)}
+            facts = {"trained_on": len(reader), **_measured(towers, config, measured_on)}
     finally:
         torch.set_num_threads(threads)
     write_report(config.out, facts)
@@ -159,17 +160,25 @@ def _train(
             report(name, stage.done, settings.updates, value)
 
 
-def _measured(towers: Towers, config: FitReward) -> dict[str, Any]:
+def _held_out_pairs(config: FitReward) -> PairReader:
+    """The pairs that the reward is measured on, found before any work is done."""
+    try:
+        return PairReader(
+            config.pairs, config.seed, keep=lambda caption: held_out(caption, config.held_out)
+        )
+    except UserError as error:
+        raise UserError(
+            f"{error}; held_out ({config.held_out:g}) sets captions aside to measure on, by a"
+            " number of each: raise it, or give pairs of more captions"
+        ) from error
+
+
+def _measured(towers: Towers, config: FitReward, reader: PairReader) -> dict[str, Any]:
     """What the model says about the held-out prompts."""
-    reader = PairReader(config.pairs, config.seed, keep=_chooser(config.held_out))
     return {
         "prompts": len(reader.counts),
         **measure(towers.eval(), reader, config.device, config.fit.theta),
     }
-
-
-def _chooser(share: float) -> Callable[[str], bool]:
-    return lambda caption: held_out(caption, share)
 
 
 def _write(towers: Towers, config: FitReward, facts: Mapping[str, Any]) -> Path:

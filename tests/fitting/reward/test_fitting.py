@@ -170,6 +170,17 @@ def test_prompts_are_split_by_their_words_in_about_the_stated_share() -> None:
     assert held_out("a red circle", 0.5) == held_out("a red circle", 0.5)
 
 
+def test_that_nothing_is_held_out_is_said_before_anything_is_fitted(
+    pairs: Path, tmp_path: Path
+) -> None:
+    def never(stage: str, done: int, total: int, loss: float) -> None:
+        raise AssertionError(stage)
+
+    few = settings(pairs, tmp_path / "out", held_out=1e-4)
+    with pytest.raises(UserError, match=r"none of the captions asked for .*; held_out \(0\.0001\)"):
+        fit_reward(few, progress=never)
+
+
 def test_frozen_layers_stay_and_a_tower_without_parts_is_refused(tmp_path: Path) -> None:
     towers = build_towers("tiny")
     lock(
