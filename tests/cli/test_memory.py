@@ -305,6 +305,7 @@ def test_each_part_is_what_a_real_update_holds(sdxl: Path, monkeypatch: pytest.M
         allocated(lambda: lane.loss_of(one, learner.loss).value.backward()), rel=0.15
     )
     whole = run.policy.load("cpu")
+    rolled_out(run, whole)  # what a library sets up in its first pass is its own
     assert passes.rollout == pytest.approx(allocated(lambda: rolled_out(run, whole)), rel=0.15)
 
 

@@ -150,7 +150,7 @@ def kill_learner(folder: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.promise
+@pytest.mark.slow
 def test_grpo_under_a_refitted_reward_is_one_run_locally_resumed_and_on_ray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

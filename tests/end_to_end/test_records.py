@@ -102,7 +102,7 @@ def test_pairs_keep_their_captions_records(local: tuple[Path, list[str]]) -> Non
     assert sorted((str(c), r["tag"], r["factor"]) for c, r in again) == expected
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 @pytest.mark.ray
 def test_records_travel_on_ray(local: tuple[Path, list[str]], tmp_path: Path) -> None:
     """The same run on Ray, bit for bit."""

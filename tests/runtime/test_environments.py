@@ -148,7 +148,7 @@ def test_the_installer_does_not_see_the_token(requirements, monkeypatch):
     assert seen == [False, False]
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_reward_is_served_with_packages_that_the_run_does_not_have(
     tmp_path, requirements, monkeypatch

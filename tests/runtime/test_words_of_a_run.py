@@ -19,7 +19,7 @@ from tests.runs import assert_same_run, quiet
 pytestmark = [pytest.mark.ray, pytest.mark.promise]
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_on_it_is_the_run_with_text_encoders(
     killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
