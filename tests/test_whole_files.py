@@ -44,6 +44,23 @@ def test_a_single_test_that_waits_behind_a_process_that_ended_is_run(tmp_path: P
     assert "test_a.py::test_ends: the process that ran it has ended" in said
 
 
+CUT_OFF = """import os
+def pytest_runtest_logreport(report):
+    late = "test_before" in report.nodeid and report.when == "teardown"
+    if late and "PYTEST_XDIST_WORKER" not in os.environ:
+        report.node.gateway._io.close_write()
+"""
+
+
+@pytest.mark.promise
+def test_files_for_a_process_that_has_ended_unheard_are_run(tmp_path: Path) -> None:
+    """The next file is handed out when its pipe is closed and before it is seen to have ended."""
+    others = {f"test_{n}": ONE for n in "bcd"}
+    said = run_tests(tmp_path, {"conftest": CUT_OFF, "test_a": ENDS, **others}, processes=1)
+    assert "1 failed, 4 passed" in said, said
+    assert "test_a.py::test_ends: the process that ran it has ended" in said
+
+
 @pytest.mark.promise
 def test_the_rest_of_its_file_is_run(tmp_path: Path) -> None:
     said = run_tests(tmp_path, {"test_a": ENDS + AFTER, "test_b": ONE}, processes=2)

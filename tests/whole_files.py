@@ -11,6 +11,7 @@ compute, while the others compute, and one Ray serves them all.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -26,13 +27,15 @@ class WholeFiles(LoadFileScheduling):
     """Files in their order; of the file in which a process ended, the tests after it are run."""
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        """Hands a process the next file of its kind, or of the other kind where none is left."""
+        """Hands a process the next file of its kind, or of the other kind where none is left. From
+        one that has ended meanwhile, remove_node takes it back."""
         for_ray = node == next(iter(self.nodes))
         fitting = (file for file in self.workqueue if file.startswith(RAY) == for_ray)
         chosen = next(fitting, None)
         if chosen is not None:
             self.workqueue.move_to_end(chosen, last=False)
-        super()._assign_work_unit(node)
+        with contextlib.suppress(OSError):
+            super()._assign_work_unit(node)
 
     def remove_node(self, node: WorkerController) -> str | None:
         """Takes back what a process has not run, but for the test that it was at, which is
