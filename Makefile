@@ -1,4 +1,4 @@
-# make demo   a first aligned model: installs into .venv and trains configs/quickstart.yaml
+# make demo   a first aligned model: installs into .venv and trains twelve rounds of configs/quickstart.yaml
 # make test   the tests in minutes (test-promises, test-slow: the longer ones); make lint: style, types
 # make help   lists the rest
 #
@@ -10,12 +10,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
+# of another run file, its own number of rounds
+ROUNDS ?= $(if $(filter configs/quickstart.yaml,$(CONFIG)),12)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo install install-dev test test-promises test-slow chaos docs docs-check lint format bench clean distclean
 
 help:
-	@echo "make demo       install into $(VENV) and train $(CONFIG) (a few minutes on two CPU cores)"
+	@echo "make demo       install into $(VENV) and train $(CONFIG) (four minutes on two CPU cores)"
 	@echo "make test       the default tests (five minutes on two cores)"
 	@echo "make test-promises  local = Ray = killed = resumed, whole runs on both (a few minutes)"
 	@echo "make test-slow  the long tests"
@@ -71,7 +73,7 @@ install-dev: $(VENV)/.installed-dev
 demo: $(VENV)/.installed
 	@out=runs/quickstart; n=1; \
 	while [ -e "$$out" ]; do n=$$((n + 1)); out=runs/quickstart-$$n; done; \
-	(set -x; $(BIN)/rlalign train $(CONFIG) --out "$$out") && \
+	(set -x; $(BIN)/rlalign train $(CONFIG) $(if $(ROUNDS),rounds=$(ROUNDS)) --out "$$out") && \
 	echo "next:   $(BIN)/rlalign train --resume $$out rounds=40   (goes on from here; docs/rewards.md: other rewards)"
 
 # A file goes whole to one process, in the order of tests/conftest.py. Those that need a Ray wait more than they compute: they go
