@@ -43,6 +43,7 @@ SHELVES = {
     "algorithms": "algorithms",
     "samplers": "samplers",
     "data.prompts": "data",
+    "learning.limits": "learning",
     "sinks": "sinks",
 }
 """Shelf package -> its room. From outside its room, only ``base`` of a shelf may be imported;

@@ -20,6 +20,8 @@ def schema() -> dict[str, Any]:
     rewards = {"type": "array", "items": _one_of("rewards", defs)}
     whole["properties"]["rewards"] = {**rewards, "minItems": 1}
     defs["EvaluateSettings"]["properties"]["rewards"] = rewards
+    limits = {"type": "array", "items": _one_of("limits", defs)}
+    defs["GuardSettings"]["properties"]["limits"] = limits
     whole["properties"]["log"] = {"type": "array", "items": _one_of("sinks", defs)}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "$defs": defs}
 

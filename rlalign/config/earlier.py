@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from rlalign.config.files import load_mapping, parse_run, resolved
 from rlalign.config.settings import Run
+from rlalign.config.spelling import limits_as_keys
 from rlalign.core.registry import Before
 from rlalign.learning import checkpoint
 
@@ -28,13 +29,13 @@ def load_begun(path: Path | str, overrides: list[str] | None = None) -> Run:
 def identity_of(run: Run) -> str:
     """The digest that ties a checkpoint to its run; settings that came later do not change it while
     they say nothing new."""
-    return checkpoint.identity(_known_before(run, resolved(run)))
+    return checkpoint.identity(_as_before(run))
 
 
 def plain_identity_of(run: Run) -> str:
     """The digest in checkpoints of before some settings might change; see
     ``checkpoint.plain_identity``."""
-    return checkpoint.plain_identity(_known_before(run, resolved(run)))
+    return checkpoint.plain_identity(_as_before(run))
 
 
 def fill_earlier(settings: Any, data: Any) -> Any:
@@ -57,6 +58,16 @@ def fill_earlier(settings: Any, data: Any) -> Any:
         if filled is not value:
             changes[name] = filled
     return settings.model_copy(update=changes) if changes else settings
+
+
+def _as_before(run: Run) -> dict[str, Any]:
+    """A run's settings without those that came later, and in the spelling that identities are taken
+    of."""
+    said = _known_before(run, resolved(run))
+    for group in (said, said.get("refit")):
+        if group and group.get("preferences"):
+            group["preferences"] = {**group["preferences"], "workers": 0}
+    return said | {"guard": limits_as_keys(said["guard"])}
 
 
 def _known_before(settings: Any, said: Any) -> Any:

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlalign.config.settings import PLUGINS, Run
-from rlalign.config.spelling import nest_path, nest_runtime, note_spelling
+from rlalign.config.settings import LISTS, PLUGINS, Run
+from rlalign.config.spelling import nest_path, note_spelling, respell
 from rlalign.core.files import UnreadableText, join_surrogates, parse_strict_json, read_text
 from rlalign.core.locations import locate
 from rlalign.core.registry import UserError, build, explain, read_reason
@@ -179,25 +179,23 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
 
 
 def _read(path: Path | str, overrides: Sequence[str]) -> dict[str, Any]:
-    data = nest_runtime(read_yaml(Path(path)), str(path))
+    data = respell(read_yaml(Path(path)), str(path))
     for assignment in overrides:
         override(data, assignment)
-        data = nest_runtime(data, "the command line")
+        data = respell(data, "the command line")
     return data
 
 
 def parse_run(data: Mapping[str, Any]) -> Run:
     """The Run of a mapping. Plug-ins are built first, so that their errors say where in the file
     they are."""
-    made = parse_plugins(data, PLUGINS, ("rewards",))
-    if "log" in made:
-        made["log"] = _plugins("sinks", made["log"], "log", "[{name: tensorboard}]")
-    evaluate = made.get("evaluate")
-    if isinstance(evaluate, Mapping) and "rewards" in evaluate:
-        made["evaluate"] = {
-            **evaluate,
-            "rewards": _rewards(evaluate["rewards"], "evaluate.rewards"),
-        }
+    made = parse_plugins(respell(data), PLUGINS, ("rewards",))
+    for path, (shelf, example) in LISTS.items():
+        group, _, key = path.rpartition(".")
+        place = made.get(group) if group else made
+        if isinstance(place, Mapping) and key in place:
+            built = {**place, key: _plugins(shelf, place[key], path, example)}
+            made = made | {group: built} if group else built
     return parse(Run, made)
 
 
@@ -210,11 +208,12 @@ def parse_plugins(
     for field, shelf in plugins.items():
         if field in made:
             made[field] = build(shelf, made[field], field)
-    return made | {field: _rewards(made[field], field) for field in rewards if field in made}
-
-
-def _rewards(value: Any, path: str) -> list[Any]:
-    return _plugins("rewards", value, path, "[{name: shapes}]")
+    built = {
+        field: _plugins("rewards", made[field], field, "[{name: shapes}]")
+        for field in rewards
+        if field in made
+    }
+    return made | built
 
 
 def _plugins(shelf: str, value: Any, path: str, example: str) -> list[Any]:
@@ -230,7 +229,7 @@ def parse(cls: type[Settings], data: Mapping[Any, Any]) -> Settings:
     if odd is not None:
         raise UserError(f"settings must have names, got {odd!r}")
     try:
-        return cls.model_validate(nest_runtime(data))
+        return cls.model_validate(respell(data))
     except ValidationError as error:
         raise UserError(explain(error, cls, "")) from error
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from rlalign.config.files import resolved
 from rlalign.config.runtime import RuntimeSettings
 from rlalign.config.settings import Run
-from rlalign.config.spelling import nest_path
+from rlalign.config.spelling import GONE, nest_path
 from rlalign.core.registry import UserError
 
 _DEVICE = "another device rounds otherwise"
@@ -52,9 +52,7 @@ FREE = (
         "evaluate.grid",
         "log",
     ),
-    "preferences.workers",
     "preferences.ballots.patience_seconds",
-    "refit.preferences.workers",
     "refit.preferences.ballots.patience_seconds",
     "policy.embeddings",
     *(path for path in paths_of(RuntimeSettings, "runtime.") if path not in REASONS),
@@ -79,7 +77,7 @@ def refuse_fixed(assignments: Sequence[str]) -> None:
     never change."""
     for assignment in assignments:
         path = nest_path(assignment.partition("=")[0].strip())
-        if not any(_is_in(path, free) or _is_in(free, path) for free in FREE):
+        if not any(_is_in(path, free) or _is_in(free, path) for free in (*FREE, *GONE)):
             reason = _why(path)
             raise UserError(
                 f"--resume: {path} must stay as it is, got {assignment!r}: {reason}; {_advice()}"
@@ -101,7 +99,7 @@ def _reason(path: str, before: Run, after: Run) -> str:
         return f"an actor encodes on {new.encoder_device}, and {_DEVICE}"
     if path == "checkpoint.every" and (old.max_staleness or new.max_staleness):
         return "with runtime.max_staleness no round is ordered ahead across a checkpoint"
-    if path == "evaluate.every" and before.guard.watches:
+    if path == "evaluate.every" and before.guard.limits:
         return "the guard counts evaluations"
     if any(_is_in(path, free) for free in FREE):
         return ""

@@ -73,7 +73,20 @@ class Workers(Reserved, Counted):
     """The workers of one role: how many there are, and what Ray reserves for each."""
 
 
-class RolloutWorkers(Workers):
+class TorchWorkers(Workers):
+    """Workers that compute with a stated number of torch threads."""
+
+    threads: int = Field(
+        default=1,
+        ge=1,
+        description=(
+            "torch threads of one of them, or of one shard of the learner; reward workers have the"
+            " rollout's"
+        ),
+    )
+
+
+class RolloutWorkers(TorchWorkers):
     """Those that denoise."""
 
     workers: int = Field(
@@ -84,7 +97,6 @@ class RolloutWorkers(Workers):
         ge=0,
         description="grow up to so many while the learner waits for samples; 0 keeps workers",
     )
-    threads: int = Field(default=1, ge=1, description="torch threads in a rollout or reward worker")
 
 
 class RewardWorkers(Workers):
@@ -106,14 +118,13 @@ class RewardWorkers(Workers):
     )
 
 
-class LearnerWorkers(Workers):
+class LearnerWorkers(TorchWorkers):
     """Those that learn."""
 
     workers: int = Field(
         default=1, ge=1, description="Ray Train workers; must divide learner.shards"
     )
     cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for one of them")
-    threads: int = Field(default=1, ge=1, description="torch threads for each shard of the learner")
 
 
 class EncoderWorker(Reserved):
@@ -155,13 +166,13 @@ class RuntimeSettings(BaseModel):
     unit_timeout_seconds: float = Field(
         default=600.0, gt=0, description="a worker that takes longer is replaced"
     )
-    recovery_seconds: float = Field(
-        default=600.0, gt=0, description="how long a dead worker may take to come back, and load"
-    )
     start_seconds: float = Field(
         default=600.0,
         gt=0,
-        description="how long a pool's first worker may wait for a place on the cluster, and load",
+        description=(
+            "how long a worker may take to find a place on the cluster and load, at first and"
+            " after it has died"
+        ),
     )
     device: str = Field(
         default="cpu",

@@ -31,8 +31,15 @@ from rlalign.rewards.base import Combine, Reward, refuse_constraints
 from rlalign.sinks.base import Sink
 
 PLUGINS = {"policy": "policies", "prompts": "prompts", "algorithm": "algorithms"}
-"""Field of a Run -> the shelf that its plug-in stands on. (``rewards``, ``evaluate.rewards``
-and ``log`` are lists from one shelf.)"""
+"""Field of a Run -> the shelf that its plug-in stands on."""
+
+LISTS = {
+    "evaluate.rewards": ("rewards", "[{name: shapes}]"),
+    "guard.limits": ("limits", "[{name: kl, most: 0.01}]"),
+    "log": ("sinks", "[{name: tensorboard}]"),
+}
+"""Path of a list of plug-ins that may be left out -> their shelf, and an example. (``rewards`` is
+one that may not.)"""
 
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -142,21 +149,13 @@ class Run(BaseModel):
     @model_validator(mode="after")
     def _guards_what_it_measures(self) -> Run:
         held_out = [r.title for r in self.evaluate.rewards]
-        if self.guard.held_out and self.guard.held_out not in held_out:
-            raise UserError(
-                f"guard.held_out must be one of evaluate.rewards ({', '.join(held_out) or 'none'}),"
-                f" got {self.guard.held_out!r}; add it there"
-            )
+        for number, limit in enumerate(self.guard.limits):
+            limit.refuse_unmeasured(f"guard.limits.{number}", held_out, self.plan)
         if self.guard.action == "raise_kl" and not getattr(self.algorithm, "kl_weight", 0.0):
             raise UserError(
                 "guard.action raise_kl needs an algorithm with a kl_weight > 0 (dpok, grpo,"
                 f" diffusion_nft, reward_backprop), and {self.algorithm.name} has none; set one, or"
                 " take halve or stop"
-            )
-        if self.guard.kl_most and self.plan.eta == 0:
-            raise UserError(
-                "guard.kl_most needs steps with noise, whose KL it is, got plan.eta 0; watch a"
-                " held-out reward or the diversity"
             )
         return self
 

@@ -4,7 +4,7 @@ that every room uses.
 records.py   Plan, Unit, Trajectory, Scored, Weights: frozen, with the shape of each field in its
              docstring
 batches.py   the four batches that algorithms learn from
-registry.py  recipes and the five shelves of plug-ins; UserError
+registry.py  recipes and the shelves of plug-ins; UserError
 finite.py    what is not a number is refused where it arises
 locations.py settings that name files, and what a relative path means
 files.py     text files that a user gives; files and folders that are written whole

@@ -28,16 +28,17 @@ from pydantic import (
 
 SHELVES: dict[str, str] = {
     "algorithms": "Algorithm",
+    "limits": "Limit",
     "policies": "PolicyRecipe",
     "prompts": "Prompts",
     "rewards": "Reward",
     "samplers": "Sampler",
     "sinks": "Sink",
 }
-"""Shelf -> name of the base class in its ``base.py``. The prompts shelf lives in
-``rlalign/data/``."""
+"""Shelf -> name of the base class in its ``base.py``. The shelf of prompts lives in
+``rlalign/data/``, that of a guard's limits in ``rlalign/learning/``."""
 
-_PACKAGES = {"prompts": "data.prompts"}
+_PACKAGES = {"limits": "learning.limits", "prompts": "data.prompts"}
 
 
 class UserError(ValueError):

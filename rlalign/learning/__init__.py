@@ -3,7 +3,8 @@
 learner.py     one update: shards, accumulation, clipping, averages
 optimisers.py  AdamW, Adafactor, 8-bit AdamW: their rate, their state, its bytes
 evaluate.py    fixed prompts and noise: summaries, comparisons, diversity, KL
-guard.py       over-optimisation: what it watches and what it does
+guard.py       over-optimisation: what is counted, and what is done then
+limits/        what a guard watches: one file each
 checkpoint.py  saving and resuming, written whole or not at all
 folders.py     what a folder that is to be written holds already
 metrics.py     a run's lines: metrics.jsonl, evaluations.jsonl, TensorBoard

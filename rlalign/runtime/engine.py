@@ -67,7 +67,6 @@ class Pools(Mapping[Role, Pool]):
         self._pools = {
             role: Pool(
                 role,
-                patience_seconds=runtime.recovery_seconds,
                 start_seconds=runtime.start_seconds,
                 in_flight=2 if role == ROLLOUT else 1,
             )

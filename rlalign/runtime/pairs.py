@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,21 +25,13 @@ from rlalign.core.prompts import dump_record, with_record
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.buckets import Crop
 from rlalign.data.pairs.reader import PairReader
-from rlalign.data.pairs.rows import Group, Pair, Resize, read_rows, to_pair
+from rlalign.data.pairs.rows import Group, Pair, Resize, Undecodable, read_rows, to_pair
 
 _BATCH = 64
 """Rows that a task decodes at once."""
 _TASKS = 1000
 """Into which the rest of an epoch is cut at most; a task reads one slice of a row group after
 another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Undecodable:
-    """A row whose pictures cannot be decoded, and why."""
-
-    row: str
-    why: str
 
 
 class RayPairReader(PairReader):
@@ -50,7 +41,7 @@ class RayPairReader(PairReader):
     Settings, errors and pairs are those of ``PairReader``.
     """
 
-    _stream: Generator[list[Pair | _Undecodable], None, None] | None = None
+    _stream: Generator[list[Pair | Undecodable], None, None] | None = None
     _next = (0, 0)
     """(epoch, window) that the stream stands before."""
 
@@ -79,13 +70,10 @@ class RayPairReader(PairReader):
     def _windows_per_epoch(self) -> int:
         return -(-len(self) // self.settings.shuffle)
 
-    def _decoded(self, row: Pair | _Undecodable) -> Pair | None:
-        if isinstance(row, Pair):
-            return row
-        self.bad.add(row.row, row.why)
-        return None
+    def _decode(self, row: Pair | Undecodable) -> Pair | Undecodable:
+        return row
 
-    def _windows(self, epoch: int, first: int) -> Generator[list[Pair | _Undecodable], None, None]:
+    def _windows(self, epoch: int, first: int) -> Generator[list[Pair | Undecodable], None, None]:
         """The windows of an epoch from ``first`` on."""
         numbers = range(first, self._windows_per_epoch)
         slices = [list(self._slices(epoch, number)) for number in numbers]
@@ -98,7 +86,7 @@ class RayPairReader(PairReader):
         finally:
             rows.close()
 
-    def _rows_of(self, items: list[dict[str, Any]]) -> Generator[Pair | _Undecodable, None, None]:
+    def _rows_of(self, items: list[dict[str, Any]]) -> Generator[Pair | Undecodable, None, None]:
         """The rows of slices of row groups in their order, decoded on the cluster."""
         context = ray.data.DataContext.get_current()
         before = context.execution_options.preserve_order
@@ -129,12 +117,12 @@ def _item(group: Group, numbers: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _row(row: dict[str, Any]) -> Pair | _Undecodable:
+def _row(row: dict[str, Any]) -> Pair | Undecodable:
     """A row as it came from a task. Raises UserError where its file could not be read."""
     if row["refused"]:
         raise UserError(str(row["refused"]))
     if row["fault"]:
-        return _Undecodable(row=str(row["row"]), why=str(row["fault"]))
+        return Undecodable(row=str(row["row"]), why=str(row["fault"]))
     return Pair(
         caption=with_record(str(row["caption"]), str(row["record"])),
         picture_0=_picture(row["picture_0"], row["shape_0"]),

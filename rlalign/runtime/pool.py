@@ -109,15 +109,14 @@ class Pool:
         role: Role,
         actors: Sequence[ActorHandle] = (),
         *,
-        patience_seconds: float,
-        start_seconds: float = 600.0,
+        start_seconds: float,
         in_flight: int = 1,
     ) -> None:
-        """``in_flight`` 2 keeps the next call waiting at the actor, so that it need not wait for
+        """``start_seconds`` is how long an actor may take to answer, at first and after it died.
+        ``in_flight`` 2 keeps the next call waiting at the actor, so that it need not wait for
         the way back."""
         self.role = role
         self.restarts = 0
-        self._patience = patience_seconds
         self._start = start_seconds
         self._in_flight = in_flight
         self._members: dict[int, Member] = {}
@@ -133,7 +132,7 @@ class Pool:
         for number in sorted(actors.keys() - self._members.keys()):
             member = Member(number=number, actor=actors[number])
             self._members[number] = member
-            self._ask(member, late, self._start)
+            self._ask(member, late)
         for number in self._members.keys() - actors.keys():
             self._dismiss(self._members[number])
 
@@ -221,7 +220,7 @@ class Pool:
         member = self._members[number]
         if member.state == State.READY:
             member.state = State.AWAY
-            self._ask(member, error, self._patience)
+            self._ask(member, error)
         self.release(number)
 
     async def answer(self, actor: ActorHandle, ref: ray.ObjectRef, seconds: float) -> Any:
@@ -246,12 +245,12 @@ class Pool:
 
     # --- who comes back --------------------------------------------------------------------------
 
-    def _ask(self, member: Member, error: BaseException, patience: float) -> None:
+    def _ask(self, member: Member, error: BaseException) -> None:
         """Asks one that starts or is away until it answers. ``error`` says why it is lost when it
-        has not for ``patience`` seconds."""
-        member.question = asyncio.ensure_future(self._ask_until(member, error, patience))
+        has not in time."""
+        member.question = asyncio.ensure_future(self._ask_until(member, error))
 
-    async def _ask_until(self, member: Member, error: BaseException, patience: float) -> None:
+    async def _ask_until(self, member: Member, error: BaseException) -> None:
         began = asked = time.monotonic()
         while (refusal := await _ping(member.actor)) is not None:
             # its constructor failed: Ray will not try again, and a user's mistake would be the same
@@ -263,7 +262,7 @@ class Pool:
                 self._serve()
                 return
             # what was asked in time says nothing of now: this loop may have rested since
-            if asked - began > patience:
+            if asked - began > self._start:
                 member.error = error  # still asked: a node may come back
                 self._serve()
             await asyncio.sleep(PROBE_SECONDS)
@@ -287,10 +286,11 @@ class Pool:
             return refusal
 
         # what became of each, and the setting that gives it more time
+        late = f"in {self._start:g} s: raise runtime.start_seconds"
         fates = {
             State.GONE: "died for good",
-            State.STARTING: f"did not start in {self._start:g} s: raise runtime.start_seconds",
-            State.AWAY: f"not back after {self._patience:g} s: raise runtime.recovery_seconds",
+            State.STARTING: f"did not start {late}",
+            State.AWAY: f"did not come back {late}",
         }
         count = Counter(member.state for member in members)
         said = ", ".join(f"{count[state]} {fate}" for state, fate in fates.items() if count[state])

@@ -70,11 +70,11 @@ class RemoteReader:
     def __init__(self, encoder: ActorHandle, runtime: RuntimeSettings) -> None:
         self._encoder = encoder
         self._seconds = runtime.start_seconds + runtime.unit_timeout_seconds
-        self._patience = runtime.recovery_seconds
+        self._patience = runtime.start_seconds
 
     def __call__(self, text: str) -> Mapping[str, torch.Tensor]:
         """The words of a text, on the CPU. Waits for an encoder that is started again, for
-        ``recovery_seconds``; raises what Ray raises where it does not come back, and what the
+        ``start_seconds``; raises what Ray raises where it does not come back, and what the
         encoder raised."""
         deadline: float | None = None
         while True:

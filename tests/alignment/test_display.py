@@ -195,7 +195,7 @@ DPOK = {"name": "dpok", "clip_range": 0.1, "kl_weight": 0.01}
 @pytest.mark.usefixtures("without_report")
 def test_a_guard_raises_the_kl_weight_and_a_resumed_run_keeps_it(tmp_path):
     """Whatever the KL is after a round, it is above so small a limit."""
-    guard = {"kl_most": 1e-9, "patience": 1, "action": "raise_kl"}
+    guard = {"limits": [{"name": "kl", "most": 1e-9}], "patience": 1, "action": "raise_kl"}
     told: list[dict[str, Any]] = []
     run = points(rounds=3, algorithm=DPOK, guard=guard)
     train_local(run, tmp_path / "whole", resume=False, on_record=told.append)
@@ -217,7 +217,7 @@ def test_a_guard_raises_the_kl_weight_and_a_resumed_run_keeps_it(tmp_path):
 
 @pytest.mark.usefixtures("without_report")
 def test_a_guard_stops_at_a_kl_and_says_so_at_the_end(tmp_path):
-    run = points(rounds=9, guard={"kl_most": 1e-9, "patience": 2})
+    run = points(rounds=9, guard={"limits": [{"name": "kl", "most": 1e-9}]})
     train_local(run, tmp_path / "run", resume=False, on_record=quiet)
     final = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert final["round"] == 2

@@ -10,7 +10,10 @@ from rlalign.core.registry import UserError
 from tests.runs import CONFIGS
 
 QUICKSTART = CONFIGS / "quickstart.yaml"
-GUARDED = ("guard.held_out=jpeg", "evaluate.rewards=[{name: jpeg}]")
+GUARDED = (
+    "guard.limits=[{name: held_out, reward: jpeg}]",
+    "evaluate.rewards=[{name: jpeg}]",
+)
 REFIT = ("rewards=[{name: bradley_terry}]", "refit.preferences.ballots={store: v.db}")
 STALE = ("runtime.max_staleness=1",)
 
@@ -39,7 +42,7 @@ def change(before: tuple[str, ...], *changes: str) -> None:
             [
                 "runtime.rollout.max_workers=9",
                 "runtime.max_attempts=1",
-                "runtime.recovery_seconds=3",
+                "runtime.start_seconds=3",
             ],
         ),
         (
@@ -61,7 +64,8 @@ def change(before: tuple[str, ...], *changes: str) -> None:
             ["runtime.device=cuda", "runtime.reward.gpus=0.5"],
         ),
         (REFIT, ["refit.preferences.ballots={store: v.db, patience_seconds: 9}"]),
-        (REFIT, ["refit.preferences.workers=3"]),
+        ((), ["runtime.recovery_seconds=3"]),
+        (REFIT, ["refit.preferences.workers=3"]),  # which decides nothing any more
         (STALE, ["checkpoint.keep=5", "runtime.rollout.workers=4"]),
         (GUARDED, ["checkpoint.every=1", "evaluate.grid=2"]),
     ],

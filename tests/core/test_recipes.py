@@ -16,6 +16,9 @@ from rlalign.core import registry
 PLUGINS = [(shelf, name) for shelf in sorted(registry.SHELVES) for name in registry.names(shelf)]
 
 REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
+    ("limits", "diversity"): {"least": 0.5},
+    ("limits", "held_out"): {"reward": "shapes"},
+    ("limits", "kl"): {"most": 0.01},
     ("policies", "flux"): {"path": "models/some-pipeline"},
     ("policies", "sd3"): {"path": "models/some-pipeline"},
     ("policies", "flux2"): {"path": "models/some-pipeline"},

@@ -61,7 +61,8 @@ def message(shelf, settings, path=""):
 
 @pytest.mark.parametrize("shelf", sorted(registry.SHELVES))
 def test_names_are_the_folders_files(shelf):
-    folder = Path(registry.__file__).parents[1] / ("data/prompts" if shelf == "prompts" else shelf)
+    inside = {"prompts": "data/prompts", "limits": "learning/limits"}
+    folder = Path(registry.__file__).parents[1] / inside.get(shelf, shelf)
     assert names(shelf) == sorted(
         p.stem for p in folder.glob("*.py") if not p.stem.startswith("_") and p.stem != "base"
     )

@@ -36,6 +36,7 @@ def test_every_shelf_has_its_example(folder: Path) -> None:
     """One file for each, whose class is found by its name."""
     found = {
         "algorithms": "raft:Raft",
+        "limits": "spread:Spread",
         "policies": "pixels:Pixels",
         "prompts": "phrases:Phrases",
         "rewards": "contrast:Contrast",
@@ -69,7 +70,7 @@ def test_the_commands_of_the_page_work(
 
 
 def test_the_page_has_commands_for_its_files() -> None:
-    assert [line.split()[0] for line in COMMANDS].count("rlalign") == 6
+    assert [line.split()[0] for line in COMMANDS].count("rlalign") == 7
 
 
 def test_the_reward_of_the_page_is_what_it_says(folder: Path) -> None:

@@ -101,13 +101,13 @@ WATCHED = {
         points_run,
         "rewards=[{name: centroid, x: 1, y: 1}]",
         "evaluate.rewards=[{name: centroid, x: -1, y: -1, label: away}]",
-        "guard={held_out: away, drop: 0.02, patience: 2}",
+        "guard={limits: [{name: held_out, reward: away, drop: 0.02}]}",
     ),
     "quickstart": (
         small_run,
         "rewards=[{name: jpeg, direction: compressible}]",
         "evaluate.rewards=[{name: shapes}]",
-        "guard={held_out: shapes, drop: 0.02, patience: 2}",
+        "guard={limits: [{name: held_out, reward: shapes, drop: 0.02}]}",
     ),
 }
 
@@ -147,6 +147,7 @@ def test_the_guard_must_watch_something_that_is_measured(
     small: Make,
 ) -> None:
     with pytest.raises(
-        UserError, match=r"guard\.held_out must be one of evaluate\.rewards \(none\), got 'shapes'"
+        UserError,
+        match=r"guard\.limits\.0\.reward must be one of evaluate\.rewards \(none\), got 'shapes'",
     ):
-        small_run("guard={held_out: shapes}")
+        small_run("guard={limits: [{name: held_out, reward: shapes}]}")

@@ -45,7 +45,7 @@ def test_an_actor_is_handed_out_once(ray_cluster: None) -> None:
     from rlalign.runtime.pool import Pool
 
     async def scene() -> list[int]:
-        pool = Pool(plain_role("test"), members(2), patience_seconds=3600)
+        pool = Pool(plain_role("test"), members(2), start_seconds=3600)
         first, _ = await pool.acquire()
         second, _ = await pool.acquire()
         with pytest.raises(asyncio.TimeoutError):
@@ -65,7 +65,7 @@ def test_a_killed_actor_comes_back_and_is_counted(ray_cluster: None) -> None:
     from rlalign.runtime.pool import Pool
 
     async def scene() -> tuple[int, int, int]:
-        pool = Pool(plain_role("test"), members(1), patience_seconds=3600)
+        pool = Pool(plain_role("test"), members(1), start_seconds=3600)
         actor_id, actor = await pool.acquire()
         before = await actor.process_id.remote()
         os.kill(before, signal.SIGKILL)
@@ -98,7 +98,7 @@ def test_a_mistake_of_the_user_that_keeps_actors_from_starting_is_raised_as_it_i
 
     async def scene() -> None:
         actors = [ray.remote(num_cpus=1, max_restarts=-1)(Refuses).remote("unet") for _ in range(2)]
-        pool = Pool(plain_role("test"), actors, patience_seconds=3600)
+        pool = Pool(plain_role("test"), actors, start_seconds=3600)
         await pool.acquire()
 
     with pytest.raises(UserError, match=r"^policy: the weights of its unet must be finite$"):
@@ -119,7 +119,7 @@ def test_a_pool_whose_actors_cannot_start_is_lost_with_their_own_error(ray_clust
         pool = Pool(
             plain_role("test"),
             [ray.remote(num_cpus=1, max_restarts=-1)(Stillborn).remote()],
-            patience_seconds=3600,
+            start_seconds=3600,
         )
         await pool.acquire()
 
@@ -135,7 +135,7 @@ def test_it_grows_and_shrinks_while_its_actors_work(ray_cluster: None) -> None:
 
     async def scene() -> None:
         actors = dict(enumerate(members(3)))
-        pool = Pool(plain_role("test"), patience_seconds=3600)
+        pool = Pool(plain_role("test"), start_seconds=3600)
         pool.adopt({0: actors[0]})
         first, handle = await pool.acquire()
         assert handle is actors[0]
@@ -167,7 +167,7 @@ def test_one_that_waits_for_a_place_does_not_hold_up_the_others(ray_cluster: Non
 
     async def scene() -> None:
         giant = ray.remote(num_cpus=100, max_restarts=-1)(plain_worker()).remote()
-        pool = Pool(plain_role("test"), [giant, *members(1)], patience_seconds=3600)
+        pool = Pool(plain_role("test"), [giant, *members(1)], start_seconds=3600)
         for _ in range(3):
             actor_id, actor = await pool.acquire()
             assert await actor.ping.remote() == "pong"
@@ -189,7 +189,7 @@ def test_nobody_starting_in_time_says_so(
     giant = ray.remote(num_cpus=100, max_restarts=-1)(plain_worker()).remote()
 
     async def scene() -> None:
-        pool = module.Pool(plain_role("test"), [giant], patience_seconds=3600, start_seconds=0.5)
+        pool = module.Pool(plain_role("test"), [giant], start_seconds=0.5)
         await pool.acquire()
 
     with pytest.raises(
@@ -237,8 +237,9 @@ def test_nobody_coming_back_in_time_says_so(
     actor = slow(tmp_path)
 
     async def scene() -> None:
-        pool = module.Pool(plain_role("test"), [actor], patience_seconds=0.5)
+        pool = module.Pool(plain_role("test"), [actor], start_seconds=3600)
         number, _ = await pool.acquire()
+        monkeypatch.setattr(pool, "_start", 0.5)
         monkeypatch.setattr(module, "PING_SECONDS", 1.0)
         ray.kill(actor, no_restart=False)
         with pytest.raises(ray.exceptions.RayActorError):
@@ -246,7 +247,7 @@ def test_nobody_coming_back_in_time_says_so(
         pool.lost(number, RuntimeError("killed"))
         await pool.acquire()
 
-    said = r"\(1 not back after 0\.5 s: raise runtime\.recovery_seconds\); .* said: killed"
+    said = r"\(1 did not come back in 0\.5 s: raise runtime\.start_seconds\); .* said: killed"
     with pytest.raises(module.PoolLost, match=said):
         asyncio.run(scene())
     ray.kill(actor)
@@ -267,7 +268,7 @@ def test_an_answer_of_before_a_rest_of_the_loop_says_nothing_of_now(
     loop = asyncio.new_event_loop()
 
     async def begin() -> Pool:
-        pool = Pool(plain_role("test"), [actor], patience_seconds=3600, start_seconds=0.01)
+        pool = Pool(plain_role("test"), [actor], start_seconds=0.01)
         await asyncio.sleep(0)
         return pool
 
@@ -319,7 +320,7 @@ def test_a_call_that_waits_behind_another_has_not_begun(ray_cluster: None, tmp_p
     gate = tmp_path / "gate"
 
     async def scene() -> tuple[set[int], int]:
-        pool = Pool(plain_role("test"), gated(1), patience_seconds=3600, in_flight=2)
+        pool = Pool(plain_role("test"), gated(1), start_seconds=3600, in_flight=2)
 
         def call(name: str, limit: float, until: Path | None) -> Any:
             def work(actor: Any) -> Any:
@@ -354,7 +355,7 @@ def test_a_worker_that_hangs_is_replaced_also_where_nobody_waits_for_it_any_more
     runtime = RuntimeSettings(max_attempts=2)
 
     async def scene() -> tuple[int, int]:
-        pool = Pool(plain_role("test"), gated(1), patience_seconds=3600, in_flight=2)
+        pool = Pool(plain_role("test"), gated(1), start_seconds=3600, in_flight=2)
 
         def work(name: str, limit: float, until: Path | None = None) -> Any:
             return lambda actor: pool.answer(
@@ -388,7 +389,7 @@ def test_a_call_that_ends_its_process_on_every_attempt_fails_and_says_how(
     retries: list[str] = []
 
     async def scene() -> str:
-        pool = Pool(plain_role("test"), members(1), patience_seconds=3600)
+        pool = Pool(plain_role("test"), members(1), start_seconds=3600)
 
         def call(actor: Any) -> Any:
             return pool.answer(
@@ -415,7 +416,7 @@ def test_what_a_call_had_tried_often_enough_is_not_tried_once_more(ray_cluster: 
     retries: list[str] = []
 
     async def scene(kind: type[Exception]) -> str:
-        pool = Pool(plain_role("test"), members(1), patience_seconds=3600)
+        pool = Pool(plain_role("test"), members(1), start_seconds=3600)
 
         def fail(worker: Any) -> None:
             raise kind("reward x of a piece of work failed on 3 attempts")

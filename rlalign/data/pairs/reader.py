@@ -12,6 +12,7 @@ share is read for each.
 from __future__ import annotations
 
 import contextlib
+import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from rlalign.data.pairs.rows import (
     BadRows,
     Group,
     Pair,
+    Undecodable,
     groups_of,
     read_rows,
     row_fault,
@@ -45,6 +47,8 @@ from rlalign.diffusion.noise import generator
 _MANY = 4096
 _FEW = 8
 """Rows that are in memory at once without their pictures, and with them where one is looked for."""
+_MOST_THREADS = 8
+"""That decode pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +138,18 @@ class PairReader(Pairing):
         size = self.settings.pairs_per_round
         count = len(self)
         places = [divmod(place, count) for place in range(number * size, (number + 1) * size)]
-        if self.settings.workers:
-            with ThreadPoolExecutor(self.settings.workers) as pool:
-                # read in order, decoded by threads
-                rows = [self._rows(epoch, place) for epoch, place in places]
-                return list(pool.map(lambda found: self._pair(*found), rows))
-        return [self._pair(*self._rows(epoch, place)) for epoch, place in places]
+        rows = [self._rows(epoch, place) for epoch, place in places]
+        # pictures are decoded by threads; what is wrong with them is counted in order
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+            firsts = list(pool.map(lambda one: self._decode(one[0][one[1]]), rows))
+        return [self._pair(*row, first) for row, first in zip(rows, firsts, strict=True)]
 
     def all(self) -> Iterator[Pair]:
         """Every usable pair once, in the order of the files (undecodable ones counted and left
         out)."""
         for group in self._groups:
             for row in group.rows():
-                pair = self._decoded(row)
+                pair = self._counted(self._decode(row))
                 if pair is not None:
                     yield pair
 
@@ -184,25 +187,33 @@ class PairReader(Pairing):
             yield group, chosen
             at += chosen.stop - chosen.start
 
-    def _pair(self, window: list[Any], index: int) -> Pair:
-        """The pair at an index; in the place of one that cannot be decoded stands one from half a
-        window further on."""
-        tries = [index, *((index + len(window) // 2 + k) % len(window) for k in range(len(window)))]
-        for at in tries:
-            pair = self._decoded(window[at])
+    def _pair(self, window: list[Any], index: int, first: Pair | Undecodable) -> Pair:
+        """The pair at an index, whose decoding is ``first``; in the place of one that cannot be
+        decoded stands one from half a window further on."""
+        pair = self._counted(first)
+        start = index + len(window) // 2
+        for at in range(start, start + len(window)):
             if pair is not None:
                 return pair
+            pair = self._counted(self._decode(window[at % len(window)]))
+        if pair is not None:
+            return pair
         raise UserError(
             f"preferences.path: no picture of {len(window)} rows in a row of {self.settings.path!r}"
             " can be decoded"
         )
 
-    def _decoded(self, row: Any) -> Pair | None:
+    def _decode(self, row: Any) -> Pair | Undecodable:
         try:
             return to_pair(row, self.settings.size, self.settings.resize)
         except ValueError as error:
-            self.bad.add(row["row"], str(error))
-            return None
+            return Undecodable(row=row["row"], why=str(error))
+
+    def _counted(self, found: Pair | Undecodable) -> Pair | None:
+        if isinstance(found, Pair):
+            return found
+        self.bad.add(found.row, found.why)
+        return None
 
 
 def open_pairs_of(settings: PreferenceSettings, seed: int) -> PairReader | GrowingPairs:

@@ -48,6 +48,14 @@ class Pair:
     crop_1: Crop | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Undecodable:
+    """A row whose pictures cannot be decoded, and why."""
+
+    row: str
+    why: str
+
+
 class BadRows:
     """Counts rows that cannot be used, and refuses the set when they are too many."""
 

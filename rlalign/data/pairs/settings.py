@@ -120,12 +120,6 @@ class PreferenceSettings(BaseModel):
             "arrow reads in the learner; ray streams through Ray Data, for sets of many files"
         ),
     )
-    workers: int = Field(
-        default=0,
-        ge=0,
-        le=64,
-        description="threads that decode pictures; the order does not depend on it",
-    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> PreferenceSettings:

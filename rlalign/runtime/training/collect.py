@@ -80,10 +80,8 @@ class RemoteCollect:
         self._life = 0
         self._restarts: dict[str, float] = {}
         runtime = run.runtime
-        self._patience = (
-            runtime.max_attempts * (runtime.unit_timeout_seconds + runtime.recovery_seconds)
-            + runtime.start_seconds
-        )
+        attempt = runtime.unit_timeout_seconds + runtime.start_seconds
+        self._patience = runtime.max_attempts * attempt + runtime.start_seconds
 
     def order(self, units: Sequence[Unit], weights: Weights, reward: Weights | None = None) -> int:
         ref = given = None
@@ -222,7 +220,7 @@ class RemoteCollect:
 
     def _survives(self, call: Callable[[], Answer]) -> Answer:
         """The call's answer, also when the coordinator dies under it."""
-        deadline = time.monotonic() + self._run.runtime.recovery_seconds
+        deadline = time.monotonic() + self._run.runtime.start_seconds
         while True:
             try:
                 return call()

@@ -113,12 +113,8 @@ def reader(folder: Path, **changes: Any) -> PairReader:
 
 
 def test_a_round_has_the_pairs_that_it_had_and_a_pass_has_one_bucket(folder: Path) -> None:
-    """Whatever the number of threads; of each bucket in the order of the round."""
-    mine, threads, plain = (
-        reader(folder),
-        reader(folder, workers=3),
-        reader(folder, resize="squash"),
-    )
+    """Of each bucket in the order of the round."""
+    mine, plain = reader(folder), reader(folder, resize="squash")
     for number in range(4):
         round = mine.round(number)
         assert [p.row for p in round] == [p.row for p in plain.round(number)]
@@ -132,13 +128,6 @@ def test_a_round_has_the_pairs_that_it_had_and_a_pass_has_one_bucket(folder: Pat
         assert len(by_bucket) > 3
         for shape, rows in by_bucket.items():
             assert rows == [p.row for p in round if p.picture_0.shape == shape]
-
-        # the same with threads, pixel for pixel
-        for part, other in zip(passes, threads.passes(number), strict=True):
-            assert [p.row for p in part] == [p.row for p in other]
-            for p, q in zip(part, other, strict=True):
-                assert np.array_equal(p.picture_1, q.picture_1)
-                assert (p.crop_0, p.crop_1) == (q.crop_0, q.crop_1)
 
 
 def test_both_pictures_are_in_the_bucket_of_the_pair(folder: Path) -> None:
