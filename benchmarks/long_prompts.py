@@ -1,18 +1,21 @@
 """What a long list of prompts costs: the first round's time and the memory, by form of file.
 
     python benchmarks/long_prompts.py [prompts] [--json]
+    python benchmarks/long_prompts.py FILE|FOLDER [--json]
 
 Writes each form with ten prompts and with a million, in GenEval's shape where the form has records
 (a tag and a list of objects), and reads each in a process of its own: a round of 64 prompts from
 nothing, the next round, a round with a tenth held out by hash, and the search for prompts that are
 trained on and held out. Memory is the largest resident set of the process less that with ten
-prompts. The files go into a temporary folder.
+prompts. The files go into a temporary folder. A file of yours, or a folder of shards, is measured
+in the same way.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,9 +28,10 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import build
 from rlalign.data.prompts.base import Prompts
 
-FORMS = ("txt", "jsonl", "parquet", "csv")
+FORMS = ("txt", "jsonl", "parquet", "csv", "shards")
 MILLION = 1_000_000
 FEW = 10
+SHARDS = 20
 TAGS = ("counting", "colors", "two_object", "position")
 
 
@@ -41,7 +45,10 @@ def row(n: int) -> dict[str, Any]:
 
 
 def write(path: Path, count: int) -> None:
-    """A file of prompts in the form of its ending."""
+    """A file of prompts in the form of its ending, or a folder of shards."""
+    if path.suffix == ".shards":
+        write_shards(path, count)
+        return
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -59,6 +66,19 @@ def write(path: Path, count: int) -> None:
                 ".jsonl": json.dumps(one),
             }[path.suffix]
             opened.write(f"{line}\n")
+
+
+def write_shards(folder: Path, count: int) -> None:
+    """A folder of Parquet shards as the hub has them, each of row groups of 1,000 rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    of = min(SHARDS, count)
+    for i in range(of):
+        rows = [row(n) for n in range(i * count // of, (i + 1) * count // of)]
+        name = f"train-{i:05d}-of-{of:05d}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), folder / name, row_group_size=1000)
 
 
 def measure(path: Path, held_out: Path) -> dict[str, float]:
@@ -113,11 +133,26 @@ def measure_all(count: int, folder: Path, forms: tuple[str, ...] = FORMS) -> dic
         files = {n: folder / f"{n}.{form}" for n in (FEW, count)}
         for n, file in files.items():
             write(file, n)
-        few, many = (measure_apart(file, held_out) for file in files.values())
-        more = {name: many[name] - few[name] for name in ("memory", "memory_of_all")}
-        found[form] = {**many, **more, "megabytes": files[count].stat().st_size / 1e6}
-        files[count].unlink()
+        found[form] = compare(files[FEW], files[count], held_out)
+        shutil.rmtree(files[count]) if files[count].is_dir() else files[count].unlink()
     return found
+
+
+def compare(few: Path, many: Path, held_out: Path) -> dict[str, float]:
+    """What many prompts cost, their memory above that of few."""
+    less, found = (measure_apart(path, held_out) for path in (few, many))
+    more = {name: found[name] - less[name] for name in ("memory", "memory_of_all")}
+    files = [many] if many.is_file() else [file for file in many.rglob("*") if file.is_file()]
+    return {**found, **more, "megabytes": sum(file.stat().st_size for file in files) / 1e6}
+
+
+def measure_own(path: Path, folder: Path) -> dict[str, Any]:
+    """The same of a file or folder that is there, against ten prompts of the same form."""
+    held_out = folder / "held_out.txt"
+    held_out.write_text(row(0)["prompt"], encoding="utf-8")
+    few = folder / f"few{path.suffix if path.is_file() else '.shards'}"
+    write(few, FEW)
+    return {path.name: compare(few, path.absolute(), held_out)}
 
 
 def main() -> None:
@@ -127,8 +162,12 @@ def main() -> None:
         print(json.dumps(measure(path, held_out)))
         return
     numbers = [int(one) for one in sys.argv[1:] if one.isdigit()]
+    own = next((Path(one) for one in sys.argv[1:] if Path(one).exists()), None)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure_all(numbers[0] if numbers else MILLION, Path(folder))
+        if own is not None:
+            found = measure_own(own, Path(folder))
+        else:
+            found = measure_all(numbers[0] if numbers else MILLION, Path(folder))
     if "--json" in sys.argv:
         print(json.dumps(found, indent=1))
         return

@@ -15,6 +15,7 @@ import torch
 
 from rlalign.algorithms._advantages import PromptStatistics
 from rlalign.core.batches import StepBatch
+from rlalign.core.prompts import Prompt, record_of
 from rlalign.core.records import Plan, Unit, UnitKey
 
 _FIELDS = ("latents", "log_prob", "stochastic", "advantage", "reward")
@@ -78,13 +79,18 @@ class Memory:
 
 
 def _unit_facts(unit: Unit) -> dict[str, Any]:
-    return {**asdict(unit), "key": list(unit.key), "plan": unit.plan.model_dump()}
+    facts = {**asdict(unit), "key": list(unit.key), "plan": unit.plan.model_dump()}
+    records = [dict(record_of(prompt)) for prompt in unit.prompts]
+    return {**facts, "records": records} if any(records) else facts
 
 
 def _unit(facts: Mapping[str, Any]) -> Unit:
+    # units of plain prompts have no records, nor have checkpoints of before they were kept
+    prompts = facts["prompts"]
+    records = facts.get("records", [{}] * len(prompts))
     return Unit(
         key=UnitKey(*facts["key"]),
-        prompts=tuple(facts["prompts"]),
+        prompts=tuple(Prompt(t, r) if r else t for t, r in zip(prompts, records, strict=True)),
         prompt_ids=tuple(facts["prompt_ids"]),
         sample_ids=tuple(facts["sample_ids"]),
         seed=facts["seed"],

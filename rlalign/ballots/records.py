@@ -16,6 +16,7 @@ from itertools import combinations
 from typing import Any, Literal, get_args
 
 from rlalign.core.files import dump_json
+from rlalign.core.prompts import Prompt
 
 Mode = Literal["pairs", "chain", "rank", "ab"]
 Kind = Literal["live", "gold", "repeat", "shared"]
@@ -65,8 +66,15 @@ class Picture:
     """Who made it: what is compared in a blind A/B."""
     seed: int = 0
     plan: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of its making, and under ``record`` that of its prompt, where it has one."""
     frames: int = 1
     media_type: str = "image/png"
+
+    @property
+    def prompt(self) -> str:
+        """The caption with its record, where it has one."""
+        record = self.plan.get("record")
+        return Prompt(self.caption, record) if record else self.caption
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from rlalign.ballots.records import (
     Vote,
     check_answer,
 )
+from rlalign.core.prompts import record_of
 from rlalign.core.registry import UserError
 
 KEEP_S = 900.0
@@ -134,6 +135,12 @@ class Store:
         with self.reading() as connection:
             found = connection.execute(sa.select(table.c.bytes).where(table.c.uid == uid)).scalar()
             return None if found is None else bytes(found)
+
+    def prompt_of(self, item: Item) -> str:
+        """An item's caption with its record, where its pictures say one."""
+        shown = [self.picture(uid) for uid in item.uids]
+        prompts = [one.prompt for one in shown if one is not None and one.caption == item.caption]
+        return next((prompt for prompt in prompts if record_of(prompt)), item.caption)
 
     def add_items(self, items: Iterable[Item]) -> int:
         """Adds what can be asked, and returns how many were new; an id that is there is skipped."""

@@ -56,6 +56,15 @@ class Reward(Recipe):
         description="a constraint: a sample below it gets the lowest reward of its prompt's",
     )
 
+    units_per_call: Annotated[int, Before(1)] = Field(
+        default=1,
+        ge=1,
+        description=(
+            "on Ray: units that wait for a worker and are scored in one call, at most; the scores"
+            " of a network then differ in their last bits"
+        ),
+    )
+
     @property
     def title(self) -> str:
         """The name under which the score is logged."""

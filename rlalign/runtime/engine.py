@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from rlalign.config import RuntimeSettings
 from rlalign.core.records import Plan, Unit
 from rlalign.engine import Cost, Engine, Work, WorkResult
 from rlalign.engine.pieces import Describe, Description
+from rlalign.runtime.joint import JointCalls, Question
 from rlalign.runtime.pool import ObjectGone, Pool, call_with_retries
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
 
@@ -60,8 +62,10 @@ class Pools(Mapping[Role, Pool]):
         roles: Iterable[Role],
         *,
         again: Callable[[Role], None] = lambda role: None,
+        units_per_call: Mapping[str, int] | None = None,
     ) -> None:
-        """``again`` is told of every try after the first."""
+        """``again`` is told of every try after the first. ``units_per_call``: reward title -> units
+        that may be scored in one call; 1 where it is not there."""
         self._runtime = runtime
         self._again = again
         self._pools = {
@@ -71,6 +75,11 @@ class Pools(Mapping[Role, Pool]):
                 in_flight=2 if role == ROLLOUT else 1,
             )
             for role in roles
+        }
+        self._joint = {
+            title: JointCalls(self._pools[role], runtime, units, partial(again, role))
+            for title, units in (units_per_call or {}).items()
+            if units > 1 and (role := reward_role(title)) in self._pools
         }
         self._holds: dict[ActorHandle, tuple[str, int]] = {}
         """Policy worker -> tag of the weights it was last sent: they travel once, not with every
@@ -172,7 +181,12 @@ class Pools(Mapping[Role, Pool]):
             def begin(actor: ActorHandle) -> ray.ObjectRef:
                 return actor.score.remote(media, prompts, unit, drop, *given)
 
-            return title, RewardAnswer(*await self._ask_reward(title, begin, unit))
+            # with others that wait, where the reward has it so; by itself where that fails
+            found = None
+            if title in self._joint:
+                question = Question(media=media, prompts=prompts, unit=unit, drop=drop, given=given)
+                found = await self._joint[title].ask(question)
+            return title, RewardAnswer(*found or await self._ask_reward(title, begin, unit))
 
         asked = [ask(title) for title in titles]
         if len(asked) == 1:

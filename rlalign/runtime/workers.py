@@ -204,6 +204,33 @@ class RewardWorker(Worker):
             found = rewards.score_bytes(media_BFCHW, prompts)
         return found.raw[self._reward.title], time.monotonic() - start, rewards.reason
 
+    def score_units(
+        self,
+        prompts: Sequence[Sequence[str]],
+        units: Sequence[str],
+        drop: bool,
+        given: Sequence[Any],
+        *media_BFCHW: np.ndarray,
+    ) -> list[tuple[np.ndarray, float, str]]:
+        """What ``score`` says of each unit's media, in one call of the scorer, with an equal share
+        of the seconds for each sample. Media of different shapes are scored unit by unit."""
+        given = [ray.get(one) if isinstance(one, ray.ObjectRef) else one for one in given]
+        if len({media.shape[1:] for media in media_BFCHW}) > 1:
+            asked = zip(media_BFCHW, prompts, units, strict=True)
+            return [self.score(media, texts, unit, drop, *given) for media, texts, unit in asked]
+
+        # as one unit, and taken apart again
+        ends = np.cumsum([len(media) for media in media_BFCHW])
+        score_B, seconds, reason = self.score(
+            np.concatenate(media_BFCHW),
+            [prompt for texts in prompts for prompt in texts],
+            ", ".join(units),
+            drop,
+            *given,
+        )
+        parts = np.split(score_B, ends[:-1])
+        return [(part, seconds * len(part) / len(score_B), reason) for part in parts]
+
     def gradient(
         self, media_BFCHW: np.ndarray, prompts: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -148,7 +148,8 @@ class People:
 
     def _vote(self, person: int, ballot: Ballot) -> None:
         contents = [self.store.content(uid) or b"" for uid in ballot.shown]
-        answer = self.judge.answer(ballot.item.caption, contents, person, ballot.number)
+        prompt = self.store.prompt_of(ballot.item)
+        answer = self.judge.answer(prompt, contents, person, ballot.number)
         self.store.vote(ballot.annotator, ballot.id, answer, self.clock())
         self.given += 1
         self.poke()

@@ -18,8 +18,7 @@ class PictureFile:
     picture: Picture
     content: bytes
     caption: str
-    """As it was drawn by; its record, where it has one, goes to the rewards, and the store has the
-    text alone."""
+    """As it was drawn by, with its record, where it has one."""
 
     @classmethod
     def of(cls, content: bytes, caption: str, **facts: Any) -> PictureFile:

@@ -3,7 +3,9 @@ replay."""
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from rlalign.algorithms import _objectives as objectives
 from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.ddpo import DDPO
 from rlalign.algorithms.dpok import DPOK
-from rlalign.core.records import Plan
+from rlalign.core.prompts import Prompt, record_of
+from rlalign.core.records import Plan, with_prompts
 from rlalign.diffusion.rollout import replay
 from rlalign.diffusion.steps import Gaussian
 from tests.algorithms.helpers import in_float64, numeric_gradient, scored_of
@@ -345,3 +348,22 @@ def test_replay_joins_earlier_rounds_with_their_own_log_probs() -> None:
     assert algorithm.ratio_limit(1) == 0.01, (
         "which the loop holds the first round to, when all is fresh"
     )
+
+
+@pytest.mark.parametrize("records", [({"n": 1}, {}), ({}, {})])
+def test_replayed_prompts_keep_their_records_through_a_checkpoint(records: tuple) -> None:
+    """And plain prompts are written as they were before there were records."""
+    memory = Memory()
+    scored = []
+    for i, one in enumerate(scored_of(ToyPolicy(), PLAN)):
+        unit = with_prompts(one.unit, [Prompt(text, records[i]) for text in one.unit.prompts])
+        assert one.trajectory is not None
+        scored.append(replace(one, unit=unit, trajectory=replace(one.trajectory, unit=unit)))
+    DPOK(replay=1).make_batch(scored, memory)
+    [facts] = memory.facts()["earlier"]
+    assert ["records" in one for one in facts] == [bool(record) for record in records]
+    again = Memory()
+    again.load(json.loads(json.dumps(memory.facts())), memory.tensors())
+    joined = DPOK(replay=1).make_batch(scored_of(ToyPolicy(), PLAN), again)
+    assert [dict(record_of(u.prompts[-1])) for u in joined.units[:2]] == list(records)
+    assert joined.units[:2] == tuple(one.unit for one in scored)

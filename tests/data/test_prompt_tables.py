@@ -413,7 +413,7 @@ def test_parquet_is_read_in_batches_of_the_columns_that_are_wanted(tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["txt", "jsonl", "parquet", "shards"])
 def test_a_million_prompts_take_less_than_300_mb_more_than_ten(tmp_path, form):
     """The largest resident set of a process that draws, holds out and compares."""
     from benchmarks.long_prompts import measure_all

@@ -194,7 +194,7 @@ def test_an_empty_file_is_refused(tmp_path, content):
 
 def test_a_missing_or_unreadable_file_is_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
-    for path in (tmp_path / "no.txt", tmp_path, tmp_path / "latin.txt"):
+    for path in (tmp_path / "no.txt", tmp_path / "latin.txt"):
         with pytest.raises(
             UserError, match=r"prompts\.path must be a readable UTF-8 text file, got "
         ):

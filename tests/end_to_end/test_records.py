@@ -14,6 +14,7 @@ from rlalign.alignment.loop import train_local
 from rlalign.config import Run
 from rlalign.core.prompts import record_of
 from rlalign.data.pairs.reader import PairReader, PreferenceSettings
+from rlalign.learning import checkpoint
 from tests.runs import assert_same_run, metrics, points_run, quiet
 
 ROWS = [
@@ -30,7 +31,7 @@ def by_record(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor
     return media_BFCHW[:, :, 0].mean((1, 2, 3)) * factor_B
 
 
-def run_of(folder: Path) -> Run:
+def run_of(folder: Path, *overrides: str) -> Run:
     path = folder / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     held = folder / "test.jsonl"
@@ -44,6 +45,7 @@ def run_of(folder: Path) -> Run:
         "rounds=1",
         "write_pairs=all",
         "runtime.rollout.workers=1",
+        *overrides,
     )
 
 
@@ -100,6 +102,29 @@ def test_pairs_keep_their_captions_records(local: tuple[Path, list[str]]) -> Non
     reader = PairReader(PreferenceSettings(path=str(files[0]), pairs_per_round=16, ties="half"), 0)
     again = [(pair.caption, record_of(pair.caption)) for pair in reader.all()]
     assert sorted((str(c), r["tag"], r["factor"]) for c, r in again) == expected
+
+
+@pytest.mark.promise
+def test_a_resumed_run_replays_prompts_with_their_records(tmp_path: Path) -> None:
+    """One round and another are two, bit for bit, and what is remembered has its records."""
+    more = [
+        "algorithm={name: dpok, replay: 1}",
+        "checkpoint.every=1",
+        "evaluate.every=1",
+        "write_pairs=''",
+    ]
+    states = []
+    for name, rounds in (("whole", (2,)), ("parts", (1, 2))):
+        folder = tmp_path / name
+        for count in rounds:
+            run = run_of(tmp_path, *more, f"rounds={count}")
+            train_local(run, folder, resume=count != rounds[0], on_record=quiet)
+        state = json.loads((checkpoint.folder_of(folder, 2) / "state.json").read_text())
+        states.append(state["facts"]["memory"])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert states[0] == states[1]
+    factors = [[r["factor"] for r in unit["records"]] for unit in states[1]["earlier"][0]]
+    assert sorted(factors) == [[-2.0, -2.0], [0.5, 0.5], [1.0, 1.0], [3.0, 3.0]]
 
 
 @pytest.mark.slow

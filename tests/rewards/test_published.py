@@ -16,6 +16,14 @@ from rlalign.cli import main
 from rlalign.core.registry import UserError, build
 from rlalign.networks.towers import build_towers
 from rlalign.rewards.aesthetic import read_head
+from tests.rewards.small_models import (
+    PublishedImageReward,
+    checkpoint_of,
+    save_clip,
+    save_head,
+    save_imagereward,
+    save_pickscore,
+)
 
 PROMPTS = ["a red circle", "two blue squares above a white cross"]
 
@@ -28,11 +36,7 @@ def media() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: Any) -> Path:
     """An open_clip file of the tiny architecture."""
-    file = tmp_path_factory.mktemp("clip") / "open_clip_model.safetensors"
-    save_file(
-        {n: t.contiguous() for n, t in build_towers("tiny", seed=3).clip.state_dict().items()}, file
-    )
-    return file
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def _gradient_reaches(scorer: Any, media: torch.Tensor) -> None:
@@ -129,20 +133,6 @@ def test_hpsv2_resizes_as_the_published_scores_were_taken(
     _gradient_reaches(published, pictures)
 
 
-def _head(folder: Path, widths: tuple[int, ...]) -> Path:
-    torch.manual_seed(0)
-    sizes = itertools.pairwise(widths)
-    tensors = {}
-    for place, (wide, narrow) in zip((0, 2, 4, 6, 7), sizes, strict=True):
-        layer = torch.nn.Linear(wide, narrow)
-        tensors |= {
-            f"layers.{place}.weight": layer.weight.detach(),
-            f"layers.{place}.bias": layer.bias.detach(),
-        }
-    save_file(tensors, folder / "head.safetensors")
-    return folder / "head.safetensors"
-
-
 def test_the_aesthetic_head_is_affine_on_a_unit_vector(
     tmp_path: Path, media: torch.Tensor, weights: Path
 ) -> None:
@@ -151,7 +141,7 @@ def test_the_aesthetic_head_is_affine_on_a_unit_vector(
     towers = build_towers("tiny", pretrained=str(weights)).eval()
     width = towers.images(media).shape[-1]
     widths = (width, 16, 8, 6, 4, 1)
-    head = _head(tmp_path, widths)
+    head = save_head(tmp_path, widths)
     weight_D, bias = read_head(str(head), "rewards.aesthetic.head")
     tensors = load_file(head)
     module = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
@@ -181,41 +171,7 @@ def test_the_aesthetic_head_is_affine_on_a_unit_vector(
 
 
 def test_pickscore_is_transformers_own_logits(tmp_path: Path) -> None:
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    from rlalign.policies.tiny import ASSET
-
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config={
-            "vocab_size": 600,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 16,
-        },
-        vision_config={
-            "image_size": 32,
-            "patch_size": 8,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        },
-        projection_dim=8,
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(ASSET / "tokenizer")
-    config.text_config.vocab_size = len(tokenizer)
-    config.text_config.eos_token_id = tokenizer.eos_token_id
-    model = CLIPModel(config).eval()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "words")
-    settings = {
-        "name": "pickscore",
-        "path": str(tmp_path / "model"),
-        "tokenizer": str(tmp_path / "words"),
-    }
+    model, tokenizer, settings = save_pickscore(tmp_path)
     scorer = build("rewards", settings).load("cpu")  # type: ignore[attr-defined]
     media = torch.rand(2, 1, 3, 32, 32)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -229,107 +185,13 @@ def test_pickscore_is_transformers_own_logits(tmp_path: Path) -> None:
     _gradient_reaches(scorer, media)
 
 
-class _Published(torch.nn.Module):
-    """ImageReward's network from timm's vision transformer and BERT, whose names of tensors are
-    those of the checkpoint."""
-
-    def __init__(self, vocabulary: int) -> None:
-        from timm.models.vision_transformer import VisionTransformer
-        from transformers import BertConfig, BertModel
-
-        super().__init__()
-        self.blip: Any = torch.nn.Module()
-        self.blip.visual_encoder = VisionTransformer(
-            img_size=32,
-            patch_size=8,
-            embed_dim=128,
-            depth=2,
-            num_heads=2,
-            num_classes=0,
-            global_pool="",
-        )
-        config = BertConfig(
-            vocab_size=vocabulary,
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=192,
-            max_position_embeddings=40,
-            is_decoder=True,
-            add_cross_attention=True,
-        )
-        self.blip.text_encoder = BertModel(config, add_pooling_layer=False)
-        self.blip.vision_proj = torch.nn.Linear(128, 16)
-        self.mlp: Any = torch.nn.Module()
-        widths = (128, 24, 16, 8, 6, 1)
-        linear = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
-        drops = [torch.nn.Dropout(0.2) for _ in range(3)]
-        self.mlp.layers = torch.nn.Sequential(
-            linear[0], drops[0], linear[1], drops[1], linear[2], drops[2], linear[3], linear[4]
-        )
-        for (
-            name,
-            tensor,
-        ) in (
-            self.named_parameters()
-        ):  # so that every tensor, and each one's place, shows in the score
-            usual = (
-                1.0
-                if name.lower().endswith(("norm.weight", "norm1.weight", "norm2.weight"))
-                else 0.0
-            )
-            torch.nn.init.normal_(tensor, mean=usual, std=0.5 if name.startswith("mlp.") else 0.2)
-        torch.nn.init.zeros_(
-            self.blip.text_encoder.embeddings.token_type_embeddings.weight
-        )  # BLIP has none
-
-    def forward(self, pixels: torch.Tensor, tokens: Any) -> torch.Tensor:
-        seen = self.blip.visual_encoder(pixels)
-        attends = tokens.attention_mask[
-            :, None, None, :
-        ].bool()  # four dimensions: taken as it is, not made causal
-        length = attends.shape[-1]
-        hidden = self.blip.text_encoder(
-            tokens.input_ids,
-            attention_mask=attends.expand(-1, 1, length, -1),
-            encoder_hidden_states=seen,
-        ).last_hidden_state
-        return (self.mlp.layers(hidden[:, 0])[:, 0] - 0.16717362830052426) / 1.0333394966054072
-
-
-def _checkpoint(model: _Published) -> dict[str, torch.Tensor]:
-    return {n: t.contiguous() for n, t in model.state_dict().items() if "token_type" not in n}
-
-
 @pytest.fixture(scope="module")
-def image_reward(tmp_path_factory: Any) -> tuple[_Published, Any, dict[str, Any]]:
+def image_reward(tmp_path_factory: Any) -> tuple[PublishedImageReward, Any, dict[str, Any]]:
     """The network, its tokenizer, and the settings that name their files."""
-    from transformers import BertTokenizer
-
-    folder = tmp_path_factory.mktemp("imagereward")
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    listed = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *letters,
-        *(f"##{c}" for c in letters),
-        "red",
-        "circle",
-    ]
-    (folder / "vocab.txt").write_text("\n".join(listed) + "\n")
-    words = BertTokenizer(str(folder / "vocab.txt"))
-    words.save_pretrained(folder / "words")
-    torch.manual_seed(5)
-    model = _Published(len(words)).eval()
-    save_file(_checkpoint(model), folder / "ImageReward.safetensors")
-    settings = {"name": "imagereward", "weights": str(folder / "ImageReward.safetensors")}
-    return model, words, {**settings, "tokenizer": str(folder / "words")}
+    return save_imagereward(tmp_path_factory.mktemp("imagereward"))
 
 
-def test_imagereward_is_the_network_of_the_checkpoint(
+def test_imagereward_is_the_network_of_thecheckpoint_of(
     image_reward: Any, media: torch.Tensor
 ) -> None:
     """Built here from timm's and BERT's own code, read there into BLIP's classes; captions shorter
@@ -401,7 +263,7 @@ def test_a_converted_aesthetic_head_scores_as_before(
 ) -> None:
     """The authors save a plain state_dict of a Sequential under ``layers``."""
     width = build_towers("tiny").images(media).shape[-1]
-    head = _head(tmp_path, (width, 16, 8, 6, 4, 1))
+    head = save_head(tmp_path, (width, 16, 8, 6, 4, 1))
     line = _converted(load_file(head), tmp_path, capsys)
     assert line == f"[{{name: aesthetic, head: {tmp_path / 'published.safetensors'}}}]"
     settings = {"name": "aesthetic", "architecture": "tiny", "weights": str(weights)}
@@ -432,7 +294,7 @@ def test_imagereward_without_a_tensor_is_refused(
 ) -> None:
     model, _, settings = image_reward
     save_file(
-        {n: t for n, t in _checkpoint(model).items() if n != lost}, tmp_path / "a.safetensors"
+        {n: t for n, t in checkpoint_of(model).items() if n != lost}, tmp_path / "a.safetensors"
     )
     with pytest.raises(UserError, match="is of another model") as refusal:
         build("rewards", {**settings, "weights": str(tmp_path / "a.safetensors")}).load("cpu")  # type: ignore[attr-defined]

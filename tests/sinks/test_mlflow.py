@@ -58,6 +58,8 @@ def test_a_server_that_is_down_ends_nothing(tmp_path):
     assert failed.startswith("log: mlflow failed (MlflowException: API request to ")
     assert left_out == "log: mlflow failed 3 times in a row and is left out"
     assert PASSWORD not in found.said
+    assert files_with([PASSWORD], tmp_path) == []
+    assert not any(PASSWORD in command for command in found.arguments)
 
 
 def test_an_address_is_needed(monkeypatch):

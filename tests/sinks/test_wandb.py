@@ -102,3 +102,4 @@ def test_a_server_that_is_down_ends_nothing(tmp_path):
     assert left_out == "log: wandb failed 3 times in a row and is left out"
     assert files_with([KEY], tmp_path) == []
     assert KEY not in found.said
+    assert not any(KEY in command for command in found.arguments)

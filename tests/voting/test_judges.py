@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from rlalign.voting.judges import Judge, agreement
+from rlalign.ballots.deal import Deal
+from rlalign.ballots.records import Campaign, Item, Picture, picture_uid
+from rlalign.ballots.store import Store
+from rlalign.core.prompts import record_of
+from rlalign.data.pairs.growing import GrowingPairs
+from rlalign.data.pairs.reader import PairReader
+from rlalign.data.pairs.settings import BallotSettings, PreferenceSettings
+from rlalign.data.pairs.votes import export_votes
+from rlalign.voting.judges import Judge, People, agreement
 from rlalign.voting.settings import Simulate
 from tests.votes import png
 
 
-def judge(**changes: float) -> Judge:
+def judge(**changes: Any) -> Judge:
     settings = {
         "votes": 1,
         "utility": [{"name": "function", "call": "tests.voting.test_queue:brightness"}],
@@ -61,3 +73,47 @@ def test_a_ranking_puts_the_best_first_as_often_as_luce_says() -> None:
     first = [one.answer("c", pictures, "p", k).ranking[0][0] for k in range(2000)]
     share = np.bincount(first, minlength=3) / 2000
     assert share == pytest.approx(weight / weight.sum(), abs=0.045)
+
+
+def wanted_shade(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """How near each picture comes to its record's shade; without a record it fails."""
+    shade_B = torch.tensor([record_of(prompt)["shade"] for prompt in prompts])
+    return -(media_BFCHW.mean((1, 2, 3, 4)) * 255.0 - shade_B).abs()
+
+
+def test_a_prompts_record_reaches_who_judges_and_the_pairs(tmp_path: Path) -> None:
+    """As it was drawn by, through the store: the darker one is wanted, of one text of two."""
+    store = Store.open(tmp_path / "votes.db")
+    store.create_campaign(Campaign(id="c", mode="pairs"))
+    for shade in (10, 70):
+        contents = [png(shade), png(shade + 50)]
+        uids = tuple(picture_uid(content) for content in contents)
+        for uid, content in zip(uids, contents, strict=True):
+            plan = {"record": {"shade": shade}}
+            store.add_picture(Picture(uid=uid, caption="a shade", plan=plan), content)
+        store.add_items([Item(id=f"{shade}", campaign="c", caption="a shade", uids=uids)])
+    one = judge(
+        votes=2,
+        people=1,
+        temperature=1e-3,
+        utility=[{"name": "function", "call": "tests.voting.test_judges:wanted_shade"}],
+    )
+    people = People(store=store, campaign="c", dealer=Deal(gold=0, repeat=0, shared=0), judge=one)
+    assert people.run(over=lambda: True) == 2
+    votes = list(store.votes("c"))
+    assert {vote.pairs[0][2] for vote in votes} <= {"left", "right"}
+
+    # written and read back, and straight from the store
+    path = tmp_path / "pairs.parquet"
+    assert export_votes(store, "c", path) == 2
+    store.close()
+    more: dict[str, Any] = {"pairs_per_round": 2, "pairs_per_pass": 2, "size": 4}
+    written = PairReader(PreferenceSettings(path=str(path), **more), 0).all()
+    ballots = BallotSettings(store=str(tmp_path / "votes.db"))
+    growing = GrowingPairs(PreferenceSettings(ballots=ballots, **more), 0)
+    assert growing.wait(0, print)
+    for pairs in (list(written), list(growing.round(0))):
+        assert sorted(record_of(pair.caption)["shade"] for pair in pairs) == [10, 70]
+        for pair in pairs:
+            better = pair.picture_0 if pair.label_0 == 1.0 else pair.picture_1
+            assert int(better[0, 0, 0]) == record_of(pair.caption)["shade"]

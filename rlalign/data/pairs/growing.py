@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from rlalign.core.prompts import dump_record
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.campaign import VotePair, one_campaign, read_vote_pairs
 from rlalign.data.pairs.rows import Pair, to_pair
@@ -202,6 +203,7 @@ class GrowingPairs(Pairing):
             "caption": one.caption,
             "label_0": one.label_0,
             "model_0": made.policy if made is not None else "",
+            "record": dump_record(made.prompt) if made is not None else "",
         }
         try:
             row["jpg_0"] = self._store.content(one.uid_0)

@@ -20,6 +20,7 @@ from rlalign.ballots.quality import Rules, left_out
 from rlalign.ballots.records import Outcome, Vote, picture_uid
 from rlalign.ballots.store import Store
 from rlalign.core.files import write_whole
+from rlalign.core.prompts import dump_record, record_of
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import Extra, write_pairs
 
@@ -105,11 +106,16 @@ def _why_not(vote: Vote, people: Mapping[str, str], filters: Filters) -> str:
 
 def rows_of_votes(store: Store, votes: Sequence[Vote]) -> Iterator[dict[str, Any]]:
     """Rows for ``write_pairs`` with ``EXTRAS``, in the order of the votes; a ranking gives a row
-    for each two of its pictures, with one ``ranking_id``."""
+    for each two of its pictures, with one ``ranking_id``. Where any caption has a record, each row
+    has its caption's."""
     numbers = {one.id: number for number, one in enumerate(store.annotators())}
     examples = Counter(vote.ballot.item.caption for vote in votes for _ in vote.pairs)
+    items = {vote.ballot.item.id: vote.ballot.item for vote in votes}
+    prompts = {number: store.prompt_of(item) for number, item in items.items()}
+    has_records = any(record_of(prompt) for prompt in prompts.values())
     for vote in votes:
         item = vote.ballot.item
+        record = {"record": dump_record(prompts[item.id])} if has_records else {}
         for left, right, outcome in vote.pairs:
             best = {"left": left, "right": right, "tie": "none"}[outcome]
             yield {
@@ -132,6 +138,7 @@ def rows_of_votes(store: Store, votes: Sequence[Vote]) -> Iterator[dict[str, Any
                 "reasons": ",".join(vote.answer.reasons),
                 "rule": vote.ballot.rule,
                 "visible_ms": vote.answer.visible_ms,
+                **record,
             }
 
 

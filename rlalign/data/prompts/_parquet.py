@@ -42,7 +42,8 @@ class ParquetRows(PromptTable):
     def _check_types(self, schema: pa.Schema, setting: str) -> None:
         """Chooses the columns that are read."""
         kinds = {field.name: field.type for field in schema}
-        if not _is_text(kinds[self.columns.prompt]):
+        # a shard may have no prompt at all
+        if not (_is_text(kinds[self.columns.prompt]) or _is_null(kinds[self.columns.prompt])):
             raise UserError(
                 f"{setting} must name a column of text, got {self.columns.prompt!r} of"
                 f" {str(self.file)!r}, which is of {kinds[self.columns.prompt]}"
@@ -116,18 +117,21 @@ class ParquetRows(PromptTable):
         import pyarrow as pa
 
         with self._opened() as parquet:
+            begin = int(self._bounds[min(groups, default=0)])
             try:
                 for batch in parquet.iter_batches(
                     batch_size=BATCH, row_groups=list(groups), columns=columns, use_threads=False
                 ):
                     first = _text(batch.column(columns[0]))
-                    first.validate(full=True)
+                    begin += (valid := _count_valid(first))
+                    if valid < len(first):
+                        raise pa.ArrowInvalid("invalid UTF-8")
                     others = [batch.column(name) for name in columns[1:]]
                     yield pa.RecordBatch.from_arrays([first, *others], names=list(columns))
             except (OSError, pa.ArrowException) as error:
                 raise UserError(
-                    f"{self.place}: {str(self.file)!r} is damaged, or its text is not UTF-8"
-                    f" ({read_reason(error)}); write or download it again"
+                    f"{self.place}: {str(self.file)!r} is damaged, or its text is not UTF-8, from"
+                    f" row {begin + 1} on ({read_reason(error)}); write or download it again"
                 ) from error
 
     def _opened(self) -> Any:
@@ -154,11 +158,31 @@ def _text(column: Any) -> Any:
     return column if column.type == pa.string() else column.cast(pa.string())
 
 
+def _count_valid(column: Any) -> int:
+    """How many strings of a column come before the first that is not UTF-8; all, where none is."""
+    import pyarrow as pa
+
+    try:
+        column.validate(full=True)
+        return len(column)
+    except pa.ArrowInvalid:
+        # of one string none, of more those of the first half and, where it is whole, the other's
+        half = len(column) // 2
+        valid = _count_valid(column.slice(0, half)) if half else 0
+        return valid + _count_valid(column.slice(half)) if half and valid == half else valid
+
+
 def _is_text(kind: pa.DataType) -> bool:
     import pyarrow.types as types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_null(kind: pa.DataType) -> bool:
+    import pyarrow.types as types
+
+    return types.is_null(kind)
 
 
 def _is_json(kind: pa.DataType) -> bool:
@@ -172,7 +196,7 @@ def _is_json(kind: pa.DataType) -> bool:
     if types.is_struct(kind):
         return all(_is_json(field.type) for field in kind)
     numbers = types.is_integer(kind) or types.is_floating(kind)
-    return numbers or types.is_boolean(kind) or types.is_null(kind) or _is_text(kind)
+    return numbers or types.is_boolean(kind) or _is_null(kind) or _is_text(kind)
 
 
 def _without_nulls(value: Any) -> Any:

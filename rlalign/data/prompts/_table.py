@@ -78,6 +78,42 @@ class Choice(PromptTable):
             seen += len(batch)
 
 
+class Joined(PromptTable):
+    """Several lists, one after the other. ``bounds`` are the numbers of each one's first prompt,
+    and of one past the last."""
+
+    def __init__(self, pools: Sequence[Sequence[str]]) -> None:
+        self.pools = pools
+        self.bounds = np.cumsum([0, *map(len, pools)])
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def of_pool(self, prompt: str, i: int) -> str:
+        """A prompt of list ``i`` as it is among the others."""
+        return prompt
+
+    def take(self, numbers: Sequence[int]) -> list[str]:
+        rows = np.asarray(list(numbers), np.int64)
+        found: dict[int, str] = {}
+        for i, pool in enumerate(self.pools):
+            begin, end = self.bounds[i : i + 2]
+            own = np.unique(rows[(rows >= begin) & (rows < end)])
+            if len(own):
+                prompts = take_rows(pool, (own - begin).tolist())
+                found |= zip(own.tolist(), (self.of_pool(p, i) for p in prompts), strict=True)
+        return [found[row] for row in rows.tolist()]
+
+    def batches(self) -> Iterator[list[str]]:
+        for i, pool in enumerate(self.pools):
+            for batch in batches_of(pool):
+                yield [self.of_pool(prompt, i) for prompt in batch]
+
+    def texts(self) -> Iterator[list[str]]:
+        for pool in self.pools:
+            yield from texts_of(pool)
+
+
 def take_rows(pool: Sequence[str], numbers: Sequence[int]) -> list[str]:
     """Prompts of a list by their numbers, in this order."""
     return pool.take(numbers) if isinstance(pool, PromptTable) else [pool[i] for i in numbers]

@@ -1,4 +1,4 @@
-"""Prompts from a file: text lines, JSON lines, CSV or Parquet."""
+"""Prompts from a file, or from a folder of shards: text lines, JSON lines, CSV or Parquet."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, model_validator
 
-from rlalign.core.locations import LocalPath
+from rlalign.core.locations import LocalPattern
 from rlalign.core.registry import Before, UserError
 from rlalign.data.prompts._forms import LINES, form_of
 from rlalign.data.prompts._lines import CsvRows, JsonLines, TextLines
 from rlalign.data.prompts._parquet import ParquetRows
 from rlalign.data.prompts._rows import Columns
-from rlalign.data.prompts._table import Choice, PromptTable
+from rlalign.data.prompts._shards import shards_of
+from rlalign.data.prompts._table import Choice, Joined, PromptTable
 from rlalign.data.prompts.base import Overlap, Prompts, first_of, split_by_text
 
 
 class FilePrompts(Prompts):
-    """Prompts from a file: UTF-8 text with one on a line, JSON lines, CSV, TSV or Parquet.
+    """Prompts from a file: UTF-8 text with one on a line, JSON lines, CSV, TSV or Parquet; or from
+    a folder or a glob of such files, in the order of their names.
 
     Of a table one column is the prompts, and the others are each prompt's record. Rows without a
     prompt are skipped, as empty lines are. However long the file is, no more of it is in memory
@@ -30,9 +32,12 @@ class FilePrompts(Prompts):
     Source: the file named in the run file.
     """
 
-    path: LocalPath = Field(description="file with the prompts to train on")
-    held_out_path: LocalPath = Field(
-        default="", description="file with prompts for evaluation; empty takes the first ones"
+    path: LocalPattern = Field(
+        description="file with the prompts to train on; or a folder of shards, or a glob"
+    )
+    held_out_path: LocalPattern = Field(
+        default="",
+        description="the same with prompts for evaluation; empty takes the first ones",
     )
     column: Annotated[str, Before("")] = Field(
         default="",
@@ -92,45 +97,61 @@ class FilePrompts(Prompts):
 def read_prompts(
     path: str, place: str, column: str = "", record: tuple[str, ...] | None = None
 ) -> PromptTable:
-    """The prompts of a file, which are read when they are asked for.
+    """The prompts of a file, or of a folder's or a glob's shards one after the other, which are
+    read when they are asked for.
 
-    Raises UserError for a missing, empty or unreadable file, and for a table that has no column of
+    Raises UserError for what is missing, empty or unreadable, and for a table that has no column of
     prompts; ``place`` is the setting that names the file.
     """
     try:
-        found = Path(path).stat()
-        stamp = (found.st_ino, found.st_size, found.st_mtime_ns)
-        return _opened(path, stamp, place, Columns(prompt=column, record=record))
+        shards = shards_of(path, place)
+        found = [file.stat() for file in shards]
+        stamps = tuple((f.st_ino, f.st_size, f.st_mtime_ns) for f in found)
+        return _opened(path, tuple(shards), stamps, place, Columns(prompt=column, record=record))
     except UserError:
         raise
     except (OSError, ValueError) as error:
+        named = getattr(error, "filename", None) or path
         raise UserError(
-            f"{place} must be a readable UTF-8 text file, got {path!r} ({error})"
+            f"{place} must be a readable UTF-8 text file, got {str(named)!r} ({error})"
         ) from error
 
 
 @lru_cache(maxsize=16)
-def _opened(path: str, stamp: tuple[int, int, int], place: str, columns: Columns) -> PromptTable:
-    """The file as it was at ``stamp``; a round does not look for its lines again."""
-    file = Path(path)
-    form = form_of(file)
-    table: PromptTable
-    if not form.kind:
-        table = TextLines(file)
-    elif form.kind == LINES:
-        table = JsonLines(file, columns, place)
-    elif form.kind == "Parquet":
-        table = ParquetRows(file, columns, place)
-    elif form.separator:
-        table = CsvRows(file, form.separator, columns, place)
-    else:
-        raise UserError(
-            f"{place} must be text lines, JSON lines, CSV or Parquet, got {path!r}, which is a"
-            f" table that is not read ({form.kind}); write it as one of these"
-        )
+def _opened(
+    path: str,
+    shards: tuple[Path, ...],
+    stamps: tuple[tuple[int, int, int], ...],
+    place: str,
+    columns: Columns,
+) -> PromptTable:
+    """The files as they were at ``stamps``; a round does not look for their lines again."""
+    tables: list[PromptTable] = []
+    for shard in shards:
+        tables.append(_open_table(shard, place, columns))
+        # the first one says which column is the prompts
+        columns = getattr(tables[-1], "columns", columns)
+    table = tables[0] if len(tables) == 1 else Joined(tables)
     if not len(table):
         raise UserError(f"{place} must hold at least one prompt, got an empty file {path!r}")
     return table
+
+
+def _open_table(file: Path, place: str, columns: Columns) -> PromptTable:
+    """The prompts of one file."""
+    form = form_of(file)
+    if not form.kind:
+        return TextLines(file)
+    if form.kind == LINES:
+        return JsonLines(file, columns, place)
+    if form.kind == "Parquet":
+        return ParquetRows(file, columns, place)
+    if form.separator:
+        return CsvRows(file, form.separator, columns, place)
+    raise UserError(
+        f"{place} must be text lines, JSON lines, CSV or Parquet, got {str(file)!r}, which is a"
+        f" table that is not read ({form.kind}); write it as one of these"
+    )
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import floor
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validat
 
 from rlalign.core.prompts import Prompt, record_of
 from rlalign.core.registry import UserError, plugin_field
-from rlalign.data.prompts._table import PromptTable, batches_of, take_rows, texts_of
+from rlalign.data.prompts._table import Joined, take_rows
 from rlalign.data.prompts.base import Prompts, prompt_id
 from rlalign.diffusion.noise import generator
 
@@ -87,11 +87,11 @@ class Mix(Prompts):
             self._ask(i, source.prompts.held_out_pool) for i, source in enumerate(self.sources)
         ]
         kept = [pool for pool in pools if pool is not None]
-        return _Joined(kept, [{}] * len(kept)) if kept else None
+        return _Labelled(kept, [{}] * len(kept)) if kept else None
 
     def draw(self, seed: int, round: int) -> list[tuple[int, str]]:
         pool = self.pool()
-        assert isinstance(pool, _Joined)
+        assert isinstance(pool, _Labelled)
         chosen: list[int] = []
         for i, wanted in enumerate(self.counts(round)):
             begin, end = pool.bounds[i : i + 2].tolist()
@@ -128,9 +128,9 @@ class Mix(Prompts):
     def _fields(self, i: int) -> dict[str, str]:
         return {self.field: self.sources[i].title} if self.field else {}
 
-    def _joined(self, ask: Sequence[Any]) -> _Joined:
+    def _joined(self, ask: Sequence[Any]) -> _Labelled:
         pools = [self._ask(i, one) for i, one in enumerate(ask)]
-        return _Joined(pools, [self._fields(i) for i in range(len(pools))])
+        return _Labelled(pools, [self._fields(i) for i in range(len(pools))])
 
     def _ask(self, i: int, ask: Any) -> Any:
         """What a source says; its errors name the place within the mix."""
@@ -142,36 +142,15 @@ class Mix(Prompts):
             ) from error
 
 
-class _Joined(PromptTable):
+class _Labelled(Joined):
     """Several pools one after the other; ``fields`` join the records of each one's prompts."""
 
     def __init__(self, pools: Sequence[Sequence[str]], fields: Sequence[dict[str, str]]) -> None:
-        self.pools = pools
+        super().__init__(pools)
         self.fields = fields
-        self.bounds = np.cumsum([0, *map(len, pools)])
 
-    def __len__(self) -> int:
-        return int(self.bounds[-1])
-
-    def take(self, numbers: Sequence[int]) -> list[str]:
-        rows = np.asarray(list(numbers), np.int64)
-        found: dict[int, str] = {}
-        for i, pool in enumerate(self.pools):
-            begin, end = self.bounds[i : i + 2]
-            own = np.unique(rows[(rows >= begin) & (rows < end)])
-            prompts = take_rows(pool, (own - begin).tolist())
-            labelled = [_with_fields(prompt, self.fields[i]) for prompt in prompts]
-            found |= zip(own.tolist(), labelled, strict=True)
-        return [found[row] for row in rows.tolist()]
-
-    def batches(self) -> Iterator[list[str]]:
-        for pool, fields in zip(self.pools, self.fields, strict=True):
-            for batch in batches_of(pool):
-                yield [_with_fields(prompt, fields) for prompt in batch]
-
-    def texts(self) -> Iterator[list[str]]:
-        for pool in self.pools:
-            yield from texts_of(pool)
+    def of_pool(self, prompt: str, i: int) -> str:
+        return _with_fields(prompt, self.fields[i])
 
 
 def _with_fields(prompt: str, fields: dict[str, str]) -> str:

@@ -43,8 +43,13 @@ class Production:
         self._gauges = gauges
 
         # one pool for rollouts, and one for each reward
-        rewards = [reward_role(r.title) for r in run.rewards_for("evaluate")]
-        self.pools = Pools(run.runtime, [ROLLOUT, *rewards], again=self._count_retry)
+        rewards = run.rewards_for("evaluate")
+        self.pools = Pools(
+            run.runtime,
+            [ROLLOUT, *(reward_role(r.title) for r in rewards)],
+            again=self._count_retry,
+            units_per_call={r.title: r.units_per_call for r in rewards},
+        )
         self._titles = {s: [r.title for r in run.rewards_for(s)] for s in ("train", "evaluate")}
         self.queue = 0
         """Units ordered and not finished."""

@@ -139,12 +139,13 @@ def draw_rows(
         said = {**_facts_of(piece), **(facts or {})}
         for row, media_FCHW in enumerate(media_BFCHW):
             content, kind = encode_media(media_FCHW)
+            record = dict(record_of(piece.prompts[row]))
             found.append(
                 PictureFile.of(
                     content,
                     caption=piece.prompts[row],
                     seed=piece.seed,
-                    plan={**said, "row": row},
+                    plan={**said, "row": row, **({"record": record} if record else {})},
                     frames=len(media_FCHW),
                     media_type=kind,
                 )

@@ -60,6 +60,7 @@ def test_a_prompt_with_a_record_is_drawn_again_too(tiny: LocalEngine, tmp_path: 
     assert record_of(made.caption) == {"n": 1}, "for a reward that filters"
     picture = made.picture
     assert type(picture.caption) is str
+    assert record_of(picture.prompt) == {"n": 1}
     plan = json.loads(json.dumps(picture.plan))
     assert redraw(replace(picture, plan=plan), tiny) == made.content
     assert drawn.of_prompt("a red circle", 0)[0].content != made.content
