@@ -49,6 +49,7 @@ HUB_IDS: Mapping[str, str] = {
     "Tongyi-MAI/Z-Image-Turbo": "z_image",
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
 }
 """Hub id of a published checkpoint -> the family of its sizes."""
 
