@@ -1,4 +1,4 @@
-"""Wan 2.1: any checkpoint in the format of diffusers' WanPipeline."""
+"""Wan 2.1 and 2.2: any checkpoint in the format of diffusers' WanPipeline."""
 
 from __future__ import annotations
 

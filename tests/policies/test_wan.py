@@ -38,28 +38,42 @@ def step_once(pipeline: Any) -> None:
     pipeline.scheduler = Euler()
 
 
-def small(name: str, folder: Path, adapted: int) -> Case:
+def small(name: str, folder: Path, adapted: int = 16, side: int = 16) -> Case:
     write_pipeline(folder, FAMILIES[name])
     return Case(
         recipe=Wan(path=str(folder), text_tokens=TEXT_TOKENS),
         adapted=adapted,
         call=lambda w: {"guidance_scale": w, "max_sequence_length": TEXT_TOKENS},
-        sizes=((16, 16), (32, 16)),
+        sizes=((side, side), (2 * side, side)),
         frames=FRAMES,
         prepare=step_once,
     )
 
 
-CASES: dict[str, Callable[[Path], Case]] = {"wan": lambda folder: small("wan", folder, 16)}
+CASES: dict[str, Callable[[Path], Case]] = {
+    "wan": lambda folder: small("wan", folder),
+    "wan22_5b": lambda folder: small("wan22_5b", folder, side=32),
+}
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def every(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A case of each kind."""
     return CASES[request.param](tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Wan 2.1."""
+    return CASES["wan"](tmp_path_factory.mktemp("pipeline"))
 
 
 class TestAcceptance(Acceptance):
     """Each case is taken by diffusers as by rlalign."""
+
+    @pytest.fixture
+    def case(self, every: Case) -> Case:
+        return every
 
 
 def test_levels_are_the_shipped_solvers(case: Case) -> None:
