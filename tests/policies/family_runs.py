@@ -24,8 +24,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "flux": ({"text_tokens": 16}, "flow"),
     # the template alone is 115 of the small tokenizer's letters
     "qwen_image": ({"text_tokens": 144}, "flow"),
+    "wan": ({"text_tokens": 24}, "flow"),
 }
 """Random model -> settings of its policy, and its prediction type."""
+FRAMES = {"wan": 5}
+"""Random model of clips -> frames."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ddpo": {"name": "ddpo"},
     "grpo": {"name": "grpo"},
@@ -49,6 +52,7 @@ def run_of_pair(name: str, algorithm: str, folder: Path) -> Run:
     plan: dict[str, Any] = PATHS[prediction]
     if algorithm in WITHOUT_LIKELIHOODS:
         plan = {**ODE[prediction], "guidance": 1.0}
+    plan = {**plan, "frames": FRAMES.get(name, 1)}
     # gradients pass the shipped reward model
     reward = "bradley_terry" if algorithm == "draft" else "jpeg"
     return run_of(policy_of(name, folder), plan, ALGORITHMS[algorithm], reward)

@@ -26,6 +26,7 @@ NAMES = (
     "sd3",
     "sdxl",
     "stable_diffusion",
+    "wan",
     "z_image",
 )
 """A random model of every family of pipelines."""

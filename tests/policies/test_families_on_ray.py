@@ -19,7 +19,11 @@ from tests.runs import assert_same_run, quiet
 
 PAIRS = [
     *(("sdxl", algorithm) for algorithm in ALGORITHMS),
-    *((name, kind) for name in ("flux", "qwen_image", "sd35") for kind in ("grpo", "nft", "dpo")),
+    *(
+        (name, kind)
+        for name in ("flux", "qwen_image", "sd35", "wan")
+        for kind in ("grpo", "nft", "dpo")
+    ),
 ]
 """Random model and algorithm."""
 PROMISED = [
@@ -29,6 +33,7 @@ PROMISED = [
     ("flux", "nft"),
     ("qwen_image", "dpo"),
     ("sd35", "grpo"),
+    ("wan", "grpo"),
 ]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("without_report")]

@@ -9,6 +9,7 @@ import pytest
 
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from tests.policies.family_runs import (
+    FRAMES,
     ODE,
     PATHS,
     SETTINGS,
@@ -27,6 +28,8 @@ TRAINED = [
     ("flux", "grpo"),
     ("flux", "nft"),
     ("qwen_image", "grpo"),
+    ("wan", "grpo"),
+    ("wan", "nft"),
 ]
 """Random model and algorithm; test_families_on_ray.py has the other pairs too."""
 SAMPLERS: list[dict[str, Any]] = [
@@ -64,7 +67,7 @@ def test_it_trains_two_rounds(
 @pytest.mark.parametrize("name", SETTINGS)
 def test_edict_draws_from_it(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Its coupled chains run in float64, the denoiser too."""
-    plan = ODE[SETTINGS[name][1]]
+    plan = {**ODE[SETTINGS[name][1]], "frames": FRAMES.get(name, 1)}
     sample_of(policy_of(name, folders[name]), plan, {"name": "edict"}, tmp_path)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
 
@@ -76,7 +79,7 @@ def test_samplers_draw_from_it(
     name: str, sampler: dict[str, Any], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Two pictures, whose method has spent more than the plain sampler."""
-    plan = PATHS[SETTINGS[name][1]]
+    plan = {**PATHS[SETTINGS[name][1]], "frames": FRAMES.get(name, 1)}
     result = sample_of(policy_of(name, folders[name]), plan, sampler, tmp_path)
     method, plain, *_ = result["methods"]
     assert method["cost"]["denoiser_calls"] >= 2 * plain["cost"]["denoiser_calls"] > 0

@@ -22,6 +22,7 @@ from rlalign.policies.pixart import PixArt
 from rlalign.policies.qwen_image import QwenImage
 from rlalign.policies.sana import Sana
 from rlalign.policies.sdxl import StableDiffusionXL
+from rlalign.policies.wan import Wan
 from rlalign.policies.z_image import ZImage
 
 ON_THE_SHELF: dict[str, tuple[Any, str]] = {
@@ -32,6 +33,7 @@ ON_THE_SHELF: dict[str, tuple[Any, str]] = {
     "flux2": (Flux2, "tokenizer"),
     "sana": (Sana, "text_encoder"),
     "pixart": (PixArt, "text_encoder"),
+    "wan": (Wan, "text_encoder"),
 }
 """Family -> its recipe, and a part that it cannot do without."""
 SHARED = ("sdxl", "flux", "qwen_image")

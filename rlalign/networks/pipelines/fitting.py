@@ -89,6 +89,14 @@ def check_parts(pipeline: Any, path: str, needs: Mapping[str, Sequence[str]]) ->
             _check_class(pipeline, path, part, classes)
 
 
+def check_patches(pipeline: Any, path: str, part: str) -> None:
+    """Refuses a transformer of clips whose tokens are not squares of one latent frame."""
+    found = getattr(pipeline, part).config.get("patch_size")
+    shape = tuple(found) if isinstance(found, list | tuple) else ()
+    if len(shape) != 3 or shape[0] != 1 or shape[1] != shape[2]:
+        raise _misfit(path, part, f"patch_size must be [1, n, n], got {found!r}")
+
+
 def try_out(family: Any, path: str, plan: Plan, precision: Precision) -> None:
     """Refuses a pipeline whose parts do not fit, by one small pass: the empty prompt, zero latents
     of the size of ``plan``.

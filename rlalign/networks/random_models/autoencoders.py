@@ -73,6 +73,20 @@ KL_WAN = Network(
     },
 )
 
+# pixels of 2 x 2 are its first layer's channels
+KL_WAN_22 = KL_WAN.vary(
+    same={"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2},
+    tiny={"decoder_base_dim": 4, "scale_factor_spatial": 8},
+    published={
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+    },
+)
+
 _DC_BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
 DC_SANA = Network(
     kind="AutoencoderDC",

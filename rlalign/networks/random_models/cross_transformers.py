@@ -1,7 +1,9 @@
 """Transformers that look at the words by cross-attention, and ship with a solver of several steps:
-Sana, PixArt-Sigma, Wan 2.1."""
+Sana, PixArt-Sigma, Wan 2.1 and 2.2."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from rlalign.networks.random_models import autoencoders, encoders
 from rlalign.networks.random_models.records import Family, Network, Scheduler, Tokenizer
@@ -65,25 +67,26 @@ PIXART = Family(
         settings={"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
     ),
 )
+_WAN = Network(
+    kind="WanTransformer3DModel",
+    tiny={
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "text_dim": 32,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "rope_max_seq_len": 32,
+    },
+    published={"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+)
 WAN = Family(
     title="Wan 2.1 text to video 1.3B",
     pipeline="WanPipeline",
     networks={
-        "transformer": Network(
-            kind="WanTransformer3DModel",
-            tiny={
-                "in_channels": 4,
-                "out_channels": 4,
-                "num_layers": 2,
-                "num_attention_heads": 2,
-                "attention_head_dim": 12,
-                "text_dim": 32,
-                "freq_dim": 32,
-                "ffn_dim": 32,
-                "rope_max_seq_len": 32,
-            },
-            published={"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
-        ),
+        "transformer": _WAN,
         "vae": autoencoders.KL_WAN,
         "text_encoder": encoders.UMT5_XXL,
     },
@@ -97,4 +100,23 @@ WAN = Family(
         },
     ),
     frames=5,
+)
+WAN_22_5B = replace(
+    WAN,
+    title="Wan 2.2 text and image to video 5B",
+    networks={
+        **WAN.networks,
+        "transformer": _WAN.vary(
+            published={
+                "in_channels": 48,
+                "out_channels": 48,
+                "num_attention_heads": 24,
+                "ffn_dim": 14336,
+            }
+        ),
+        "vae": autoencoders.KL_WAN_22,
+    },
+    scheduler=replace(WAN.scheduler, settings={**WAN.scheduler.settings, "flow_shift": 5.0}),
+    facts={"expand_timesteps": True},
+    pixels=32,
 )

@@ -1,0 +1,122 @@
+"""Wan 2.1 and 2.2: any checkpoint in the format of diffusers' WanPipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from rlalign.core.records import Plan
+from rlalign.core.registry import UserError
+from rlalign.diffusion.condition import Words
+from rlalign.networks.pipelines.fitting import check_patches
+from rlalign.policies.base import ATTENTION_TARGETS, PipelineFamily, PipelineRecipe
+
+OWN_SIZE = (480, 832)
+"""Pixels that a pipeline's call draws when it is not told."""
+CHUNK = 4
+"""Frames that the autoencoder encodes at once, after the first, whatever its factor is."""
+
+
+class WanFamily(PipelineFamily):
+    """A live Wan pipeline: a flow's transformer of clips that is told one text encoder's words.
+
+    Latents are (C, F', H', W') with F' = (F - 1) / 4 + 1: the first frame has a latent of its own.
+    Prompts have one width, filled up with zeros that the transformer attends.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "transformer": ("WanTransformer3DModel",),
+        "vae": ("AutoencoderKLWan",),
+        "tokenizer": (),
+        "text_encoder": (),
+    }
+    draws_clips: ClassVar[bool] = True
+    lora_targets = ATTENTION_TARGETS
+
+    recipe: Wan
+
+    @classmethod
+    def check(cls, pipeline: Any, path: str) -> None:
+        super().check(pipeline, path)
+        check_patches(pipeline, path, cls.part)
+
+    @property
+    def factor(self) -> int:
+        return self.pipeline.vae_scale_factor_spatial
+
+    @property
+    def channels(self) -> int:
+        return self.vae.config.z_dim
+
+    @property
+    def patch(self) -> int:
+        return self.network.config.patch_size[1]
+
+    @property
+    def frame_unit(self) -> int:
+        """Frames between two numbers of frames that can be drawn."""
+        return max(CHUNK, self.pipeline.vae_scale_factor_temporal)
+
+    def own_size(self) -> tuple[int, int]:
+        return OWN_SIZE
+
+    def latent_shape(self, plan: Plan) -> tuple[int, ...]:
+        channels, height, width = super().latent_shape(plan.model_copy(update={"frames": 1}))
+        unit = self.frame_unit
+        if plan.frames % unit != 1:
+            below = max(plan.frames - 1, 0) // unit * unit + 1
+            raise UserError(
+                f"plan.frames must be {unit}n + 1 for {self.folder!r} (1, {unit + 1},"
+                f" {2 * unit + 1} and so on), got {plan.frames}; take {below} or {below + unit}"
+            )
+        frames = (plan.frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
+        self._refuse_beyond_positions(frames, height, width)
+        return (channels, frames, height, width)
+
+    def _refuse_beyond_positions(self, frames: int, height: int, width: int) -> None:
+        """Raises UserError where the transformer's table of positions ends before the latents."""
+        most = self.network.config.rope_max_seq_len
+        longest = max(frames, height // self.patch, width // self.patch)
+        if longest > most:
+            raise UserError(
+                f"plan.height and plan.width must be at most {most * self.patch * self.factor},"
+                f" and the latents at most {most} frames, where the transformer's rope_max_seq_len"
+                f" ends, got {height * self.factor} x {width * self.factor} and {frames}"
+            )
+
+    def read(self, text: str) -> Mapping[str, torch.Tensor]:
+        embeds_BLD, _ = self.pipeline.encode_prompt(
+            text,
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.recipe.text_tokens,
+        )
+        return {"embeds_BLD": embeds_BLD}
+
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
+        return self.network(
+            hidden_states=x,
+            timestep=timestep_B.float(),
+            encoder_hidden_states=words["embeds_BLD"],
+            return_dict=False,
+        )[0]
+
+
+class Wan(PipelineRecipe):
+    """A Wan checkpoint (transformer of clips, rectified flow) from a folder or a hub id.
+
+    Source: Wan Team 2025, arXiv:2503.20314.
+    """
+
+    family = WanFamily
+
+    text_tokens: int = Field(
+        default=512,
+        ge=1,
+        le=512,
+        description="tokens of a prompt, as a call's max_sequence_length; nothing is masked",
+    )
