@@ -54,10 +54,14 @@ class Case:
     """Whether the pipeline's latents are tokens of 2 x 2."""
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (24, 16))
     """Two resolutions (height, width) in pixels."""
+    frames: int = 1
+    """More than 1 for a family of clips."""
     guidance: float = 3.0
     prepare: Callable[[Any], None] = lambda pipeline: None
     """What is changed in diffusers' pipeline before it is asked: a one-step scheduler in place of
     its solver of several."""
+    to_pipeline: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Our latents -> those that a call takes, where they differ otherwise than by packing."""
     from_pipeline: Callable[[Any, torch.Tensor, Sequence[int]], torch.Tensor] | None = None
     """diffusers' pipeline, its latents of ``output_type="latent"``, and the shape of ours -> ours,
     where they differ otherwise than by packing."""
@@ -106,11 +110,22 @@ class Case:
         return self.recipe.model_copy(update=change).load("cpu")
 
     def draw(self, noise: torch.Tensor, plan: Plan, output: str) -> torch.Tensor:
-        """What diffusers' pipeline draws from ``noise`` (B, C, H, W)."""
+        """What diffusers' pipeline draws from ``noise`` (B, *latent): latents, or pictures (B, 3,
+        H, W), or clips (B, F, 3, H, W)."""
         told = {**self.call(plan.guidance), "num_inference_steps": plan.steps}
         told |= {"height": plan.height, "width": plan.width, "output_type": output}
         start = pack(noise) if self.packed else noise.clone()
-        return self.pipeline(prompt=list(PROMPTS), latents=start, **told).images
+        if self.to_pipeline is not None:
+            start = self.to_pipeline(start)
+        if self.frames > 1:
+            told["num_frames"] = self.frames
+        found = self.pipeline(prompt=list(PROMPTS), latents=start, **told)
+        return found.frames if self.frames > 1 else found.images
+
+    def plan(self, size: tuple[int, int], **settings: Any) -> Plan:
+        """A plan of a resolution (height, width)."""
+        height, width = size
+        return Plan(height=height, width=width, frames=self.frames, **settings)
 
     def unpacked(self, latents: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """The pipeline's final latents as ours."""
@@ -156,8 +171,7 @@ def remember_answers(network: torch.nn.Module) -> None:
 
 def asked(policy: Policy, case: Case) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(latents, timesteps, words) to compare two networks by."""
-    height, width = case.sizes[1]
-    shape = policy.latent_shape(Plan(height=height, width=width))
+    shape = policy.latent_shape(case.plan(case.sizes[1]))
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
     return x, torch.tensor([700, 200]), policy.encode(PROMPTS).caption
 
@@ -179,15 +193,13 @@ def adapters(network: torch.nn.Module) -> list[Any]:
 def deterministic(policy: Policy, case: Case, size: tuple[int, int], guidance: float) -> Plan:
     """The plan of the pipeline's own sampling."""
     rule = "flow_ode" if policy.prediction == "flow" else "ddim"
-    height, width = size
-    return Plan(steps=STEPS, rule=rule, eta=0.0, guidance=guidance, height=height, width=width)
+    return case.plan(size, steps=STEPS, rule=rule, eta=0.0, guidance=guidance)
 
 
 def stochastic(policy: Policy, case: Case) -> Plan:
     """A plan to learn from."""
     rule, eta = ("flow_sde", 0.7) if policy.prediction == "flow" else ("ddim", 1.0)
-    height, width = case.sizes[0]
-    return Plan(steps=3, rule=rule, eta=eta, guidance=case.guidance, height=height, width=width)
+    return case.plan(case.sizes[0], steps=3, rule=rule, eta=eta, guidance=case.guidance)
 
 
 class Acceptance:
@@ -202,7 +214,7 @@ class Acceptance:
         plan = deterministic(policy, case, case.sizes[size], case.guidance if guided else 1.0)
         shape = (len(PROMPTS), *policy.latent_shape(plan))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        told = {"height": plan.height, "width": plan.width}
+        told = {"height": plan.height, "width": plan.width, "frames": plan.frames}
         found = policy.sample(
             PROMPTS,
             steps=STEPS,
@@ -217,9 +229,10 @@ class Acceptance:
             media = policy.decode(found)
         bound = case.latents * max(1.0, wanted.abs().max().item())
         torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
-        assert media.shape == (len(PROMPTS), 1, 3, plan.height, plan.width)
+        assert media.shape == (len(PROMPTS), plan.frames, 3, plan.height, plan.width)
         assert policy.drawn_size(plan) == (plan.height, plan.width)
-        torch.testing.assert_close(media[:, 0], pictures, rtol=0, atol=case.pictures)
+        drawn = media if case.frames > 1 else media[:, 0]
+        torch.testing.assert_close(drawn, pictures, rtol=0, atol=case.pictures)
 
     def test_the_words_are_heard(self, case: Case) -> None:
         """Or equal pictures would prove nothing: each tensor of words moves the answer."""
@@ -325,19 +338,19 @@ class Acceptance:
         """Latents have the shape of the drawn ones, and a picture comes back as its autoencoder
         alone gives it back: the scales out and in are inverse to each other."""
         policy = case.policy
-        height, width = case.sizes[1]
-        plan = Plan(height=height, width=width)
+        plan = case.plan(case.sizes[1])
         shape = (2, *policy.latent_shape(plan))
         vae = policy.family.vae
-        still = bool(policy.family.own_per_thread)
+        clips = case.frames > 1 or bool(policy.family.own_per_thread)
         with torch.no_grad():
             drawn = policy.decode(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
-            pixels = drawn[:, 0] * 2 - 1
-            encoded = vae.encode(pixels[:, :, None] if still else pixels, return_dict=False)[0]
+            pixels = (drawn.transpose(1, 2) if clips else drawn[:, 0]) * 2 - 1
+            encoded = vae.encode(pixels, return_dict=False)[0]
             inner = encoded if isinstance(encoded, torch.Tensor) else encoded.mode()
             alone = vae.decode(inner, return_dict=False)[0]
             latents = policy.encode_media(drawn)
             back = policy.decode(latents)
         assert latents.shape == shape
-        wanted = ((alone[:, :, 0] if still else alone) / 2 + 0.5).clamp(0, 1)
-        torch.testing.assert_close(back[:, 0], wanted, rtol=0, atol=2e-6)
+        wanted = (alone / 2 + 0.5).clamp(0, 1)
+        found = back.transpose(1, 2) if clips else back[:, 0]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)

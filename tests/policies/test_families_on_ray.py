@@ -19,6 +19,7 @@ from tests.runs import assert_same_run, quiet
 
 PAIRS = [
     *(("sdxl", algorithm) for algorithm in ALGORITHMS),
+    *(("ltx", algorithm) for algorithm in ("grpo", "nft")),
     *((name, kind) for name in ("flux", "qwen_image", "sd35") for kind in ("grpo", "nft", "dpo")),
 ]
 """Random model and algorithm."""
@@ -27,6 +28,7 @@ PROMISED = [
     ("sdxl", "dpok"),
     ("sdxl", "draft"),
     ("flux", "nft"),
+    ("ltx", "grpo"),
     ("qwen_image", "dpo"),
     ("sd35", "grpo"),
 ]

@@ -26,6 +26,8 @@ TRAINED = [
     ("sd35", "grpo"),
     ("flux", "grpo"),
     ("flux", "nft"),
+    ("ltx", "grpo"),
+    ("ltx", "nft"),
     ("qwen_image", "grpo"),
 ]
 """Random model and algorithm; test_families_on_ray.py has the other pairs too."""
