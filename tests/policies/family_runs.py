@@ -23,12 +23,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "sd35": ({"name": "sd3", "t5_tokens": 16}, "flow"),
     "flux": ({"text_tokens": 16}, "flow"),
     "ltx": ({"text_tokens": 24}, "flow"),
+    "hunyuan_video": ({"text_tokens": 352}, "flow"),
     # the template alone is 115 of the small tokenizer's letters
     "qwen_image": ({"text_tokens": 144}, "flow"),
 }
 """Random model -> settings of its policy, and its prediction type."""
 SIZES: dict[str, dict[str, int]] = {
     "ltx": {"height": 32, "width": 32, "frames": 9},
+    "hunyuan_video": {"height": 32, "width": 32, "frames": 5},
 }
 """Policy of clips -> what it draws."""
 ALGORITHMS: dict[str, dict[str, Any]] = {

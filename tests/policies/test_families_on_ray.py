@@ -19,7 +19,7 @@ from tests.runs import assert_same_run, quiet
 
 PAIRS = [
     *(("sdxl", algorithm) for algorithm in ALGORITHMS),
-    *(("ltx", algorithm) for algorithm in ("grpo", "nft")),
+    *((name, kind) for name in ("ltx", "hunyuan_video") for kind in ("grpo", "nft")),
     *((name, kind) for name in ("flux", "qwen_image", "sd35") for kind in ("grpo", "nft", "dpo")),
 ]
 """Random model and algorithm."""
@@ -29,6 +29,7 @@ PROMISED = [
     ("sdxl", "draft"),
     ("flux", "nft"),
     ("ltx", "grpo"),
+    ("hunyuan_video", "nft"),
     ("qwen_image", "dpo"),
     ("sd35", "grpo"),
 ]

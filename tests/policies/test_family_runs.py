@@ -28,6 +28,7 @@ TRAINED = [
     ("flux", "nft"),
     ("ltx", "grpo"),
     ("ltx", "nft"),
+    ("hunyuan_video", "grpo"),
     ("qwen_image", "grpo"),
 ]
 """Random model and algorithm; test_families_on_ray.py has the other pairs too."""

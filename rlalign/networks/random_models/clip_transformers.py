@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from rlalign.networks.random_models import encoders
 from rlalign.networks.random_models.records import Family, Network, Scheduler, Tokenizer
+from rlalign.networks.random_models.tokenizers import CLIP
 
 # LTX-Video
 
@@ -77,4 +78,44 @@ LTX_091 = replace(
             },
         ),
     },
+)
+
+# HunyuanVideo
+
+HUNYUAN_VIDEO = Family(
+    title="HunyuanVideo, text to video",
+    pipeline="HunyuanVideoPipeline",
+    networks={
+        "transformer": Network(
+            kind="HunyuanVideoTransformer3DModel",
+            tiny={
+                "in_channels": 4,
+                "out_channels": 4,
+                "num_attention_heads": 2,
+                "attention_head_dim": 10,
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "num_refiner_layers": 1,
+                "text_embed_dim": 16,
+                "pooled_projection_dim": 16,
+                "rope_axes_dim": [2, 4, 4],
+            },
+        ),
+        "vae": Network(
+            kind="AutoencoderKLHunyuanVideo",
+            same={"scaling_factor": 0.476986},
+            tiny={
+                "latent_channels": 4,
+                "block_out_channels": [8, 8, 8, 8],
+                "layers_per_block": 1,
+                "norm_num_groups": 4,
+            },
+        ),
+        "text_encoder": encoders.LLAMA_3_8B,
+        "text_encoder_2": encoders.CLIP_L,
+    },
+    tokenizers={"tokenizer": Tokenizer(kind="llama", length=8192), "tokenizer_2": CLIP},
+    scheduler=Scheduler(kind="FlowMatchEulerDiscreteScheduler", settings={"shift": 7.0}),
+    pixels=32,
+    frames=5,
 )

@@ -34,6 +34,7 @@ FAMILIES: Mapping[str, Family] = {
     "z_image": joint_transformers.Z_IMAGE,
     "ltx": clip_transformers.LTX,
     "ltx_091": clip_transformers.LTX_091,
+    "hunyuan_video": clip_transformers.HUNYUAN_VIDEO,
     "sana": cross_transformers.SANA,
     "pixart": cross_transformers.PIXART,
     "wan": cross_transformers.WAN,
@@ -55,6 +56,7 @@ HUB_IDS: Mapping[str, str] = {
     "Qwen/Qwen-Image": "qwen_image",
     "Tongyi-MAI/Z-Image-Turbo": "z_image",
     "Lightricks/LTX-Video": "ltx",
+    "hunyuanvideo-community/HunyuanVideo": "hunyuan_video",
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart",
 }

@@ -68,6 +68,12 @@ PUBLISHED = {
     "z_image": {"transformer": 6.155, "vae": 0.084, "text_encoder": 4.022},
     "ltx": {"transformer": 1.923, "vae": 0.419, "text_encoder": T5},
     "ltx_091": {"transformer": 1.923, "vae": 0.935, "text_encoder": T5},
+    "hunyuan_video": {
+        "transformer": 12.821,
+        "vae": 0.246,
+        "text_encoder": 7.505,
+        "text_encoder_2": CLIP_L,
+    },
     "sana": {"transformer": 1.604, "vae": 0.312, "text_encoder": 2.614},
     "pixart": {"transformer": 0.611, "vae": 0.084, "text_encoder": T5},
     "wan": {"transformer": 1.419, "vae": 0.127, "text_encoder": 5.681},
