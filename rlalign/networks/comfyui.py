@@ -8,11 +8,12 @@ transformer (OneTrainer's keys; kohya's own would join queries, keys and values 
 one published width).
 
 Of the others ComfyUI reads diffusers' dotted names, ``lora_A.weight`` and ``lora_B.weight``, after
-``transformer.`` (Stable Diffusion 3, FLUX.2) or ``diffusion_model.`` (Z-Image: the older of two),
-and finds the parts of its joined matrices by itself. Diffusers reads them without an alpha: the
-scale is multiplied into the second matrix.
+``transformer.`` (Stable Diffusion 3, FLUX.2) or ``diffusion_model.`` (LTX-Video; Z-Image: the older
+of two), and finds the parts of its joined matrices by itself. Diffusers reads them without an
+alpha: the scale is multiplied into the second matrix.
 
-Sana and PixArt have no keys: ComfyUI has no Sana of its own, and diffusers no loader for PixArt.
+Sana, PixArt and HunyuanVideo have no keys: ComfyUI has no Sana of its own and joins HunyuanVideo's
+queries, keys and values, and diffusers has no loader for PixArt.
 
 Sources: ComfyUI's comfy/lora.py, and flux_to_diffusers and z_image_to_diffusers in comfy/utils.py;
 diffusers' loaders/lora_pipeline.py and loaders/lora_conversion_utils.py.

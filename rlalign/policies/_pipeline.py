@@ -109,7 +109,8 @@ class PipelineFamily(Family):
         scheduler = self.pipeline.scheduler
         own = self.own_size() if scheduler.config.get("use_dynamic_shifting") else None
         height, width = own or (0, 0)
-        tokens = Tokens(side=self.factor * self.patch, height=height, width=width)
+        side = self.factor * self.patch
+        tokens = Tokens(side=side, frames=self.frame_factor, height=height, width=width)
         return read_flow(scheduler, self.folder, tokens, even=self.even_levels), "flow"
 
     # --- words ------------------------------------------------------------------------------------
@@ -158,10 +159,14 @@ class PipelineFamily(Family):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = self.to_autoencoder(latents)
         still = self._reads_clips and not self.draws_clips
-        pixels = self.vae.decode(scaled.unsqueeze(2) if still else scaled, return_dict=False)[0]
+        pixels = self.run_decoder(scaled.unsqueeze(2) if still else scaled)
         refuse_pixels(pixels, latents)
         media = (pixels / 2 + 0.5).clamp(0, 1)
         return media.transpose(1, 2) if self._reads_clips else media.unsqueeze(1)
+
+    def run_decoder(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1], as the autoencoder lays them out, of latents in its own scale."""
+        return self.vae.decode(scaled, return_dict=False)[0]
 
     def encode_media(self, media_BFCHW: torch.Tensor) -> torch.Tensor:
         """The posterior's mode, or the latents of an encoder that has no posterior."""
@@ -240,9 +245,19 @@ class PipelineFamily(Family):
         return self.network.config.get("patch_size") or 1
 
     @property
+    def frame_factor(self) -> int:
+        """Frames of a latent, after a clip's first."""
+        return 1
+
+    @property
     def trial_side(self) -> int:
         """Latents of a side, of the pass that a checkpoint is tried out with."""
         return self.patch
+
+    @property
+    def trial_frames(self) -> int:
+        """Frames of that pass."""
+        return 1
 
     @property
     def channels(self) -> int:
@@ -304,7 +319,8 @@ class PipelineFamily(Family):
         if not self.has("denoiser") or not (self.reader or self.has("words")):
             return
         side = self.trial_side * self.factor
-        try_out(self, self.recipe.location, Plan(height=side, width=side), precision)
+        plan = Plan(height=side, width=side, frames=self.trial_frames)
+        try_out(self, self.recipe.location, plan, precision)
 
     # --- files ------------------------------------------------------------------------------------
 

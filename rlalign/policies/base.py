@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from rlalign.diffusion.condition import Condition as Condition
 from rlalign.diffusion.condition import Words as Words
+from rlalign.policies._clips import ClipFamily
 from rlalign.policies._family import LATENTS, OWN_SIZE, WHOLE, Family, Part, refuse_frames
 from rlalign.policies._pipeline import (
     ATTENTION_TARGETS,
@@ -24,6 +25,7 @@ __all__ = [
     "LATENTS",
     "OWN_SIZE",
     "WHOLE",
+    "ClipFamily",
     "Family",
     "Meter",
     "NegativePrompt",

@@ -29,11 +29,12 @@ FIRST = {
     "sd3": "transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight",
     "flux": "lora_transformer_single_transformer_blocks_0_attn_to_k.alpha",
     "flux2": "transformer.single_transformer_blocks.0.attn.to_out.lora_A.weight",
+    "ltx": "diffusion_model.transformer_blocks.0.attn1.to_k.lora_A.weight",
     "qwen_image": "lora_unet_transformer_blocks_0_attn_add_k_proj.alpha",
     "z_image": "diffusion_model.context_refiner.0.attention.to_k.lora_A.weight",
 }
 """Family -> the first of its keys in the order of the alphabet."""
-KEYLESS = {"sana", "pixart"}
+KEYLESS = {"hunyuan_video", "sana", "pixart"}
 """Families of which ComfyUI and diffusers share no keys."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "flux": {"embedded_guidance": 3.5},
@@ -128,7 +129,7 @@ def test_every_family_has_keys_or_a_reason() -> None:
             assert (name in FIRST) != (name in KEYLESS), name
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "ltx", "qwen_image", "z_image"])
 def test_a_scale_that_is_no_power_of_two_is_near(
     folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:

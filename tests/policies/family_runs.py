@@ -22,13 +22,19 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "sdxl": ({}, "epsilon"),
     "sd35": ({"name": "sd3", "t5_tokens": 16}, "flow"),
     "flux": ({"text_tokens": 16}, "flow"),
+    "ltx": ({"text_tokens": 24}, "flow"),
+    "hunyuan_video": ({"text_tokens": 352}, "flow"),
     # the template alone is 115 of the small tokenizer's letters
     "qwen_image": ({"text_tokens": 144}, "flow"),
     "wan": ({"text_tokens": 24}, "flow"),
 }
 """Random model -> settings of its policy, and its prediction type."""
-FRAMES = {"wan": 5}
-"""Random model of clips -> frames."""
+SIZES: dict[str, dict[str, int]] = {
+    "ltx": {"height": 32, "width": 32, "frames": 9},
+    "hunyuan_video": {"height": 32, "width": 32, "frames": 5},
+    "wan": {"frames": 5},
+}
+"""Random model of clips -> what it draws."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ddpo": {"name": "ddpo"},
     "grpo": {"name": "grpo"},
@@ -52,7 +58,6 @@ def run_of_pair(name: str, algorithm: str, folder: Path) -> Run:
     plan: dict[str, Any] = PATHS[prediction]
     if algorithm in WITHOUT_LIKELIHOODS:
         plan = {**ODE[prediction], "guidance": 1.0}
-    plan = {**plan, "frames": FRAMES.get(name, 1)}
     # gradients pass the shipped reward model
     reward = "bradley_terry" if algorithm == "draft" else "jpeg"
     return run_of(policy_of(name, folder), plan, ALGORITHMS[algorithm], reward)
@@ -61,13 +66,15 @@ def run_of_pair(name: str, algorithm: str, folder: Path) -> Run:
 def run_of(
     policy: dict[str, Any], plan: dict[str, Any], algorithm: dict[str, Any], reward: str = "jpeg"
 ) -> Run:
-    """Two rounds of four pictures of 16 x 16 pixels, two updates each; a LoRA is trained."""
+    """Two rounds of four pictures of 16 x 16 pixels, or clips, two updates each; a LoRA is
+    trained."""
+    size = {"height": 16, "width": 16, **SIZES.get(policy["name"], {})}
     return parse_run(
         {
             "name": "small",
             "rounds": 2,
             "policy": {**policy, "lora_rank": 2},
-            "plan": {"steps": 2, "guidance": 2.0, "height": 16, "width": 16, **plan},
+            "plan": {"steps": 2, "guidance": 2.0, **plan, **size},
             "prompts": {
                 "name": "list",
                 "prompts": ["a red circle", "blue", "a green square above two circles"],
@@ -102,10 +109,11 @@ def sample_of(
     policy: dict[str, Any], plan: dict[str, Any], sampler: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Two pictures of a test-time sampler, and what they cost."""
+    size = {"height": 16, "width": 16, **SIZES.get(policy["name"], {})}
     settings = {
         "name": "small",
         "policy": policy,
-        "plan": {"steps": 3, "guidance": 2.0, "height": 16, "width": 16, **plan},
+        "plan": {"steps": 3, "guidance": 2.0, **plan, **size},
         "prompts": {"name": "list", "prompts": ["a red circle", "blue"]},
         "pictures": 2,
         "rewards": [{"name": "jpeg"}],

@@ -20,6 +20,8 @@ from tests.policies import damage
 NAMES = (
     "flux",
     "flux2",
+    "hunyuan_video",
+    "ltx",
     "pixart",
     "qwen_image",
     "sana",

@@ -19,6 +19,7 @@ from tests.runs import assert_same_run, quiet
 
 PAIRS = [
     *(("sdxl", algorithm) for algorithm in ALGORITHMS),
+    *((name, kind) for name in ("ltx", "hunyuan_video") for kind in ("grpo", "nft")),
     *(
         (name, kind)
         for name in ("flux", "qwen_image", "sd35", "wan")
@@ -31,6 +32,8 @@ PROMISED = [
     ("sdxl", "dpok"),
     ("sdxl", "draft"),
     ("flux", "nft"),
+    ("ltx", "grpo"),
+    ("hunyuan_video", "nft"),
     ("qwen_image", "dpo"),
     ("sd35", "grpo"),
     ("wan", "grpo"),

@@ -9,7 +9,6 @@ import pytest
 
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from tests.policies.family_runs import (
-    FRAMES,
     ODE,
     PATHS,
     SETTINGS,
@@ -27,6 +26,9 @@ TRAINED = [
     ("sd35", "grpo"),
     ("flux", "grpo"),
     ("flux", "nft"),
+    ("ltx", "grpo"),
+    ("ltx", "nft"),
+    ("hunyuan_video", "grpo"),
     ("qwen_image", "grpo"),
     ("wan", "grpo"),
     ("wan", "nft"),
@@ -67,7 +69,7 @@ def test_it_trains_two_rounds(
 @pytest.mark.parametrize("name", SETTINGS)
 def test_edict_draws_from_it(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Its coupled chains run in float64, the denoiser too."""
-    plan = {**ODE[SETTINGS[name][1]], "frames": FRAMES.get(name, 1)}
+    plan = ODE[SETTINGS[name][1]]
     sample_of(policy_of(name, folders[name]), plan, {"name": "edict"}, tmp_path)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
 
@@ -79,7 +81,7 @@ def test_samplers_draw_from_it(
     name: str, sampler: dict[str, Any], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Two pictures, whose method has spent more than the plain sampler."""
-    plan = {**PATHS[SETTINGS[name][1]], "frames": FRAMES.get(name, 1)}
+    plan = PATHS[SETTINGS[name][1]]
     result = sample_of(policy_of(name, folders[name]), plan, sampler, tmp_path)
     method, plain, *_ = result["methods"]
     assert method["cost"]["denoiser_calls"] >= 2 * plain["cost"]["denoiser_calls"] > 0

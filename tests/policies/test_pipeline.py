@@ -18,6 +18,8 @@ from rlalign.core.registry import UserError
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.flux import Flux
 from rlalign.policies.flux2 import Flux2
+from rlalign.policies.hunyuan_video import HunyuanVideo
+from rlalign.policies.ltx import LTX
 from rlalign.policies.pixart import PixArt
 from rlalign.policies.qwen_image import QwenImage
 from rlalign.policies.sana import Sana
@@ -28,6 +30,8 @@ from rlalign.policies.z_image import ZImage
 ON_THE_SHELF: dict[str, tuple[Any, str]] = {
     "sdxl": (StableDiffusionXL, "text_encoder_2"),
     "flux": (Flux, "text_encoder_2"),
+    "hunyuan_video": (HunyuanVideo, "text_encoder_2"),
+    "ltx": (LTX, "text_encoder"),
     "qwen_image": (QwenImage, "text_encoder"),
     "z_image": (ZImage, "text_encoder"),
     "flux2": (Flux2, "tokenizer"),

@@ -80,6 +80,16 @@ def check_transformer(pipeline: Any, path: str) -> None:
     _check_tokens(pipeline, path, ("", "_2"), pipeline.tokenizer_max_length)
 
 
+def check_settings(
+    pipeline: Any, path: str, part: str, allowed: Mapping[str, Sequence[Any]]
+) -> None:
+    """Refuses a part of whose settings one has a value that ``allowed`` does not list for it."""
+    for name, values in allowed.items():
+        value = getattr(pipeline, part).config.get(name)
+        if value not in values:
+            raise _misfit(path, part, f"{name} must be {_words(values)}, got {value!r}")
+
+
 def check_parts(pipeline: Any, path: str, needs: Mapping[str, Sequence[str]]) -> None:
     """Refuses a pipeline that lacks a part of ``needs`` (part -> the classes that it may be of;
     none is any), or has one of another class."""

@@ -100,6 +100,32 @@ GEMMA_2_2B = Network(
     },
 )
 
+LLAMA_3_8B = Network(
+    kind="LlamaModel",
+    library="transformers",
+    same={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+    tiny={
+        "vocab_size": VOCABULARY["llama"],
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        # HunyuanVideo reads the third hidden state from the end
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+    },
+    published={
+        "vocab_size": 128320,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_theta": 5e5,
+    },
+)
+
 _SMALL = {
     "hidden_size": 16,
     "intermediate_size": 16,

@@ -10,7 +10,12 @@ import difflib
 from collections.abc import Mapping
 
 from rlalign.core.registry import UserError
-from rlalign.networks.random_models import cross_transformers, joint_transformers, unets
+from rlalign.networks.random_models import (
+    clip_transformers,
+    cross_transformers,
+    joint_transformers,
+    unets,
+)
 from rlalign.networks.random_models.records import Family
 
 FAMILIES: Mapping[str, Family] = {
@@ -27,6 +32,9 @@ FAMILIES: Mapping[str, Family] = {
     "flux2_klein_distilled": joint_transformers.FLUX_2_KLEIN_DISTILLED,
     "qwen_image": joint_transformers.QWEN_IMAGE,
     "z_image": joint_transformers.Z_IMAGE,
+    "ltx": clip_transformers.LTX,
+    "ltx_091": clip_transformers.LTX_091,
+    "hunyuan_video": clip_transformers.HUNYUAN_VIDEO,
     "sana": cross_transformers.SANA,
     "pixart": cross_transformers.PIXART,
     "wan": cross_transformers.WAN,
@@ -48,6 +56,8 @@ HUB_IDS: Mapping[str, str] = {
     "black-forest-labs/FLUX.2-dev": "flux2",
     "Qwen/Qwen-Image": "qwen_image",
     "Tongyi-MAI/Z-Image-Turbo": "z_image",
+    "Lightricks/LTX-Video": "ltx",
+    "hunyuanvideo-community/HunyuanVideo": "hunyuan_video",
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",

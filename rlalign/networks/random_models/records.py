@@ -40,7 +40,7 @@ class Tokenizer:
     """A tokenizer that reads letter by letter, and the most tokens of a prompt; the same at both
     sizes."""
 
-    kind: Literal["clip", "t5", "qwen", "gemma"]
+    kind: Literal["clip", "t5", "qwen", "gemma", "llama"]
     length: int
     pads_with: str = ""
     """The token that fills a short prompt up, where it is not the kind's own."""

@@ -17,10 +17,12 @@ _CHARACTERS = [chr(code) for code in range(33, 127)]
 _SPACE = "\u2581"
 _CHAT = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
 _VISION = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+_HEADS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 VOCABULARY = {
     "clip": 2 + 2 * len(_CHARACTERS),
     "t5": 4 + len(_CHARACTERS),
     "gemma": 5 + len(_CHARACTERS),
+    "llama": 5 + len(_CHARACTERS) + len(_HEADS),
     "qwen": 256 + len(_CHAT) + len(_VISION),
 }
 """Kind -> how many tokens it has."""
@@ -43,7 +45,7 @@ _MESSAGE = (
 
 def make_tokenizer(spec: Tokenizer) -> Any:
     """A tokenizer of transformers."""
-    makers = {"clip": _clip, "t5": _t5, "qwen": _qwen, "gemma": _gemma}
+    makers = {"clip": _clip, "t5": _t5, "qwen": _qwen, "gemma": _gemma, "llama": _llama}
     more: dict[str, Any] = {"model_max_length": spec.length}
     if spec.pads_with:
         more["pad_token"] = spec.pads_with
@@ -87,6 +89,21 @@ def _gemma(more: dict[str, Any]) -> Any:
 
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", _SPACE, *_CHARACTERS]
     return GemmaTokenizer(vocab=_numbered(pieces), merges=[], **more)
+
+
+def _llama(more: dict[str, Any]) -> Any:
+    from transformers import LlamaTokenizer
+
+    # short prompts are filled up behind their end
+    pieces = ["<unk>", "<s>", "</s>", "<pad>", _SPACE, *_CHARACTERS, *_HEADS]
+    settings: dict[str, Any] = {
+        "vocab": _numbered(pieces),
+        "merges": [],
+        "pad_token": "<pad>",
+        "padding_side": "right",
+        "additional_special_tokens": _HEADS,
+    }
+    return LlamaTokenizer(**settings, **more)
 
 
 def _numbered(words: list[str]) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 A tensor's numbers depend on the seed, the part and the tensor's name alone. Matrices, kernels and
 biases begin as torch's Linear and Conv do (uniform, by the number of inputs), norms as the
-identity. A normaliser's running statistics are neither 0 nor 1, so that a reader who leaves them
-out gets another picture.
+identity. A normaliser's running statistics, and those of an autoencoder's latents, are neither 0
+nor 1, so that a reader who leaves them out gets another picture.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import torch
 
 SHARD_BYTES = 2_000_000_000
 """A file of weights holds so many bytes at most, or one tensor; memory holds one file."""
+MEANS = ("running_mean", "latents_mean")
+SPREADS = ("running_var", "latents_std")
+"""Buffers that hold statistics."""
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Library -> how it names its files of weights."""
 
@@ -120,7 +123,8 @@ def _split(slots: Sequence[Slot], limit: int) -> Iterator[list[Slot]]:
 
 def make_tensor(slot: Slot, seed: int, part: str) -> torch.Tensor:
     """A tensor's numbers, on the CPU."""
-    if not isinstance(slot.tensor, torch.nn.Parameter) and not slot.leaf.startswith("running_"):
+    is_weight = isinstance(slot.tensor, torch.nn.Parameter)
+    if not is_weight and slot.leaf not in MEANS + SPREADS:
         return slot.tensor.detach().clone().contiguous()
     low, high = _bounds(slot)
     found = torch.empty(slot.tensor.shape, dtype=slot.dtype)
@@ -133,9 +137,9 @@ def make_tensor(slot: Slot, seed: int, part: str) -> torch.Tensor:
 
 def _bounds(slot: Slot) -> tuple[float, float]:
     """Between which numbers a tensor's are drawn; the same one twice where they are fixed."""
-    if slot.leaf == "running_mean":
+    if slot.leaf in MEANS:
         return -0.5, 0.5
-    if slot.leaf == "running_var":
+    if slot.leaf in SPREADS:
         return 0.5, 1.5
     kind = type(slot.module).__name__
     if "norm" in kind.lower():

@@ -66,6 +66,14 @@ PUBLISHED = {
     "flux2_klein_distilled": {"transformer": 3.876, "vae": 0.084, "text_encoder": 4.022},
     "qwen_image": {"transformer": 20.430, "vae": 0.127, "text_encoder": 8.292},
     "z_image": {"transformer": 6.155, "vae": 0.084, "text_encoder": 4.022},
+    "ltx": {"transformer": 1.923, "vae": 0.419, "text_encoder": T5},
+    "ltx_091": {"transformer": 1.923, "vae": 0.935, "text_encoder": T5},
+    "hunyuan_video": {
+        "transformer": 12.821,
+        "vae": 0.246,
+        "text_encoder": 7.505,
+        "text_encoder_2": CLIP_L,
+    },
     "sana": {"transformer": 1.604, "vae": 0.312, "text_encoder": 2.614},
     "pixart": {"transformer": 0.611, "vae": 0.084, "text_encoder": T5},
     "wan": {"transformer": 1.419, "vae": 0.127, "text_encoder": 5.681},
@@ -91,6 +99,14 @@ def test_a_published_folder_without_weights_is_counted_by_its_configs(tmp_path: 
     assert count_folder(tmp_path) == count_family(family, "published")
     config = json.loads((tmp_path / "text_encoder" / "config.json").read_text())
     assert (config["dtype"], config["vocab_size"]) == ("bfloat16", 151936)
+
+
+def test_an_autoencoders_statistics_are_neither_0_nor_1(tmp_path: Path) -> None:
+    write_pipeline(tmp_path, FAMILIES["ltx"])
+    (file,) = (tmp_path / "vae").glob("*.safetensors")
+    stored = load_file(file)
+    assert stored["latents_mean"].abs().min() > 0
+    assert (stored["latents_std"] - 1).abs().min() > 0
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

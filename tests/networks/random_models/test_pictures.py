@@ -16,6 +16,10 @@ from rlalign.networks.random_models import FAMILIES, count_family, count_folder,
 PROMPTS = ("a red circle", "Two blue squares, 7 of them!")
 # settings of a call that would resize pictures, or want packages to clean captions with
 CALL: dict[str, dict[str, Any]] = {
+    "ltx": {"num_frames": 9},
+    "ltx_091": {"num_frames": 9},
+    # the template is longer than a call reads of the small tokenizer's letters
+    "hunyuan_video": {"num_frames": 5, "max_sequence_length": 352},
     "sana": {"use_resolution_binning": False},
     "pixart": {"use_resolution_binning": False, "clean_caption": False},
     "wan": {"num_frames": 5},
