@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlalign.ballots.records import digest
+from rlalign.core.clips import read_clip
 from rlalign.core.files import UnreadableText, parse_strict_json, read_text, split_lines
 from rlalign.core.registry import UserError, read_reason
 from rlalign.voting.pictures import Exhausted, PictureFile
@@ -151,6 +152,8 @@ def as_shown(content: bytes, name: str, **facts: Any) -> PictureFile:
             frames = getattr(opened, "n_frames", 1)
             if kind is not None:
                 opened.verify()
+                if kind != "image/jpeg":
+                    frames = len(read_clip(content))  # a still clip has one picture
                 return PictureFile.of(content, media_type=kind, frames=frames, **facts)
             if frames == 1:
                 buffer = io.BytesIO()
