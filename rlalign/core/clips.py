@@ -112,13 +112,20 @@ def read_clip(source: bytes | Path) -> np.ndarray:
 def decode_clip(source: bytes | Path) -> Clip:
     """The frames of a picture's or a clip's file and their rate. Raises UnreadablePicture, also
     where all frames together are too large to be a clip."""
+    frames, rate = read_frames(source)
+    media_FHWC = np.stack([np.asarray(one) for one in frames])
+    return Clip(media_FCHW=np.ascontiguousarray(media_FHWC.transpose(0, 3, 1, 2)), rate=rate)
+
+
+def read_frames(source: bytes | Path) -> tuple[list[Image], float]:
+    """The same frames as Pillow images of mode RGB; equal neighbours may be one object."""
     with open_picture(source) as opened:
         # a picture; animations of one picture may stand for a frozen clip
         description = opened.getexif().get(_DESCRIPTION) if opened.format in _ANIMATED else None
         said = _said_by(description)
         count = int(getattr(opened, "n_frames", 1)) if opened.format in _ANIMATED else 1
         if count == 1 and said is None:
-            return Clip(media_FCHW=_frames([picture_at(opened)]))
+            return [picture_at(opened)], RATE
 
         # of PNG the first picture may be one for readers that play none
         skipped = 1 if opened.info.get("default_image") and count > 1 else 0
@@ -136,7 +143,8 @@ def decode_clip(source: bytes | Path) -> Clip:
         else:
             held, rate = _timed(durations)
         _refuse_many(sum(held), opened.size)
-        return Clip(media_FCHW=np.repeat(_frames(pictures), held, axis=0), rate=rate)
+        each = zip(pictures, held, strict=True)
+        return [picture for picture, times in each for _ in range(times)], rate
 
 
 def _said_by(description: Any) -> tuple[list[int], float] | None:
@@ -165,13 +173,6 @@ def _refuse_many(frames: int, size: tuple[int, int]) -> None:
         raise UnreadablePicture(
             f"{frames:,} frames of {width} x {height} have more than {MAX_PIXELS:,} pixels"
         )
-
-
-def _frames(pictures: Sequence[Image]) -> np.ndarray:
-    """(F, 3, H, W) uint8 of pictures of one size."""
-    return np.ascontiguousarray(
-        np.stack([np.asarray(one) for one in pictures]).transpose(0, 3, 1, 2)
-    )
 
 
 def spread(frames: int, most: int) -> list[int]:
