@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlalign.ballots.records import digest
-from rlalign.core.clips import read_clip
+from rlalign.core.clips import encode_clip, read_clip
 from rlalign.core.files import UnreadableText, parse_strict_json, read_text, split_lines
 from rlalign.core.registry import UserError, read_reason
 from rlalign.voting.pictures import Exhausted, PictureFile
@@ -192,9 +192,7 @@ def _cells(grid: Path) -> Iterator[tuple[str, bytes]]:
     from rlalign.core.pictures import read_grid
 
     for cell in read_grid(grid):
-        buffer = io.BytesIO()
-        cell.picture.convert("RGB").save(buffer, format="PNG")
-        yield cell.caption, buffer.getvalue()
+        yield cell.caption, encode_clip(cell.media_FCHW, cell.rate)[0]
 
 
 def _bytes(content: bytes, policy: str, name: str) -> Location:

@@ -113,7 +113,7 @@ def test_a_set_of_pairs_is_read_without_its_labels(tmp_path: Path) -> None:
 def test_the_grids_of_a_run_are_its_pictures(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     for number in (0, 5):
-        media = np.full((2, 3, 32, 32), 10 * number, dtype=np.uint8)
+        media = np.full((2, 1, 3, 32, 32), 10 * number, dtype=np.uint8)
         file = tmp_path / "samples" / f"round-{number:05d}.png"
         write_grid(file, media, ["left", "right"], [0.5, 0.5])
     found = find_samples(tmp_path)
