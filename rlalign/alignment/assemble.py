@@ -73,13 +73,13 @@ def differentiable_scorer(run: Run, device: str) -> DifferentiableScorer:
 
 
 def preference_pairs(reader: Pairing, round: int, plan: Plan) -> list[Pairs]:
-    """A round's pairs, cut into passes, their pictures still uint8 (B, 1, 3, H, W): the policy's
+    """A round's pairs, cut into passes, their media still uint8 (B, F, 3, H, W): the policy's
     own encoder reads them."""
     parts = []
     for number, pairs in enumerate(reader.passes(round)):
         # the pictures of one pass must be of one size
-        sides = ([p.picture_0 for p in pairs], [p.picture_1 for p in pairs])
-        if len({picture.shape for side in sides for picture in side}) > 1:
+        sides = ([p.media_0 for p in pairs], [p.media_1 for p in pairs])
+        if len({media.shape for side in sides for media in side}) > 1:
             raise UserError(
                 "preferences.size must be > 0 where pictures differ in size (all are then resized"
                 " to it), got 0"
@@ -93,11 +93,11 @@ def preference_pairs(reader: Pairing, round: int, plan: Plan) -> list[Pairs]:
                 torch.tensor([p.crop_0 for p in pairs]),
                 torch.tensor([p.crop_1 for p in pairs]),
             )
-            height, width = pairs[0].picture_0.shape[-2:]
+            height, width = pairs[0].media_0.shape[-2:]
             drawn = plan.model_copy(update={"height": height, "width": width})
 
         # one tensor for each side
-        first, second = (torch.from_numpy(np.stack(side))[:, None] for side in sides)
+        first, second = (torch.from_numpy(np.stack(side)) for side in sides)
         parts.append(
             Pairs(
                 prompts=tuple(p.caption for p in pairs),
@@ -152,9 +152,9 @@ def check_plan(run: Run, policy: Policy, *, learns: bool = True) -> None:
     if given is not None and given.resize == "buckets":
         check_buckets(run.plan, policy, given.size)
     elif given is not None:
-        first = first_pair(given)
+        first = first_pair(given, run.plan.frames)
         if first is not None:
-            height, width = first.picture_0.shape[-2:]
+            height, width = first.media_0.shape[-2:]
             check_size((height, width), policy.drawn_size(run.plan), given.size)
 
 

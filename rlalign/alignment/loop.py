@@ -47,7 +47,7 @@ def align(
     with checkpoint.exclusive(folder) if learner.is_main else contextlib.nullcontext():
         alignment = Alignment(run, folder, collect, learner, on_record)
         if pairs is None and run.preferences is not None:
-            pairs = open_pairs_of(run.preferences, run.seed)
+            pairs = open_pairs_of(run.preferences, run.seed, run.plan.frames)
         alignment.pairs = pairs
         if pairs is not None and pairs.note and learner.is_main:
             on_record({"note": f"preferences: {pairs.note}"})
@@ -78,7 +78,7 @@ def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) ->
     run = locate_run(run, begun=resume)
     check_sinks(run.log)
     if run.preferences is not None:
-        first_pair(run.preferences)
+        first_pair(run.preferences, run.plan.frames)
     torch.set_num_threads(run.runtime.learner.threads)
     collect, learner = local_parts(run)
     with folders.owned(folder, resume=resume):

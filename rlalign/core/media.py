@@ -14,16 +14,17 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from rlalign.core.finite import refuse
 from rlalign.core.registry import read_reason
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 _ORIENTATION = 0x0112
@@ -57,12 +58,18 @@ _BROKEN = (
 def as_uint8(media_BFCHW: torch.Tensor) -> np.ndarray:
     """Media in [0, 1] as uint8. Raises NotFinite: of a NaN the nearest byte would be 0, which is
     black."""
+    import torch
+
+    from rlalign.core.finite import refuse
+
     refuse(media_BFCHW, "the policy's decoder")
     return (media_BFCHW.detach() * 255.0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 def as_floats(media: np.ndarray, device: str = "cpu") -> torch.Tensor:
     """uint8 media as float32 in [0, 1]; the array may be a read-only view."""
+    import torch
+
     return torch.from_numpy(np.array(media)).to(device).float() / 255.0
 
 
@@ -93,6 +100,14 @@ def read_picture(source: bytes | Path) -> Image:
     Raises UnreadablePicture for what is missing, no picture, truncated, too large to be one (a
     decompression bomb), or of values whose range is not known.
     """
+    with open_picture(source) as opened:
+        return picture_at(opened)
+
+
+@contextmanager
+def open_picture(source: bytes | Path) -> Iterator[Image]:
+    """A picture's file, open in Pillow. Whatever is raised of it inside becomes
+    UnreadablePicture."""
     from PIL import Image, UnidentifiedImageError
 
     blob = _content(source) if isinstance(source, Path) else source
@@ -105,9 +120,7 @@ def read_picture(source: bytes | Path) -> Image:
                 raise UnreadablePicture(
                     f"{opened.format} is a program and no picture; save it as PNG"
                 )
-            packing = _packing(opened)  # gone once the pixels are there
-            opened.load()
-            return _upright(_to_rgb(opened, packing), opened)
+            yield opened
     except UnreadablePicture:
         raise
     except UnidentifiedImageError as error:
@@ -119,6 +132,13 @@ def read_picture(source: bytes | Path) -> Image:
         ) from error
     except _BROKEN as error:
         raise UnreadablePicture(read_reason(error)) from error
+
+
+def picture_at(opened: Image) -> Image:
+    """What an open file stands at: its picture, or the frame that was sought, in RGB."""
+    packing = _packing(opened)  # gone once the pixels are there
+    opened.load()
+    return _upright(_to_rgb(opened, packing), opened)
 
 
 def _content(file: Path) -> bytes:

@@ -1,19 +1,27 @@
-"""Grids of pictures with captions and scores, as PNG. A grid can be read back: what it shows is
-also written inside it."""
+"""Grids of pictures or clips with captions and scores, as PNG. A grid can be read back: what it
+shows is also written inside it.
+
+Of a clip a cell shows a strip of up to ``STRIP`` frames, evenly spaced, first and last among them.
+The clips themselves lie beside the grid: those of ``round-00010.png`` in ``round-00010/`` as
+animated WebP, numbered as the cells are. They have at most ``MOST_FRAMES`` frames, evenly spaced,
+and are lossless where no side is above ``LARGE_CELL``; larger ones are shrunk to it and lossy.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlalign.core.files import replacing
-from rlalign.core.media import to_image
+from rlalign.core.clips import RATE, Clip, decode_clip, encode_animation, spread
+from rlalign.core.files import replacing, write_whole
+from rlalign.core.media import UnreadablePicture, to_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +31,10 @@ CAPTION_LINES = 3
 LINE = 15
 SMALL_CELL = 160
 LARGE_CELL = 256
+STRIP = 6
+GAP = 4
+"""Pixels between two frames of a strip; a frame's cell is half as wide as a picture's."""
+MOST_FRAMES = 33
 PAPER = (250, 250, 248)
 INK = (40, 40, 44)
 GOOD = (22, 128, 76)
@@ -32,64 +44,136 @@ _KEY = "rlalign"
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One picture of a grid."""
+    """One picture or clip of a grid."""
 
-    picture: Image
-    """As it was given, or shrunk to the cell where it was larger."""
+    media_FCHW: np.ndarray
+    """(F, 3, H, W) uint8, as it was given, or shrunk to the cell where it was larger."""
     caption: str
     score: float | None
     """None where the score was missing."""
+    rate: float = RATE
+    """Frames a second of a clip."""
+
+    @property
+    def picture(self) -> Image:
+        """The picture, or a clip's first frame."""
+        return to_image(self.media_FCHW[0])
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether there is something to play."""
+        return len(self.media_FCHW) > 1
 
 
 def write_grid(
     path: Path,
-    media_NCHW: np.ndarray,
+    media_NFCHW: np.ndarray,
     captions: Sequence[str],
     scores: Sequence[float],
     *,
     columns: int = 8,
     title: str = "",
+    rate: float = RATE,
 ) -> None:
-    """uint8 pictures with wrapped captions and coloured scores, written whole or not at all.
+    """uint8 pictures or clips with wrapped captions and coloured scores, written whole or not at
+    all; of clips so many columns as are as wide, an even number where ``columns`` is even.
 
     Small pictures are enlarged by a whole factor without smoothing, large ones shrunk. The colour
-    runs from red at the lowest to green at the highest score of the grid.
+    runs from red at the lowest to green at the highest score of the grid. Clips of ``rate`` frames
+    a second are written beside it.
     """
     from PIL.PngImagePlugin import PngInfo
 
-    side = max(media_NCHW.shape[-2:])
+    # of a clip the frames of its strip, each in a cell of its own
+    side = max(media_NFCHW.shape[-2:])
+    frames = media_NFCHW.shape[1]
     cell = SMALL_CELL if side <= SMALL_CELL else LARGE_CELL
-    pictures = [_fit(to_image(pixels_CHW), cell) for pixels_CHW in media_NCHW]
-    sheet, boxes = _draw(pictures, captions, scores, cell, min(columns, len(captions)), title)
+    own = cell if frames == 1 else cell // 2
+    shown = spread(frames, STRIP)
+    strips = [[_fit(to_image(clip[k]), own) for k in shown] for clip in media_NFCHW]
+    layout = _Layout(cell=cell, columns=min(columns, len(captions)))
+    if frames > 1:
+        write_clips(path, media_NFCHW, rate)
+        layout = _clip_layout(strips, columns * (cell + MARGIN), columns % 2 == 0, frames, own)
+    sheet, boxes = _draw(strips, captions, scores, layout, title)
+
     # what the grid shows, to be read back
-    facts = {
-        "factor": max(1, cell // side),
-        "boxes": boxes,
+    facts: dict[str, Any] = {
+        "factor": max(1, layout.cell // side),
+        "boxes": [strip[0] for strip in boxes],
         "captions": list(captions),
         "scores": [float(s) if np.isfinite(s) else None for s in scores],
     }
+    if frames > 1:
+        facts |= {"frames": frames, "shown": shown, "strips": boxes, "rate": rate}
     words = PngInfo()
     words.add_text(_KEY, json.dumps(facts))
     with replacing(path) as scratch:
         sheet.save(scratch, format="PNG", pnginfo=words)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Sizes of a sheet, in pixels."""
+
+    cell: int
+    """Side of the square that a picture, or a frame, fits in."""
+    columns: int
+    frames: int = 1
+    """Frames side by side in a cell."""
+    frame_height: int = 0
+    """Of fitted frames; 0 where the cell is square."""
+    note: str = ""
+    """What stands beside each score."""
+
+    @property
+    def width(self) -> int:
+        """Of a cell."""
+        return self.frames * (self.cell + GAP) - GAP
+
+    @property
+    def height(self) -> int:
+        """Of a cell without its words."""
+        return self.frame_height or self.cell
+
+
+def _clip_layout(
+    strips: Sequence[Sequence[Image]], width: int, even: bool, frames: int, cell: int
+) -> _Layout:
+    """Of strips of clips of so many ``frames``, on a sheet of ``width``."""
+    shown = len(strips[0])
+    columns = max(1, width // (shown * (cell + GAP) - GAP + MARGIN))
+    if even:
+        columns = max(2, columns - columns % 2)
+    return _Layout(
+        cell=cell,
+        columns=min(columns, len(strips)),
+        frames=shown,
+        frame_height=strips[0][0].height,
+        note=f"{shown} of {frames} frames" if shown < frames else f"{frames} frames",
+    )
+
+
+Box = tuple[int, int, int, int]
+"""(x, y, width, height)."""
+
+
 def _draw(
-    pictures: Sequence[Image],
+    strips: Sequence[Sequence[Image]],
     captions: Sequence[str],
     scores: Sequence[float],
-    cell: int,
-    columns: int,
+    layout: _Layout,
     title: str,
-) -> tuple[Image, list[tuple[int, int, int, int]]]:
-    """The sheet, and the box (x, y, width, height) of each picture on it."""
+) -> tuple[Image, list[list[Box]]]:
+    """The sheet, and the box of each frame of each cell on it."""
     from PIL import Image, ImageDraw, ImageFont
 
     # the paper and its title
-    rows = -(-len(captions) // columns)
+    rows = -(-len(captions) // layout.columns)
     top = 34 if title else MARGIN
-    high = cell + LINE * (CAPTION_LINES + 1) + 8
-    size = (columns * (cell + MARGIN) + MARGIN, top + rows * (high + MARGIN))
+    high = layout.height + LINE * (CAPTION_LINES + 1) + 8
+    wide = layout.width
+    size = (layout.columns * (wide + MARGIN) + MARGIN, top + rows * (high + MARGIN))
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=12)
@@ -97,31 +181,85 @@ def _draw(
         pen.text((MARGIN, 9), title, fill=INK, font=ImageFont.load_default(size=16))
 
     # each picture in the middle of its cell, the score and the caption below it
-    boxes = []
-    cells = zip(pictures, captions, scores, _colours(scores), strict=True)
-    for i, (picture, caption, score, colour) in enumerate(cells):
-        x = MARGIN + i % columns * (cell + MARGIN)
-        y = top + i // columns * (high + MARGIN)
-        corner = (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2)
-        boxes.append((*corner, *picture.size))
-        sheet.paste(picture, corner)
-        pen.text((x, y + cell + 4), f"{score:.3f}", fill=colour, font=font)
-        for j, line in enumerate(textwrap.wrap(caption, cell // 6)[:CAPTION_LINES]):
-            pen.text((x, y + cell + 4 + LINE * (j + 1)), line, fill=INK, font=font)
+    boxes: list[list[Box]] = []
+    cells = zip(strips, captions, scores, _colours(scores), strict=True)
+    for i, (strip, caption, score, colour) in enumerate(cells):
+        x = MARGIN + i % layout.columns * (wide + MARGIN)
+        y = top + i // layout.columns * (high + MARGIN)
+        boxes.append([])
+        for j, picture in enumerate(strip):
+            left = x + j * (layout.cell + GAP) + (layout.cell - picture.width) // 2
+            corner = (left, y + (layout.height - picture.height) // 2)
+            boxes[-1].append((*corner, *picture.size))
+            sheet.paste(picture, corner)
+        below = y + layout.height + 4
+        pen.text((x, below), f"{score:.3f}", fill=colour, font=font)
+        pen.text((x + 60, below), layout.note, fill=INK, font=font)
+        for j, line in enumerate(textwrap.wrap(caption, wide // 6)[:CAPTION_LINES]):
+            pen.text((x, below + LINE * (j + 1)), line, fill=INK, font=font)
     return sheet, boxes
 
 
-def shrink(media_NCHW: np.ndarray) -> np.ndarray:
-    """(N, 3, H, W) uint8 pictures as ``read_grid`` gives them back: large ones shrunk to a cell."""
-    if max(media_NCHW.shape[-2:]) <= LARGE_CELL:
-        return media_NCHW
-    fitted = [_fit(to_image(pixels_CHW), LARGE_CELL) for pixels_CHW in media_NCHW]
-    return np.stack([np.asarray(picture) for picture in fitted]).transpose(0, 3, 1, 2)
+# --- clips beside a grid -------------------------------------------------------------------------
+
+
+def clips_folder(grid: Path) -> Path:
+    """Where a grid's clips are; it is there where the grid shows clips."""
+    return grid.with_suffix("")
+
+
+def clip_files(grid: Path) -> list[Path]:
+    """The clips beside a grid, in the order of its cells; none of a grid of pictures."""
+    return sorted(clips_folder(grid).glob("[0-9]*.webp"))
+
+
+def write_clips(grid: Path, media_NFCHW: np.ndarray, rate: float) -> None:
+    """Writes clips beside a grid, in place of any that are there."""
+    folder = clips_folder(grid)
+    folder.mkdir(parents=True, exist_ok=True)
+    exact = max(media_NFCHW.shape[-2:]) <= LARGE_CELL
+    how = {"lossless": True} if exact else {"quality": 90}
+    for number, media_FCHW in enumerate(media_NFCHW):
+        kept = shrink_clip(Clip(media_FCHW=media_FCHW, rate=rate))
+        content = encode_animation(kept.media_FCHW, "webp", kept.rate, **how)
+        write_whole(folder / f"{number:03d}.webp", content)
+    for other in clip_files(grid)[len(media_NFCHW) :]:
+        other.unlink()
+
+
+def remove_grid(grid: Path) -> None:
+    """Deletes a grid and the clips beside it, where they are there."""
+    for file in (grid, *clip_files(grid)):
+        file.unlink(missing_ok=True)
+    # it is not there, or holds something else
+    with contextlib.suppress(OSError):
+        clips_folder(grid).rmdir()
+
+
+def shrink_clip(clip: Clip, most: int = MOST_FRAMES, side: int = LARGE_CELL) -> Clip:
+    """At most so many frames, evenly spaced, in the same time, and none larger than ``side``."""
+    frames = len(clip.media_FCHW)
+    media_FCHW = clip.media_FCHW[spread(frames, most)]
+    rate = clip.rate * len(media_FCHW) / frames
+    if max(media_FCHW.shape[-2:]) > side:
+        fitted = [_fit(to_image(pixels_CHW), side) for pixels_CHW in media_FCHW]
+        media_FCHW = np.stack([np.asarray(one) for one in fitted]).transpose(0, 3, 1, 2)
+    return Clip(media_FCHW=media_FCHW, rate=rate)
+
+
+def shrink(media_NFCHW: np.ndarray) -> np.ndarray:
+    """(N, F, 3, H, W) uint8 pictures or clips as ``read_grid`` gives them back: large ones shrunk
+    to a cell, long ones with fewer frames."""
+    clips = [shrink_clip(Clip(media_FCHW=media_FCHW)) for media_FCHW in media_NFCHW]
+    return np.stack([clip.media_FCHW for clip in clips])
+
+
+# --- a grid that is there ------------------------------------------------------------------------
 
 
 def read_grid(path: Path) -> list[Cell]:
-    """The pictures of a grid that ``write_grid`` made, small ones at their own size; none for any
-    other PNG."""
+    """The pictures or clips of a grid that ``write_grid`` made, small ones at their own size; none
+    for any other PNG. A clip whose file is missing has the frames of its strip."""
     from PIL import Image
 
     with Image.open(path) as sheet:
@@ -129,15 +267,36 @@ def read_grid(path: Path) -> list[Cell]:
         if not facts:
             return []
         cells = []
-        for (x, y, width, height), caption, score in zip(
-            facts["boxes"], facts["captions"], facts["scores"], strict=True
-        ):
-            size = (width // facts["factor"], height // facts["factor"])
-            picture = sheet.crop((x, y, x + width, y + height)).resize(
-                size, Image.Resampling.NEAREST
+        strips = facts.get("strips") or [[box] for box in facts["boxes"]]
+        rows = zip(strips, facts["captions"], facts["scores"], strict=True)
+        for number, (strip, caption, score) in enumerate(rows):
+            clip = _read_beside(path, number) if len(strip) > 1 else None
+            if clip is None:
+                clip = _read_strip(sheet, strip, facts)
+            cells.append(
+                Cell(media_FCHW=clip.media_FCHW, caption=caption, score=score, rate=clip.rate)
             )
-            cells.append(Cell(picture=picture, caption=caption, score=score))
         return cells
+
+
+def _read_beside(grid: Path, number: int) -> Clip | None:
+    try:
+        return decode_clip(clips_folder(grid) / f"{number:03d}.webp")
+    except UnreadablePicture:
+        return None
+
+
+def _read_strip(sheet: Image, strip: Sequence[Box], facts: Mapping[str, Any]) -> Clip:
+    """What a cell shows: a picture, or some frames of a clip in the whole clip's time."""
+    from PIL.Image import Resampling
+
+    frames = []
+    for x, y, width, height in strip:
+        size = (width // facts["factor"], height // facts["factor"])
+        cut = sheet.crop((x, y, x + width, y + height)).resize(size, Resampling.NEAREST)
+        frames.append(np.asarray(cut).transpose(2, 0, 1))
+    rate = facts.get("rate", RATE) * len(strip) / facts.get("frames", 1)
+    return Clip(media_FCHW=np.ascontiguousarray(np.stack(frames)), rate=rate)
 
 
 def _colours(scores: Sequence[float]) -> list[tuple[int, int, int]]:

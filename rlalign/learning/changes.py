@@ -1,9 +1,10 @@
 """The samples of an evaluation that changed most since the first one: their pictures, before and
 after.
 
-``samples/base.png`` keeps every picture of the first evaluation (the first ``MOST_PROMPTS``), so
-that a run that goes on in another process can still compare. ``samples/round-00010-changes.png``
-has pairs of pictures, before and after, of the largest gains and then of the largest losses.
+``samples/base.png`` keeps every picture of the first evaluation (the first ``MOST_PROMPTS``, of
+clips ``MOST_CLIPS``), so that a run that goes on in another process can still compare.
+``samples/round-00010-changes.png`` has pairs of pictures, before and after, of the largest gains
+and then of the largest losses. Clips lie beside both, in the folders of their names.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rlalign.learning.evaluate import collect_scores, media_of
 LARGEST = 10
 """Gains, and as many losses."""
 MOST_PROMPTS = 512
+MOST_CLIPS = 128
 _COLUMNS = 10
 
 
@@ -28,15 +30,17 @@ def write_base(folder: Path, scored: Sequence[Scored]) -> Path:
     """Keeps the first evaluation's pictures with their total rewards."""
     path = folder / "samples" / "base.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    captions = list(chain.from_iterable(s.unit.prompts for s in scored))[:MOST_PROMPTS]
-    scores = collect_scores(scored, "total")[:MOST_PROMPTS].tolist()
-    write_grid(path, media_of(scored)[:MOST_PROMPTS, 0], captions, scores, columns=16)
+    media = media_of(scored)
+    most = MOST_PROMPTS if media.shape[1] == 1 else MOST_CLIPS
+    captions = list(chain.from_iterable(s.unit.prompts for s in scored))[:most]
+    scores = collect_scores(scored, "total")[:most].tolist()
+    write_grid(path, media[:most], captions, scores, columns=16)
     return path
 
 
 def write_changes(folder: Path, round: int, scored: Sequence[Scored]) -> Path | None:
-    """The largest gains and losses of an evaluation; None where the first one is not there, or
-    where nothing changed."""
+    """The largest gains and losses of an evaluation; None where the first one is not there (or is
+    of other sizes), or where nothing changed."""
     base_file = folder / "samples" / "base.png"
     base = read_grid(base_file) if base_file.is_file() else []
     before_N = np.array([np.nan if cell.score is None else cell.score for cell in base])
@@ -45,15 +49,18 @@ def write_changes(folder: Path, round: int, scored: Sequence[Scored]) -> Path | 
     if not chosen:
         return None
 
-    # before and after, side by side
-    media = shrink(media_of(scored)[chosen, 0])
-    before = [np.asarray(base[i].picture).transpose(2, 0, 1) for i in chosen]
+    # before and after, side by side; a clip whose file is gone has too few frames
+    media = shrink(media_of(scored)[chosen])
+    before = [base[i].media_FCHW for i in chosen]
+    if any(one.shape != media.shape[1:] for one in before):
+        return None
     captions = [caption for i in chosen for caption in (base[i].caption,) * 2]
     scores = [score for i in chosen for score in (before_N[i], after_N[i])]
     pictures = np.stack(list(chain(*zip(before, media, strict=True))))
     path = changes_file(folder, round)
     title = f"largest gains, then largest losses, since the first evaluation: round {round}"
-    write_grid(path, pictures, captions, scores, columns=_COLUMNS, title=title)
+    rate = base[chosen[0]].rate
+    write_grid(path, pictures, captions, scores, columns=_COLUMNS, title=title, rate=rate)
     return path
 
 

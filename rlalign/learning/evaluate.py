@@ -258,15 +258,15 @@ def mean_kl(units: Sequence[Sequence[torch.Tensor]]) -> float:
 
 
 def write_samples(folder: Path, round: int, scored: Sequence[Scored], count: int) -> Path:
-    """``samples/round-00010.png``: the first pictures of the evaluation with captions and
-    scores."""
+    """``samples/round-00010.png``: the first pictures or clips of the evaluation with captions and
+    scores; clips lie in ``samples/round-00010/`` too."""
     from rlalign.core.pictures import write_grid
 
     media = media_of(scored)[:count]
     captions = list(chain.from_iterable(s.unit.prompts for s in scored))[:count]
     path = folder / "samples" / f"round-{round:05d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_grid(path, media[:, 0], captions, collect_scores(scored, "total")[:count].tolist())
+    write_grid(path, media, captions, collect_scores(scored, "total")[:count].tolist())
     return path
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlalign.report.charts import charts
 from rlalign.report.files import read_run
-from rlalign.report.gallery import gallery
+from rlalign.report.gallery import gallery, has_clips
 from rlalign.report.numbers import comparison, cost, headline
 from rlalign.report.pages import write_page
 from rlalign.report.rewards import reward_table
@@ -24,6 +24,7 @@ def write_report(folder: Path) -> Path:
     files give equal bytes."""
     run = read_run(folder)
     path = folder / "report.html"
+    pictures = gallery(run)
     write_page(
         path,
         "report",
@@ -34,7 +35,8 @@ def write_report(folder: Path) -> Path:
         headline=headline(run),
         comparison=comparison(run),
         rewards=reward_table(run),
-        gallery=gallery(run),
+        gallery=pictures,
+        plays=has_clips(pictures),
         charts=charts(run),
         cost=cost(run),
         kl=(run.final or {}).get("kl/per_step_gaussian"),

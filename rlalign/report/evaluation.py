@@ -21,14 +21,14 @@ def write_page(
     count: int,
 ) -> None:
     """Writes the self-contained page whole or not at all; ``base`` is empty where one model stands
-    alone. Of a video it shows the first frame."""
+    alone."""
     from rlalign.learning.evaluate import media_of
 
     prompts = [sample["prompt"] for sample in result["samples"]][:count]
     no_scores = [float("nan")] * len(prompts)
     columns = [
-        cells(media_of(scored)[:count, 0], prompts, no_scores)
-        for scored in (base, aligned)
-        if scored
+        cells(media_of(scored)[:count], prompts, no_scores) for scored in (base, aligned) if scored
     ]
-    pages.write_page(path, "evaluation", result=result, columns=columns, shown=len(prompts))
+    plays = any(cell.is_clip for column in columns for cell in column)
+    shown = len(prompts)
+    pages.write_page(path, "evaluation", result=result, columns=columns, shown=shown, plays=plays)

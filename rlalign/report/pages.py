@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlalign.core.files import write_whole
-from rlalign.report.gallery import picture_uri
+from rlalign.report.gallery import film_uri, picture_uri, still_uri
 from rlalign.report.numbers import clock, hundredths, number, signed
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -24,6 +24,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, signed=signed, clock=clock, uri=picture_uri)
+    environment.filters.update(number=number, signed=signed, clock=clock)
+    environment.filters.update(uri=picture_uri, film=film_uri, still=still_uri)
     environment.filters["hundredths"] = hundredths
     write_whole(path, environment.get_template(f"{template}.html.j2").render(**values))

@@ -93,7 +93,7 @@ class RayPairReader(PairReader):
         context.execution_options.preserve_order = True
         # Ray Data's annotations know neither keyword arguments nor that its iterators close
         transform: Any = _decode
-        how = {"size": self.settings.size, "resize": self.settings.resize}
+        how = {"size": self.settings.size, "resize": self.settings.resize, "frames": self.frames}
         table = ray.data.from_items(items, override_num_blocks=min(len(items), _TASKS))
         table = table.map_batches(transform, batch_size=1, fn_kwargs=how)
         stream: Any = iter(table.iter_batches(batch_size=_BATCH, batch_format="numpy"))
@@ -125,8 +125,8 @@ def _row(row: dict[str, Any]) -> Pair | Undecodable:
         return Undecodable(row=str(row["row"]), why=str(row["fault"]))
     return Pair(
         caption=with_record(str(row["caption"]), str(row["record"])),
-        picture_0=_picture(row["picture_0"], row["shape_0"]),
-        picture_1=_picture(row["picture_1"], row["shape_1"]),
+        media_0=_media(row["media_0"], row["shape_0"]),
+        media_1=_media(row["media_1"], row["shape_1"]),
         label_0=float(row["label_0"]),
         row=str(row["row"]),
         source=str(row["source"]),
@@ -139,11 +139,13 @@ def _crop(numbers: np.ndarray) -> Crop | None:
     return Crop(*(int(number) for number in numbers)) if numbers[0] else None
 
 
-def _picture(blob: bytes, shape: np.ndarray) -> np.ndarray:
+def _media(blob: bytes, shape: np.ndarray) -> np.ndarray:
     return np.frombuffer(blob, dtype=np.uint8).reshape(tuple(shape))
 
 
-def _decode(batch: Mapping[str, Any], size: int, resize: Resize) -> Iterator[dict[str, list[Any]]]:
+def _decode(
+    batch: Mapping[str, Any], size: int, resize: Resize, frames: int = 0
+) -> Iterator[dict[str, list[Any]]]:
     """Slices of row groups -> their rows, one each: its pair, or why it has none."""
     for slice_of in zip(*batch.values(), strict=True):
         # a row of the batch names one row group and the wanted rows in it
@@ -159,7 +161,7 @@ def _decode(batch: Mapping[str, Any], size: int, resize: Resize) -> Iterator[dic
             for row in read_rows(group, numbers=numbers, batch=_BATCH):
                 number = row["row"].rpartition(":")[2]
                 name = f"{item['name']}:{number}"
-                rows.append({**_NOTHING, **_packed(row, size, resize), "row": name})
+                rows.append({**_NOTHING, **_packed(row, size, resize, frames), "row": name})
                 if len(rows) == _BATCH:
                     yield _columns(rows)
                     rows = []
@@ -177,10 +179,10 @@ _NOTHING: dict[str, Any] = {
     "record": "",
     "label_0": 0.0,
     "source": "",
-    "picture_0": b"",
-    "shape_0": [0, 0, 0],
-    "picture_1": b"",
-    "shape_1": [0, 0, 0],
+    "media_0": b"",
+    "shape_0": [0, 0, 0, 0],
+    "media_1": b"",
+    "shape_1": [0, 0, 0, 0],
     "crop_0": [0, 0, 0, 0],
     "crop_1": [0, 0, 0, 0],
 }
@@ -191,10 +193,10 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in _NOTHING}
 
 
-def _packed(row: dict[str, Any], size: int, resize: Resize) -> dict[str, Any]:
+def _packed(row: dict[str, Any], size: int, resize: Resize, frames: int) -> dict[str, Any]:
     """A row's pair as columns, or what is wrong with its pictures."""
     try:
-        pair = to_pair(row, size, resize)
+        pair = to_pair(row, size, resize, frames)
     except ValueError as error:
         return {"fault": str(error)}
     return {
@@ -202,10 +204,10 @@ def _packed(row: dict[str, Any], size: int, resize: Resize) -> dict[str, Any]:
         "record": dump_record(pair.caption),
         "label_0": pair.label_0,
         "source": pair.source,
-        "picture_0": pair.picture_0.tobytes(),
-        "shape_0": list(pair.picture_0.shape),
-        "picture_1": pair.picture_1.tobytes(),
-        "shape_1": list(pair.picture_1.shape),
+        "media_0": pair.media_0.tobytes(),
+        "shape_0": list(pair.media_0.shape),
+        "media_1": pair.media_1.tobytes(),
+        "shape_1": list(pair.media_1.shape),
         "crop_0": list(pair.crop_0 or _NOTHING["crop_0"]),
         "crop_1": list(pair.crop_1 or _NOTHING["crop_1"]),
     }

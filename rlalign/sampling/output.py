@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from rlalign.core.clips import encode_clip
 from rlalign.core.files import write_whole
-from rlalign.core.media import to_image
-from rlalign.core.pictures import write_grid
+from rlalign.core.pictures import remove_grid, write_grid
 from rlalign.learning.checkpoint import disk_errors
 from rlalign.learning.evaluate import said_of
 from rlalign.report import curves
@@ -48,7 +48,7 @@ def write_outputs(sample: Sample, folder: Path, outcomes: Sequence[Outcome]) -> 
             title = f"{outcome.title}: {outcome.sampler.name}"
             write_grid(
                 folder / f"{name}.png",
-                outcome.media_BFCHW[:, 0],
+                outcome.media_BFCHW,
                 prompts,
                 outcome.scores.total_B.tolist(),
                 title=title,
@@ -111,10 +111,11 @@ def _slug(title: str) -> str:
 
 
 def write_pictures(folder: Path, media_BFCHW: np.ndarray) -> None:
-    """One PNG a picture (a video's first frame), numbered from 0."""
+    """One PNG a picture, one lossless animated WebP a clip, numbered from 0."""
     folder.mkdir(exist_ok=True)
-    for i, pixels_CHW in enumerate(media_BFCHW[:, 0]):
-        to_image(pixels_CHW).save(folder / f"{i:05d}.png")
+    for i, media_FCHW in enumerate(media_BFCHW):
+        content, kind = encode_clip(media_FCHW)
+        (folder / f"{i:05d}.{kind.removeprefix('image/')}").write_bytes(content)
 
 
 def write_so_far(sample: Sample, folder: Path, media: Sequence[tuple[str, np.ndarray]]) -> str:
@@ -129,7 +130,7 @@ def write_so_far(sample: Sample, folder: Path, media: Sequence[tuple[str, np.nda
             names.append(f"{_slug(title)}.png")
             write_grid(
                 folder / names[-1],
-                media_BFCHW[:, 0],
+                media_BFCHW,
                 sample.unit.prompts,
                 [float("nan")] * len(media_BFCHW),
                 title=title,
@@ -140,7 +141,7 @@ def write_so_far(sample: Sample, folder: Path, media: Sequence[tuple[str, np.nda
 def remove_so_far(folder: Path) -> None:
     """Deletes what an earlier sampling left that failed."""
     for name in SO_FAR:
-        (folder / name).unlink(missing_ok=True)
+        remove_grid(folder / name)
     # it is not there, or holds something else
     with contextlib.suppress(OSError):
         (folder / "so-far").rmdir()
@@ -152,7 +153,7 @@ def write_report(
     """Writes the report, one self-contained page."""
     shown = min(sample.pictures, 24)
     prompts = sample.unit.prompts[:shown]
-    columns = [cells(o.media_BFCHW[:shown, 0], prompts, o.scores.total_B[:shown]) for o in outcomes]
+    columns = [cells(o.media_BFCHW[:shown], prompts, o.scores.total_B[:shown]) for o in outcomes]
     keys = [k for k in result["methods"][0] if k.endswith("/mean") or k.startswith("diversity")]
     if len(sample.rewards) == 1 and sample.rewards[0].weight == 1.0:
         # of a single reward the total says nothing new
@@ -165,6 +166,7 @@ def write_report(
         rows=list(zip(*columns, strict=True)),
         charts=_charts(outcomes),
         shown=shown,
+        plays=any(cell.is_clip for column in columns for cell in column),
         settings=sample.model_dump_json(indent=2),
     )
 

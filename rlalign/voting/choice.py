@@ -27,10 +27,11 @@ from rlalign.ballots.deal import Rule as DealRule
 from rlalign.ballots.deal import choose_random
 from rlalign.ballots.records import Item
 from rlalign.ballots.store import Store
+from rlalign.core.clips import read_clip
 from rlalign.data.pairs.campaign import read_vote_pairs
 from rlalign.data.pairs.settings import BallotSettings
 from rlalign.voting.pairing import Choice, Group, Pick, pick_random
-from rlalign.voting.pictures import PictureFile, read_media
+from rlalign.voting.pictures import PictureFile
 from rlalign.voting.settings import Rule, Vote
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class FittedChoice:
         """(D,) the features of a picture's file under its caption."""
         import torch
 
-        media_BFCHW = torch.from_numpy(read_media(content)[None]).float() / 255.0
+        media_BFCHW = torch.from_numpy(read_clip(content)[None]).float() / 255.0
         with torch.no_grad():
             image_D = self.towers.images(media_BFCHW)[0].mean(dim=0)
             text_D = self.towers.texts([caption])[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rlalign.core.clips import read_clip
 from rlalign.rewards.base import Scorer, score
-from rlalign.voting.pictures import PictureFile, read_media
+from rlalign.voting.pictures import PictureFile
 from rlalign.voting.settings import Filter
 
 
@@ -30,6 +31,6 @@ class PictureFilter:
         return kept
 
     def _may_be_shown(self, made: PictureFile) -> bool:
-        media_BFCHW = read_media(made.content)[None]
+        media_BFCHW = read_clip(made.content)[None]
         found = float(score(self._reward, self._scorer, media_BFCHW, [made.caption])[0])
         return math.isfinite(found) and found >= self.settings.least

@@ -21,9 +21,9 @@ import numpy as np
 from rlalign.ballots.deal import Deal
 from rlalign.ballots.records import Answer, Ballot, picture_uid
 from rlalign.ballots.store import Store
+from rlalign.core.clips import read_clip
 from rlalign.rewards.base import Scorer, score, total
 from rlalign.voting.pairing import rng_of
-from rlalign.voting.pictures import read_media
 from rlalign.voting.settings import Simulate
 
 POLL_SECONDS = 0.1
@@ -47,7 +47,7 @@ class Judge:
     def _utility(self, caption: str, content: bytes) -> float:
         key = (caption, picture_uid(content))
         if key not in self._known:
-            media_BFCHW = read_media(content)[None]
+            media_BFCHW = read_clip(content)[None]
             rewards = self.settings.utility
             raw = {
                 r.title: score(r, self._scorers[r.title], media_BFCHW, [caption]) for r in rewards

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
-
 from rlalign.ballots.records import Picture, picture_uid
 
 
@@ -30,17 +28,6 @@ class PictureFile:
     def named(self, policy: str) -> PictureFile:
         """The same, made by ``policy``."""
         return replace(self, picture=replace(self.picture, policy=policy))
-
-
-def read_media(content: bytes) -> np.ndarray:
-    """(F, 3, H, W) uint8 of a picture's or a clip's file."""
-    import io
-
-    from PIL import Image, ImageSequence
-
-    with Image.open(io.BytesIO(content)) as opened:
-        frames = [np.asarray(one.convert("RGB")) for one in ImageSequence.Iterator(opened)]
-    return np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))
 
 
 class Exhausted(Exception):

@@ -10,7 +10,7 @@ from rlalign.core.pictures import LARGE_CELL, MARGIN, SMALL_CELL, read_grid, wri
 
 
 def pictures(count: int, height: int = 32, width: int = 32) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, 3, height, width), dtype=np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (count, 1, 3, height, width), dtype=np.uint8)
 
 
 def test_the_sheet_holds_rows_and_columns(tmp_path):
@@ -42,7 +42,7 @@ def test_small_pictures_come_back_to_the_pixel(tmp_path, size):
     assert [c.caption for c in cells] == captions
     assert [c.score for c in cells] == [0.5, None, -1.25, 0.1, 7.0]
     for cell, pixels in zip(cells, media, strict=True):
-        np.testing.assert_array_equal(np.asarray(cell.picture).transpose(2, 0, 1), pixels)
+        np.testing.assert_array_equal(cell.media_FCHW, pixels)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_small_pictures_come_back_to_the_pixel(tmp_path, size):
     [((512, 512), (LARGE_CELL, LARGE_CELL)), ((512, 1024), (LARGE_CELL, LARGE_CELL // 2))],
 )
 def test_large_pictures_are_shrunk_to_the_cell(tmp_path, size, shown):
-    media = np.full((2, 3, *size), 77, dtype=np.uint8)
+    media = np.full((2, 1, 3, *size), 77, dtype=np.uint8)
     write_grid(tmp_path / "grid.png", media, ["a", "b"], [0.0, 1.0])
     cells = read_grid(tmp_path / "grid.png")
     assert [c.picture.size for c in cells] == [shown] * 2

@@ -92,7 +92,7 @@ def make_run(
         "".join(json.dumps(evaluation_record(r)) + "\n" for r in seen)
     )
     for r in seen:
-        media = np.random.default_rng(r).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
+        media = np.random.default_rng(r).integers(0, 256, (3, 1, 3, 16, 16), dtype=np.uint8)
         write_grid(
             folder / "samples" / f"round-{r:05d}.png",
             media,
@@ -406,7 +406,7 @@ def test_a_run_of_before_has_a_table_without_what_was_not_measured(tmp_path):
 
 def test_the_page_shows_rewards_and_what_changed_most(tmp_path):
     folder = of_two_rewards(tmp_path / "run", done=4)
-    media = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
+    media = np.random.default_rng(0).integers(0, 256, (4, 1, 3, 16, 16), dtype=np.uint8)
     captions = ["won <b>", "won <b>", "lost", "lost"]
     write_grid(changes_file(folder, 4), media, captions, [0.25, 0.75, 0.5, 0.375])
     text = write_report(folder).read_text(encoding="utf-8")

@@ -31,8 +31,8 @@ def row(number: int, **changes: object) -> dict[str, object]:
 def assert_same(one: Pair, other: Pair) -> None:
     for name in ("caption", "label_0", "row", "source", "crop_0", "crop_1"):
         assert getattr(one, name) == getattr(other, name)
-    assert np.array_equal(one.picture_0, other.picture_0)
-    assert np.array_equal(one.picture_1, other.picture_1)
+    assert np.array_equal(one.media_0, other.media_0)
+    assert np.array_equal(one.media_1, other.media_1)
 
 
 def test_it_gives_the_small_readers_pairs_in_its_order(ray_cluster: None, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def main(folder: Path, sink: Mapping[str, Any], resume_at: int) -> None:
         (folder / file).write_text(file, encoding="utf-8")
         log.keep(folder / file)
     (folder / "samples").mkdir(exist_ok=True)
-    media = np.zeros((2, 3, 16, 16), dtype=np.uint8)
+    media = np.zeros((2, 1, 3, 16, 16), dtype=np.uint8)
     for name in ("round-00003.png", "round-00003-changes.png"):
         write_grid(folder / "samples" / name, media, ["a", "b"], [0.0, 1.0])
         log.show(3, folder / "samples" / name)

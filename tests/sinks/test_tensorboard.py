@@ -28,7 +28,7 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
         first.write(record(r))
     first.write(record(4, bad=math.nan))
     first.write_evaluation(evaluation(2))
-    media = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), dtype=np.uint8)
+    media = np.random.default_rng(0).integers(0, 256, (2, 1, 3, 16, 16), dtype=np.uint8)
     write_grid(tmp_path / "round-00002.png", media, ["a", "b"], [0.0, 1.0])
     log.show(2, tmp_path / "round-00002.png")
     log.close(ended=False)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from rlalign.ballots.records import picture_uid
+from rlalign.core.clips import read_clip
 from rlalign.core.registry import build
 from rlalign.data.shapes import draw, random_scene
 from rlalign.voting.choice import FittedChoice, make_rules, posterior_mode
-from rlalign.voting.pictures import PictureFile, read_media
+from rlalign.voting.pictures import PictureFile
 from tests.votes import Voted
 from tests.voting.test_queue import settings
 
@@ -39,7 +40,7 @@ def test_features_add_up_to_the_score(fitted: FittedChoice) -> None:
     for number in range(3):
         made = drawn(number)
         fitted.watch([made])
-        media = torch.from_numpy(read_media(made.content)[None]).float() / 255
+        media = torch.from_numpy(read_clip(made.content)[None]).float() / 255
         with torch.no_grad():
             score = float(reward(media, [made.caption])[0])
         features_D = fitted._features[made.picture.uid]

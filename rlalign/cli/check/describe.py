@@ -214,8 +214,8 @@ def read_prompts_and_pairs(run: Run) -> dict[str, str]:
     if run.preferences is None:
         overlap = run.prompts.find_overlap()
         return {} if overlap is None else {"held-out prompts": str(overlap)}
-    first_pair(run.preferences)
-    reader = open_pairs_of(run.preferences, run.seed)
+    first_pair(run.preferences, run.plan.frames)
+    reader = open_pairs_of(run.preferences, run.seed, run.plan.frames)
     return {"preferences": "; ".join(filter(None, [f"{len(reader):,} pairs", reader.note]))}
 
 

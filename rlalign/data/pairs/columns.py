@@ -1,9 +1,9 @@
 """Files of preference pairs: Parquet in the columns of Pick-a-Pic v2, written whole or not at all,
 read in row batches; and the lists in JSON of ``listed``, read in the same way.
 
-One row is a caption, two encoded pictures and how a judge liked them: ``label_0`` and ``label_1``
-are 1 and 0, 0 and 1, or 0.5 each for a tie (Kirstain 2023, arXiv:2305.01569). Other columns are
-kept out of the reader's way and cost nothing.
+One row is a caption, two encoded pictures or clips and how a judge liked them: ``label_0`` and
+``label_1`` are 1 and 0, 0 and 1, or 0.5 each for a tie (Kirstain 2023, arXiv:2305.01569). Other
+columns are kept out of the reader's way and cost nothing.
 ``rlalign.data.pairs.types`` says which types a column may have in a file that others wrote.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REQUIRED: tuple[str, ...] = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 """Columns that a file of pairs must have. ``jpg_0`` and ``jpg_1`` hold the bytes of picture
-files."""
+files; clips are told by the content, animated WebP, PNG or GIF."""
 
 OPTIONAL: tuple[str, ...] = (
     "are_different",
@@ -47,6 +47,10 @@ OPTIONAL: tuple[str, ...] = (
 RECORD = "record"
 """A caption's record as a JSON object, written where the rows have it."""
 
+OF_CLIPS = ("frames", "rate")
+"""Frames of each of the two clips, and how many of them a second, written where the rows have them.
+A reader takes both from the files."""
+
 Extra = Literal["bool", "double", "int64", "string"]
 """Arrow types that columns beyond Pick-a-Pic's may have."""
 
@@ -64,7 +68,8 @@ def pair_schema(
     kinds |= dict.fromkeys(("jpg_0", "jpg_1"), pa.binary())
     kinds |= dict.fromkeys(("are_different", "has_label"), pa.bool_())
     numbers = ("num_example_per_prompt", "ranking_id", "user_id")
-    kinds |= dict.fromkeys(numbers, pa.int64())
+    kinds |= dict.fromkeys((*numbers, "frames"), pa.int64())
+    kinds |= {"rate": pa.float64()}
     kinds |= {"created_at": pa.timestamp("ns")}
     kinds |= {name: pa.type_for_alias(kind) for name, kind in (extras or {}).items()}
     return pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
@@ -123,7 +128,7 @@ def _groups(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mappi
 
 def _columns_of(row: Mapping[str, Any], extras: Mapping[str, Extra]) -> tuple[str, ...]:
     missing = [name for name in (*REQUIRED, *extras) if name not in row]
-    optional = (*OPTIONAL, RECORD)
+    optional = (*OPTIONAL, *OF_CLIPS, RECORD)
     unknown = [name for name in row if name not in (*REQUIRED, *optional, *extras)]
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}"

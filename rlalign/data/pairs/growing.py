@@ -41,13 +41,17 @@ class GrowingPairs(Pairing):
 
     grows: ClassVar[bool] = True
 
-    def __init__(self, settings: PreferenceSettings, seed: int, what: str = "round") -> None:
-        """``what`` is it that waits, in words."""
+    def __init__(
+        self, settings: PreferenceSettings, seed: int, what: str = "round", *, frames: int = 0
+    ) -> None:
+        """``what`` is it that waits, in words; ``frames`` are those of every picture or clip, 0
+        takes any of which a pair has the same."""
         from rlalign.ballots.store import Store
 
         assert settings.ballots is not None, "settings of a set that grows"
         self.settings = settings
         self.seed = seed
+        self.frames = frames
         self._what = what
         self._ballots = settings.ballots
         self._store = Store.open(settings.ballots.store)
@@ -208,6 +212,6 @@ class GrowingPairs(Pairing):
         try:
             row["jpg_0"] = self._store.content(one.uid_0)
             row["jpg_1"] = self._store.content(one.uid_1)
-            return to_pair(row, self.settings.size, self.settings.resize)
+            return to_pair(row, self.settings.size, self.settings.resize, self.frames)
         except ValueError as error:
             raise UserError(f"preferences.ballots: vote {row['row']}: {error}") from error

@@ -70,15 +70,22 @@ class _Usable:
 class PairReader(Pairing):
     """The pairs of each round, from any number of files.
 
-    ``keep`` chooses among captions (a split by prompt, say). ``counts`` has the usable pairs of
+    ``keep`` chooses among captions (a split by prompt, say); ``frames`` are those of every picture
+    or clip, 0 takes any of which a pair has the same. ``counts`` has the usable pairs of
     each kept caption's number, ``left_out`` how many rows say nothing, by reason. Raises UserError
     when there is no file, no usable pair, or too many bad rows.
     """
 
     def __init__(
-        self, settings: PreferenceSettings, seed: int, keep: Callable[[str], bool] | None = None
+        self,
+        settings: PreferenceSettings,
+        seed: int,
+        keep: Callable[[str], bool] | None = None,
+        *,
+        frames: int = 0,
     ) -> None:
         self.settings, self.seed = settings, seed
+        self.frames = frames
         files, self.bad = _open_set(settings)
         self.counts: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
@@ -205,7 +212,7 @@ class PairReader(Pairing):
 
     def _decode(self, row: Any) -> Pair | Undecodable:
         try:
-            return to_pair(row, self.settings.size, self.settings.resize)
+            return to_pair(row, self.settings.size, self.settings.resize, self.frames)
         except ValueError as error:
             return Undecodable(row=row["row"], why=str(error))
 
@@ -216,11 +223,14 @@ class PairReader(Pairing):
         return None
 
 
-def open_pairs_of(settings: PreferenceSettings, seed: int) -> PairReader | GrowingPairs:
-    """The pairs that settings name: of files, or of people's votes."""
+def open_pairs_of(
+    settings: PreferenceSettings, seed: int, frames: int = 0
+) -> PairReader | GrowingPairs:
+    """The pairs that settings name: of files, or of people's votes; ``frames`` as in
+    ``PairReader``."""
     if settings.ballots is not None:
-        return GrowingPairs(settings, seed)
-    return PairReader(settings, seed)
+        return GrowingPairs(settings, seed, frames=frames)
+    return PairReader(settings, seed, frames=frames)
 
 
 def _open_set(settings: PreferenceSettings) -> tuple[dict[Path, list[int]], BadRows]:
@@ -234,14 +244,15 @@ def _row_groups(files: Mapping[Path, Sequence[int]]) -> Iterator[Group]:
         yield from groups_of(file, sizes)
 
 
-def first_pair(settings: PreferenceSettings) -> Pair | None:
+def first_pair(settings: PreferenceSettings, frames: int = 0) -> Pair | None:
     """The first usable pair of a set as training would read it; None where there is none.
+    ``frames`` as in ``PairReader``.
 
     Raises UserError where a file or column is none of pairs, a store none of votes, or where more
     rows before it are bad than may be.
     """
     if settings.ballots is not None:
-        with contextlib.closing(GrowingPairs(settings, 0)) as votes:
+        with contextlib.closing(GrowingPairs(settings, 0, frames=frames)) as votes:
             return votes.first()
 
     # a few rows are read at a time, since the first pair is wanted alone
@@ -257,7 +268,7 @@ def first_pair(settings: PreferenceSettings) -> Pair | None:
         # a faulty row is counted, and the next one is tried
         try:
             if not fault:
-                return to_pair(row, settings.size, settings.resize)
+                return to_pair(row, settings.size, settings.resize, frames)
         except ValueError as error:
             fault = str(error)
         bad.add(row["row"], fault)

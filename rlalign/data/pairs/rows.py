@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from rlalign.core.media import UnreadablePicture, read_picture
+from rlalign.core.clips import read_frames
+from rlalign.core.media import UnreadablePicture
 from rlalign.core.prompts import with_record
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.buckets import Crop, choose_bucket, cut_out
@@ -29,20 +30,20 @@ _SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two pictures of one caption, and which is preferred."""
+    """Two pictures or clips of one caption, and which is preferred."""
 
     caption: str
     """With its record, where the set has one (``record``)."""
-    picture_0: np.ndarray
-    """(3, H, W) uint8."""
-    picture_1: np.ndarray
-    """(3, H, W) uint8."""
+    media_0: np.ndarray
+    """(F, 3, H, W) uint8; a picture has F = 1."""
+    media_1: np.ndarray
+    """(F, 3, H, W) uint8, of the same F."""
     label_0: float
     """1 where picture 0 is preferred, 0 where picture 1 is, 0.5 for a tie."""
     row: str
     """Where it is from: ``FILE:ROW``, rows counted from 0."""
     source: str = ""
-    """Who made picture 0, where the set says so (``model_0``)."""
+    """Who made the first, where the set says so (``model_0``)."""
     crop_0: Crop | None = None
     """Of picture 0, where buckets are asked for."""
     crop_1: Crop | None = None
@@ -115,55 +116,78 @@ Resize = Literal["squash", "crop", "buckets"]
 
 
 def decode(source: bytes | Path | None, size: int = 0, resize: Resize = "squash") -> np.ndarray:
-    """(3, H, W) uint8 of a picture file or its bytes, resized to ``size`` squared unless 0.
+    """(F, 3, H, W) uint8 of a picture's or a clip's file or its bytes, frames resized to ``size``
+    squared unless 0.
 
     Squashed, whatever its sides (bicubic); or its shorter side is resized (bilinear) and the centre
     cut out, as torchvision's Resize and CenterCrop do for the published trainers. Raises ValueError
     with the reason where it cannot be read.
     """
+    return _resized(_opened(source), size, resize)
+
+
+def _resized(frames: Sequence[Image], size: int, resize: Resize) -> np.ndarray:
+    """(F, 3, H, W) uint8 of frames of one size, as ``decode`` has them."""
     from PIL import Image
 
-    picture = _opened(source)
-    if size and picture.size != (size, size):
-        square = (size, size)
-        if resize == "squash":
-            picture = picture.resize(square, Image.Resampling.BICUBIC)
-        else:
-            picture, _ = cut_out(picture, square)
-    return _pixels(picture)
+    square = (size, size)
+    if not size or frames[0].size == square:
+        return _pixels(frames)
+    if resize == "squash":
+        return _pixels([one.resize(square, Image.Resampling.BICUBIC) for one in frames])
+    return _pixels([cut_out(one, square)[0] for one in frames])
 
 
-def _opened(source: bytes | Path | None) -> Image:
-    """A picture in RGB. Raises ValueError with the reason where it cannot be read."""
+def _opened(source: bytes | Path | None) -> list[Image]:
+    """Frames in RGB, one of a picture. Raises ValueError with the reason where they cannot be
+    read."""
     if not source:
         raise ValueError("picture is missing")
     try:
-        return read_picture(source)
+        return read_frames(source)[0]
     except UnreadablePicture as error:
         which = f" {str(source)!r}" if isinstance(source, Path) else ""
         raise ValueError(f"picture{which} cannot be decoded ({error})") from error
 
 
-def _pixels(picture: Image) -> np.ndarray:
-    """(3, H, W) uint8."""
-    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+def _pixels(frames: Sequence[Image]) -> np.ndarray:
+    """(F, 3, H, W) uint8."""
+    media_FHWC = np.stack([np.asarray(one) for one in frames])
+    return np.ascontiguousarray(media_FHWC.transpose(0, 3, 1, 2))
 
 
-def to_pair(row: Mapping[str, Any], size: int, resize: Resize = "squash") -> Pair:
-    """A row with its pictures decoded; with buckets, both of the size of the pair's. Raises
-    ValueError, naming the column, when one cannot be."""
-    names = ("jpg_0", "jpg_1")
+def to_pair(row: Mapping[str, Any], size: int, resize: Resize = "squash", frames: int = 0) -> Pair:
+    """A row with its pictures decoded; with buckets, both of the size of the pair's. ``frames`` are
+    those that clips must have, 1 of pictures; 0 takes any.
+
+    Raises ValueError, naming the column, when one cannot be decoded or has other frames.
+    """
+    sides = [_named(name, lambda n: _opened(row[n])) for name in ("jpg_0", "jpg_1")]
+    _refuse_frames([len(side) for side in sides], frames)
     if resize != "buckets":
-        first, second = (_named(name, lambda n: decode(row[n], size, resize)) for name in names)
-        return _pair_of(row, picture_0=first, picture_1=second)
+        first, second = (_resized(side, size, resize) for side in sides)
+        return _pair_of(row, media_0=first, media_1=second)
 
     # both shapes decide on the bucket
-    pictures = [_named(name, lambda n: _opened(row[n])) for name in names]
-    bucket = choose_bucket([(one.height, one.width) for one in pictures], size)
-    (one, crop_0), (other, crop_1) = (cut_out(picture, bucket) for picture in pictures)
-    return _pair_of(
-        row, picture_0=_pixels(one), picture_1=_pixels(other), crop_0=crop_0, crop_1=crop_1
-    )
+    bucket = choose_bucket([(side[0].height, side[0].width) for side in sides], size)
+    cuts = [[cut_out(one, bucket) for one in side] for side in sides]
+    first, second = (_pixels([one for one, _ in side]) for side in cuts)
+    crop_0, crop_1 = (side[0][1] for side in cuts)
+    return _pair_of(row, media_0=first, media_1=second, crop_0=crop_0, crop_1=crop_1)
+
+
+def _refuse_frames(found: Sequence[int], wanted: int) -> None:
+    """Raises ValueError where the two sides of a pair have different numbers of frames, or others
+    than are wanted."""
+    first, second = found
+    if first != second:
+        raise ValueError(f"jpg_0 has {_counted(first)} and jpg_1 {_counted(second)}")
+    if wanted and first != wanted:
+        raise ValueError(f"its clips must have plan.frames ({wanted}), got {_counted(first)}")
+
+
+def _counted(frames: int) -> str:
+    return f"{frames} frame{'s' if frames > 1 else ''}"
 
 
 def _named(name: str, read: Callable[[str], Read]) -> Read:
@@ -174,13 +198,13 @@ def _named(name: str, read: Callable[[str], Read]) -> Read:
         raise ValueError(f"{error} in {name}") from error
 
 
-def _pair_of(row: Mapping[str, Any], **pictures: Any) -> Pair:
+def _pair_of(row: Mapping[str, Any], **media: Any) -> Pair:
     return Pair(
         caption=with_record(row["caption"], row.get("record")),
         label_0=float(row["label_0"]),
         row=row["row"],
         source=row.get("model_0") or "",
-        **pictures,
+        **media,
     )
 
 

@@ -180,7 +180,7 @@ class Pairing(ABC):
         if self.settings.resize == "buckets":
             by_shape: dict[tuple[int, ...], list[Pair]] = {}
             for pair in pairs:
-                by_shape.setdefault(pair.picture_0.shape, []).append(pair)
+                by_shape.setdefault(pair.media_0.shape, []).append(pair)
             groups = list(by_shape.values())
         for group in groups:
             for start in range(0, len(group), step):

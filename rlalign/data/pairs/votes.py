@@ -107,7 +107,10 @@ def _why_not(vote: Vote, people: Mapping[str, str], filters: Filters) -> str:
 def rows_of_votes(store: Store, votes: Sequence[Vote]) -> Iterator[dict[str, Any]]:
     """Rows for ``write_pairs`` with ``EXTRAS``, in the order of the votes; a ranking gives a row
     for each two of its pictures, with one ``ranking_id``. Where any caption has a record, each row
-    has its caption's."""
+    has its caption's. Where clips are among them, each row says its frames, of which two that
+    differ have none."""
+    frames = _frames_of(store, votes)
+    has_clips = any(count > 1 for count in frames.values())
     numbers = {one.id: number for number, one in enumerate(store.annotators())}
     examples = Counter(vote.ballot.item.caption for vote in votes for _ in vote.pairs)
     items = {vote.ballot.item.id: vote.ballot.item for vote in votes}
@@ -120,6 +123,7 @@ def rows_of_votes(store: Store, votes: Sequence[Vote]) -> Iterator[dict[str, Any
             best = {"left": left, "right": right, "tie": "none"}[outcome]
             yield {
                 **_sides(store, left, right),
+                **({"frames": _same(frames[left], frames[right])} if has_clips else {}),
                 "caption": item.caption,
                 "label_0": LABELS[outcome],
                 "label_1": 1.0 - LABELS[outcome],
@@ -172,20 +176,34 @@ def export_votes(
             " filters or go on voting"
         )
     count = write_pairs(path, rows_of_votes(store, selection.votes), extras=EXTRAS)
-    card = _card(campaign, path, filters, selection, count)
-    clips = _count_clips(store, selection.votes)
-    if clips:
-        card += f"\n{clips} votes are on clips; fit-reward and train read a clip's first frame.\n"
+    card = _card(campaign, path, filters, selection, count) + _on_clips(store, selection.votes)
     write_whole(path.with_suffix(".card.md"), card)
     return count
 
 
-def _count_clips(store: Store, votes: Sequence[Vote]) -> int:
-    """Votes on pictures of several frames."""
-    uids = {uid for vote in votes for uid in vote.ballot.shown}
+def _frames_of(store: Store, votes: Iterable[Vote]) -> dict[str, int]:
+    """Picture -> its frames, of all that votes compare."""
+    uids = dict.fromkeys(uid for vote in votes for uid in vote.ballot.shown)
     pictures = {uid: store.picture(uid) for uid in uids}
-    clips = {uid for uid, picture in pictures.items() if picture and picture.frames > 1}
-    return sum(not clips.isdisjoint(vote.ballot.shown) for vote in votes)
+    return {uid: picture.frames if picture else 1 for uid, picture in pictures.items()}
+
+
+def _same(first: int, second: int) -> int | None:
+    return first if first == second else None
+
+
+def _on_clips(store: Store, votes: Sequence[Vote]) -> str:
+    """What a card says of clips; empty where there are none."""
+    frames = _frames_of(store, votes)
+    clips = {uid for uid, count in frames.items() if count > 1}
+    count = sum(not clips.isdisjoint(vote.ballot.shown) for vote in votes)
+    if not count:
+        return ""
+    uneven = sum(len({frames[uid] for uid in vote.ballot.shown}) > 1 for vote in votes)
+    said = f"{count} votes are on clips, whose files the columns hold whole (`frames` of each)."
+    if uneven:
+        said += f" {uneven} compare different numbers of frames, which no training can use."
+    return f"\n{said}\n"
 
 
 def _card(campaign: str, path: Path, filters: Filters, selection: Selection, count: int) -> str:

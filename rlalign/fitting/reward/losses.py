@@ -37,7 +37,7 @@ def contrastive_losses(towers: Towers, config: FitReward, keep: Callable[[str], 
             scene = random_scene(rng, "train")
             if keep(scene.caption):
                 captions.append(scene.caption)
-                pictures.append(draw(scene, rng).transpose(2, 0, 1))
+                pictures.append(draw(scene, rng).transpose(2, 0, 1)[None])
 
         # each picture must find its own caption in the batch
         media_BFCHW = to_media(pictures, config.device)
@@ -84,21 +84,19 @@ def scores(
     """(B,) scores of both pictures and label 0, from as few forward passes as the pictures' sizes
     allow."""
     captions = [p.caption for p in pairs]
-    pictures = [p.picture_0 for p in pairs] + [p.picture_1 for p in pairs]
-    if len({picture.shape for picture in pictures}) == 1:
-        score_N = towers(to_media(pictures, device), captions * 2)
+    media = [p.media_0 for p in pairs] + [p.media_1 for p in pairs]
+    if len({one.shape for one in media}) == 1:
+        score_N = towers(to_media(media, device), captions * 2)
     else:
-        each = zip(pictures, captions * 2, strict=True)
-        score_N = torch.cat(
-            [towers(to_media([picture], device), [caption]) for picture, caption in each]
-        )
+        each = zip(media, captions * 2, strict=True)
+        score_N = torch.cat([towers(to_media([one], device), [caption]) for one, caption in each])
     label_0_B = torch.tensor([p.label_0 for p in pairs], device=score_N.device)
     return score_N[: len(pairs)], score_N[len(pairs) :], label_0_B
 
 
-def to_media(pictures: list[np.ndarray], device: str) -> torch.Tensor:
-    """uint8 pictures (3, H, W) -> media (B, 1, 3, H, W) in [0, 1]."""
-    return as_floats(np.stack(pictures)[:, None], device)
+def to_media(media: list[np.ndarray], device: str) -> torch.Tensor:
+    """uint8 pictures or clips (F, 3, H, W) -> media (B, F, 3, H, W) in [0, 1]."""
+    return as_floats(np.stack(media), device)
 
 
 def bradley_terry_loss(

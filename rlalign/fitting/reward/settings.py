@@ -120,6 +120,15 @@ class Simulate(_Settings):
         default=2, ge=1, description="threads that sample, each with a replica of the policy"
     )
 
+    @model_validator(mode="after")
+    def _draws_no_clips(self) -> Simulate:
+        if self.drawn and self.plan.frames > 1:
+            raise ValueError(
+                "drawn must be 0 with plan.frames > 1, as what is drawn are pictures, got"
+                f" {self.drawn:g} with {self.plan.frames} frames"
+            )
+        return self
+
 
 class FitReward(_Settings):
     """Settings of a fit-reward run.

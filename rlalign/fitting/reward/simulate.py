@@ -18,7 +18,7 @@ from rlalign.core.prompts import dump_record, record_of
 from rlalign.core.records import Unit
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import write_pairs
-from rlalign.data.pairs.ranking import encode
+from rlalign.data.pairs.ranking import encode_media, facts_of_clips
 from rlalign.data.prompts.base import prompt_id
 from rlalign.data.shapes import (
     PALETTE,
@@ -88,7 +88,7 @@ def _sampled(
         for a, b in _within(unit.prompt_ids)[: count - made]:
             key = f"{unit.key}/{unit.prompt_ids[a]}"
             uids = (f"{key}/{unit.sample_ids[a]}", f"{key}/{unit.sample_ids[b]}")
-            pictures = (media[a, 0], media[b, 0])
+            pictures = (media[a], media[b])
             utilities = (float(utility_B[a]), float(utility_B[b]))
             row = _row(config, simulate, unit.prompts[a], pictures, utilities, uids)
             record = {"record": dump_record(unit.prompts[a])} if has_records else {}
@@ -146,9 +146,7 @@ def _drawn(
         for k in range(0, len(captions), 2):
             uids = (f"drawn/{start + k // 2}/0", f"drawn/{start + k // 2}/1")
             utilities = (float(utility_B[k]), float(utility_B[k + 1]))
-            row = _row(
-                config, simulate, captions[k], (media[k, 0], media[k + 1, 0]), utilities, uids
-            )
+            row = _row(config, simulate, captions[k], (media[k], media[k + 1]), utilities, uids)
             yield {**row, "model_0": "drawn", "model_1": "drawn"}
         report("drawing", min(start + _CHUNK, count), count, float(np.mean(utility_B)))
 
@@ -164,8 +162,8 @@ def _row(
     label_0 = _label(config.seed, utilities[0] - utilities[1], simulate.temperature, uids)
     return {
         "caption": caption,
-        "jpg_0": encode(pictures[0]),
-        "jpg_1": encode(pictures[1]),
+        "jpg_0": encode_media(pictures[0]),
+        "jpg_1": encode_media(pictures[1]),
         "label_0": label_0,
         "label_1": 1.0 - label_0,
         "are_different": not np.array_equal(*pictures),
@@ -173,6 +171,7 @@ def _row(
         "image_0_uid": uids[0],
         "image_1_uid": uids[1],
         "ranking_id": prompt_id(caption),
+        **facts_of_clips(len(pictures[0])),
     }
 
 

@@ -44,7 +44,7 @@ def train(
 
     # on a cluster, the learner's node may be the one that has them
     if run.preferences is not None and address is None:
-        first_pair(run.preferences)
+        first_pair(run.preferences, run.plan.frames)
     if address is None:
         check_sinks(run.log)
     folder = folder.resolve()
@@ -242,4 +242,4 @@ def _pair_reader(run: Run) -> Any:
         return None
     from rlalign.runtime.pairs import RayPairReader
 
-    return RayPairReader(run.preferences, run.seed)
+    return RayPairReader(run.preferences, run.seed, frames=run.plan.frames)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlalign.ballots.records import digest
+from rlalign.core.clips import encode_clip, read_clip
 from rlalign.core.files import UnreadableText, parse_strict_json, read_text, split_lines
 from rlalign.core.registry import UserError, read_reason
 from rlalign.voting.pictures import Exhausted, PictureFile
@@ -151,6 +152,8 @@ def as_shown(content: bytes, name: str, **facts: Any) -> PictureFile:
             frames = getattr(opened, "n_frames", 1)
             if kind is not None:
                 opened.verify()
+                if kind != "image/jpeg":
+                    frames = len(read_clip(content))  # a still clip has one picture
                 return PictureFile.of(content, media_type=kind, frames=frames, **facts)
             if frames == 1:
                 buffer = io.BytesIO()
@@ -189,9 +192,7 @@ def _cells(grid: Path) -> Iterator[tuple[str, bytes]]:
     from rlalign.core.pictures import read_grid
 
     for cell in read_grid(grid):
-        buffer = io.BytesIO()
-        cell.picture.convert("RGB").save(buffer, format="PNG")
-        yield cell.caption, buffer.getvalue()
+        yield cell.caption, encode_clip(cell.media_FCHW, cell.rate)[0]
 
 
 def _bytes(content: bytes, policy: str, name: str) -> Location:

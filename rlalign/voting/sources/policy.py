@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlalign.ballots.records import Picture
+from rlalign.core.clips import encode_clip
 from rlalign.core.prompts import record_of
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.data.prompts.base import Prompts, prompt_id
 from rlalign.voting.pictures import PictureFile
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from rlalign.alignment.models import Model
     from rlalign.engine import Engine
     from rlalign.voting.settings import Vote
@@ -138,7 +137,7 @@ def draw_rows(
     for piece, media_BFCHW in zip(pieces, engine.map(works), strict=True):
         said = {**_facts_of(piece), **(facts or {})}
         for row, media_FCHW in enumerate(media_BFCHW):
-            content, kind = encode_media(media_FCHW)
+            content, kind = encode_clip(media_FCHW)
             record = dict(record_of(piece.prompts[row]))
             found.append(
                 PictureFile.of(
@@ -176,25 +175,3 @@ def redraw(picture: Picture, engine: Engine) -> bytes:
     unit = Unit.of_rows(key, rows, picture.seed, Plan.model_validate(plan["plan"]))
     assert len(rows) <= engine.rows, "an engine cuts no piece that was one"
     return draw_rows(engine, unit)[plan["row"]].content
-
-
-def encode_media(media_FCHW: np.ndarray) -> tuple[bytes, str]:
-    """(the file, its media type) of uint8 media: PNG, or lossless animated WebP of a clip."""
-    import io
-
-    from rlalign.core.media import encode_image, to_image
-
-    if len(media_FCHW) == 1:
-        return encode_image(to_image(media_FCHW[0]), "png"), "image/png"
-    frames = [to_image(frame) for frame in media_FCHW]
-    buffer = io.BytesIO()
-    frames[0].save(
-        buffer,
-        format="WEBP",
-        save_all=True,
-        append_images=frames[1:],
-        lossless=True,
-        duration=125,
-        loop=0,
-    )
-    return buffer.getvalue(), "image/webp"

@@ -122,20 +122,20 @@ def test_a_round_has_the_pairs_that_it_had_and_a_pass_has_one_bucket(folder: Pat
         assert sorted(p.row for part in passes for p in part) == sorted(p.row for p in round)
         by_bucket: dict[tuple[int, ...], list[str]] = {}
         for part in passes:
-            shapes = {picture.shape for p in part for picture in (p.picture_0, p.picture_1)}
+            shapes = {picture.shape for p in part for picture in (p.media_0, p.media_1)}
             assert len(shapes) == 1 and 1 <= len(part) <= 3
             by_bucket.setdefault(shapes.pop(), []).extend(p.row for p in part)
         assert len(by_bucket) > 3
         for shape, rows in by_bucket.items():
-            assert rows == [p.row for p in round if p.picture_0.shape == shape]
+            assert rows == [p.row for p in round if p.media_0.shape == shape]
 
 
 def test_both_pictures_are_in_the_bucket_of_the_pair(folder: Path) -> None:
     for pair in reader(folder, bad_share=0.0).all():
         number = int(pair.caption) % len(SHAPES)
         shapes = (SHAPES[number], OTHERS[number])
-        assert pair.picture_0.shape == pair.picture_1.shape
-        assert pair.picture_0.shape[1:] == choose_bucket(shapes, 32)
+        assert pair.media_0.shape == pair.media_1.shape
+        assert pair.media_0.shape[2:] == choose_bucket(shapes, 32)
         assert pair.crop_0 is not None and pair.crop_1 is not None
         assert (pair.crop_0[:2], pair.crop_1[:2]) == shapes
 

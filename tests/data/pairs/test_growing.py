@@ -37,7 +37,7 @@ def settings(place: Path, **changes: object) -> PreferenceSettings:
 
 def said(pair: Pair) -> tuple[str, int, int, float]:
     """(caption, number of the preferred picture, of the other, label of picture 0)."""
-    values = [int(pair.picture_0[0, 0, 0]), int(pair.picture_1[0, 0, 0])]
+    values = [int(pair.media_0[0, 0, 0, 0]), int(pair.media_1[0, 0, 0, 0])]
     order = values if pair.label_0 >= 0.5 else values[::-1]
     return (pair.caption, *order, pair.label_0)  # type: ignore[return-value]
 
@@ -181,7 +181,7 @@ def test_the_same_cursors_give_the_same_rounds(voted: Voted, tmp_path: Path) -> 
     for number in (0, 1):
         mine, its = pairs.round(number), other.round(number)
         assert [said(pair) for pair in mine] == [said(pair) for pair in its]
-        assert all(np.array_equal(a.picture_1, b.picture_1) for a, b in zip(mine, its, strict=True))
+        assert all(np.array_equal(a.media_1, b.media_1) for a, b in zip(mine, its, strict=True))
     assert [said(p) for p in pairs.round(0)] != [
         said(p) for p in _with_cursors(GrowingPairs(settings(tmp_path), 4), pairs).round(0)
     ]
@@ -276,9 +276,9 @@ def test_votes_on_pictures_of_any_shape_go_into_buckets(voted: Voted, tmp_path: 
     for number, side in enumerate(sides):
         found = pairs[f"caption {number}"]
         bucket = choose_bucket([side, side], 16)
-        assert found.picture_0.shape == found.picture_1.shape == (3, *bucket)
+        assert found.media_0.shape == found.media_1.shape == (1, 3, *bucket)
     passes = list(grown.passes(0))
-    assert [len({pair.picture_0.shape for pair in one}) for one in passes] == [1] * 3
+    assert [len({pair.media_0.shape for pair in one}) for one in passes] == [1] * 3
     assert sorted(len(one) for one in passes) == [1, 1, 2]
 
     ballots = grown.settings.ballots
@@ -292,10 +292,10 @@ def test_votes_on_pictures_of_any_shape_go_into_buckets(voted: Voted, tmp_path: 
     for one in written:
         # an export may have the sides the other way round
         mine = pairs[one.caption]
-        both = [(mine.crop_0, mine.picture_0), (mine.crop_1, mine.picture_1)]
+        both = [(mine.crop_0, mine.media_0), (mine.crop_1, mine.media_1)]
         if one.label_0 != mine.label_0:
             both.reverse()
-        its = [(one.crop_0, one.picture_0), (one.crop_1, one.picture_1)]
+        its = [(one.crop_0, one.media_0), (one.crop_1, one.media_1)]
         for (crop, picture), (its_crop, its_picture) in zip(both, its, strict=True):
             assert crop is not None and crop == its_crop
             np.testing.assert_array_equal(picture, its_picture)

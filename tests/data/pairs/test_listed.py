@@ -40,7 +40,7 @@ def settings(path: Path, **changes: Any) -> PreferenceSettings:
 
 def said(path: Path, **changes: Any) -> list[Said]:
     return [
-        (p.caption, int(p.picture_0[0, 0, 0]), int(p.picture_1[0, 0, 0]), p.label_0)
+        (p.caption, int(p.media_0[0, 0, 0, 0]), int(p.media_1[0, 0, 0, 0]), p.label_0)
         for p in PairReader(settings(path, **changes), 0).all()
     ]
 

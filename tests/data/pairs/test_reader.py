@@ -55,7 +55,7 @@ def settings(path: Path, **changes: object) -> PreferenceSettings:
 
 def numbers(reader: PairReader, *rounds: int) -> list[int]:
     """The numbers that the pictures of these rounds say."""
-    return [int(pair.picture_0[0, 0, 0]) for r in rounds for pair in reader.round(r)]
+    return [int(pair.media_0[0, 0, 0, 0]) for r in rounds for pair in reader.round(r)]
 
 
 def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own(folder: Path) -> None:
@@ -65,7 +65,7 @@ def test_an_epoch_visits_every_pair_once_in_an_order_of_its_own(folder: Path) ->
     assert sorted(seen[:37]) == sorted(seen[37:74]) == list(range(37))
     assert seen[:37] != list(range(37)) and seen[:37] != seen[37:74]
     pair = reader.round(0)[0]
-    assert pair.picture_1.dtype == np.uint8 and (pair.picture_1 == picture(seen[0] + 100)).all()
+    assert pair.media_1.dtype == np.uint8 and (pair.media_1 == picture(seen[0] + 100)).all()
     assert pair.caption == f"prompt {seen[0] % 5}" and pair.label_0 == 1.0
 
 
@@ -158,7 +158,7 @@ def test_bad_rows_are_counted_and_skipped_up_to_the_stated_share(tmp_path: Path)
     assert sorted(int(name.rsplit(":", 1)[1]) for name in reader.bad.found) == sorted(BAD)
     seen = numbers(reader, 0, 1, 2)
     assert len(seen) == 15 and set(seen) <= set(range(20)) - set(BAD) - set(BAD_PICTURES)
-    assert set(seen) == {p.picture_0[0, 0, 0] for p in reader.all()}, (
+    assert set(seen) == {p.media_0[0, 0, 0, 0] for p in reader.all()}, (
         "another pair stands in an undecodable one's place"
     )
     assert {int(name.rsplit(":", 1)[1]) for name in reader.bad.found} == set(BAD) | set(
@@ -193,7 +193,7 @@ def test_png_is_lossless_jpeg_is_near_and_both_are_resized() -> None:
     ramp = np.linspace(0, 255, 3 * 16 * 16).reshape(3, 16, 16).astype(np.uint8)
     assert (decode(encode(ramp)) == ramp).all()
     assert np.abs(decode(encode(ramp, "jpeg")).astype(int) - ramp).mean() < 6
-    assert decode(encode(ramp), 8).shape == (3, 8, 8)
+    assert decode(encode(ramp), 8).shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_pairs_of_a_rounds_samples_say_who_scored_more(tmp_path: Path, every: st
     rows = list(pairs_of(scored, every))
     assert len(rows) == (4 if every == "best_and_worst" else 4 * 6)
     total = {
-        f"{s.unit.key}/{p}/{k}": (float(t), m[0])
+        f"{s.unit.key}/{p}/{k}": (float(t), m)
         for s in scored
         for p, k, t, m in zip(
             s.unit.prompt_ids, s.unit.sample_ids, s.total_B, s.media_BFCHW, strict=True
@@ -260,5 +260,5 @@ def test_a_crop_needs_a_size(tmp_path: Path) -> None:
         0
     )[:1]
     # the middle of a picture of two halves keeps their sharp edge
-    assert np.array_equal(middle.picture_0, halves[:, :, 4:12])
-    assert not np.array_equal(whole.picture_0, middle.picture_0)
+    assert np.array_equal(middle.media_0[0], halves[:, :, 4:12])
+    assert not np.array_equal(whole.media_0, middle.media_0)

@@ -71,8 +71,8 @@ def test_tables_of_every_type_say_what_was_written_or_are_refused_by_column(
         found = {
             number(p.row): (
                 p.caption,
-                int(p.picture_0[0, 0, 0]),
-                int(p.picture_1[0, 0, 0]),
+                int(p.media_0[0, 0, 0, 0]),
+                int(p.media_1[0, 0, 0, 0]),
                 p.label_0,
                 p.source,
             )
@@ -121,8 +121,8 @@ def test_tasks_on_a_cluster_find_the_same_rows(tmp_path: Path, count: int) -> No
                     continue
                 found[number(pair.row)] = (
                     pair.caption,
-                    int(pair.picture_0[0, 0, 0]),
-                    int(pair.picture_1[0, 0, 0]),
+                    int(pair.media_0[0, 0, 0, 0]),
+                    int(pair.media_1[0, 0, 0, 0]),
                     pair.label_0,
                     pair.source,
                 )
@@ -149,7 +149,7 @@ def test_a_truncated_or_damaged_table_is_refused_in_one_message_or_read(
             made.file.write_bytes(damaged.tobytes())
             try:
                 for pair in PairReader(settings(folder), 0).all():
-                    assert pair.picture_0.shape[0] == 3, made.what
+                    assert pair.media_0.shape[:2] == (1, 3), made.what
             except UserError as error:
                 message = str(error)
                 assert "\n" not in message and (

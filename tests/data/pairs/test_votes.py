@@ -110,7 +110,7 @@ def test_votes_are_pairs_that_our_reader_reads(store: Store, tmp_path: Path) -> 
     assert [pair.label_0 for pair in pairs] == [1.0, 0.0, 0.5, 0.5, 1.0]
     for pair, row in zip(pairs, rows, strict=True):
         shade = np.asarray(Image.open(io.BytesIO(row["jpg_0"])))[0, 0, 0]
-        assert pair.picture_0[0, 0, 0] == shade
+        assert pair.media_0[0, 0, 0, 0] == shade
         assert pair.source == row["model_0"]
     drops = PairReader(PreferenceSettings(path=str(path), pairs_per_pass=1), 0)
     assert len(drops) == 3, "ties are dropped where the run says so"
@@ -131,8 +131,8 @@ def test_the_card_states_filters_and_counts(store: Store, tmp_path: Path) -> Non
     assert max(map(len, card.splitlines())) < 200
 
 
-def test_the_card_says_that_a_clip_is_read_as_its_first_frame(tmp_path: Path) -> None:
-    """One vote on two clips; the file has their bytes, the reader the first of their frames."""
+def test_votes_on_clips_are_written_and_read_with_all_frames(tmp_path: Path) -> None:
+    """One vote on two clips: the file has their bytes, the reader their frames."""
     store = Store.open(tmp_path / "clips.db")
     store.create_campaign(Campaign(id="c", mode="pairs"))
     contents = []
@@ -151,11 +151,12 @@ def test_the_card_says_that_a_clip_is_read_as_its_first_frame(tmp_path: Path) ->
     store.vote(ann, ballot.id, answer("left"), 1.0)
     export_votes(store, "c", tmp_path / "pairs.parquet")
     card = (tmp_path / "pairs.card.md").read_text()
-    assert "1 votes are on clips; fit-reward and train read a clip's first frame." in card
+    assert "1 votes are on clips, whose files the columns hold whole (`frames` of each).\n" in card
     (row,) = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
     assert {row["jpg_0"], row["jpg_1"]} == set(contents)
-    reds = {int(decode(row[f"jpg_{side}"])[0, 0, 0]) for side in (0, 1)}
-    assert reds == {10, 20}
+    assert row["frames"] == 2
+    reds = {tuple(decode(row[f"jpg_{side}"])[:, 0, 0, 0].tolist()) for side in (0, 1)}
+    assert reds == {(10, 200), (20, 200)}
 
 
 def test_a_cursor_gives_the_same_file_whatever_is_voted_later(store: Store, tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def test_the_parts_of_an_update_sum_to_its_weighted_mean(tmp_path, by_prompt: bo
     assert set(weight.tolist()) == (
         {torch.tensor(1 / 7).item(), torch.tensor(1 / 3).item()} if by_prompt else {1.0}
     )
-    media = torch.from_numpy(np.stack([[p.picture_0, p.picture_1] for p in pairs])).float() / 255
-    score = torch.stack([towers(media[:, i : i + 1], [p.caption for p in pairs]) for i in (0, 1)])
+    media = torch.from_numpy(np.stack([[p.media_0, p.media_1] for p in pairs])).float() / 255
+    score = torch.stack([towers(media[:, i], [p.caption for p in pairs]) for i in (0, 1)])
     sign = torch.tensor([1.0 if p.label_0 == 1 else -1.0 for p in pairs])
     expected = (
         weight * -torch.nn.functional.logsigmoid(sign * (score[0] - score[1]))

@@ -44,7 +44,7 @@ def test_labels_are_those_of_the_utility_and_pairs_share_a_prompt(tmp_path: Path
     assert Counter(p.source for p in pairs) == {"tiny": 10, "drawn": 10}
     shapes = Shapes().load("cpu")
     for pair in pairs:
-        media = torch.from_numpy(np.stack([pair.picture_0, pair.picture_1]))[:, None].float() / 255
+        media = torch.from_numpy(np.stack([pair.media_0, pair.media_1])).float() / 255
         facts = shapes(media, [pair.caption] * 2)
         if pair.source == "drawn":
             assert float(facts.max()) == 1.0

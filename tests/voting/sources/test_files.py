@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rlalign.core.clips import encode_clip, read_clip
 from rlalign.core.pictures import write_grid
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import write_pairs
-from rlalign.voting.pictures import Exhausted, read_media
+from rlalign.voting.pictures import Exhausted
 from rlalign.voting.sources.files import FileSource, as_shown, find_pictures, find_samples
 from tests.votes import png
 
@@ -32,7 +33,7 @@ def all_batches(source: FileSource) -> list:
 
 def values(groups: list) -> list[list[int]]:
     """The numbers that the pictures of groups say."""
-    return [[int(read_media(made.content)[0, 0, 0, 0]) for made in group] for group in groups]
+    return [[int(read_clip(made.content)[0, 0, 0, 0]) for made in group] for group in groups]
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_a_set_of_pairs_is_read_without_its_labels(tmp_path: Path) -> None:
 def test_the_grids_of_a_run_are_its_pictures(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     for number in (0, 5):
-        media = np.full((2, 3, 32, 32), 10 * number, dtype=np.uint8)
+        media = np.full((2, 1, 3, 32, 32), 10 * number, dtype=np.uint8)
         file = tmp_path / "samples" / f"round-{number:05d}.png"
         write_grid(file, media, ["left", "right"], [0.5, 0.5])
     found = find_samples(tmp_path)
@@ -131,7 +132,7 @@ def test_what_a_browser_does_not_show_is_a_png() -> None:
     picture.save(buffer, format="TIFF")
     shown = as_shown(buffer.getvalue(), "x.tiff", caption="c")
     assert shown.picture.media_type == "image/png"
-    assert read_media(shown.content)[0, :, 0, 0].tolist() == [9, 8, 7]
+    assert read_clip(shown.content)[0, :, 0, 0].tolist() == [9, 8, 7]
     assert as_shown(png(3), "x.png", caption="c").content == png(3)
     with pytest.raises(UserError, match=r"x\.png must be a picture, or a clip as animated WebP"):
         as_shown(b"no picture", "x.png", caption="c")
@@ -147,7 +148,14 @@ def test_a_clip_is_shown_as_it_is(tmp_path: Path, format: str) -> None:
     (group,) = FileSource([find_pictures(str(tmp_path))], seed=0, count=2).batch()
     for made in group:
         assert (made.picture.frames, made.picture.media_type) == (3, f"image/{format}")
-        assert read_media(made.content).shape == (3, 3, 8, 8)
+        assert read_clip(made.content).shape == (3, 3, 8, 8)
+
+
+def test_a_still_clip_is_as_long_as_it_was() -> None:
+    media = np.full((5, 3, 8, 8), 70, np.uint8)
+    made = as_shown(encode_clip(media)[0], "still.webp", caption="c")
+    assert (made.picture.frames, made.picture.media_type) == (5, "image/webp")
+    assert np.array_equal(read_clip(made.content), media)
 
 
 def test_a_clip_that_no_browser_plays_is_refused() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from rlalign.core.clips import read_clip
 from rlalign.core.prompts import record_of
 from rlalign.core.records import Plan
 from rlalign.core.registry import build
 from rlalign.data.prompts.base import Prompts
 from rlalign.engine.local import LiveRewards, LocalEngine
-from rlalign.voting.pictures import read_media
 from rlalign.voting.sources.policy import EngineSource, Side, redraw
 
 PLAN = Plan(steps=2)
@@ -89,4 +89,4 @@ def test_a_typed_prompt_has_other_pictures_each_time(tiny: LocalEngine) -> None:
     first, second = drawn.of_prompt("a red circle", 0), drawn.of_prompt("a red circle", 1)
     assert len({made.content for made in (*first, *second)}) == 4
     assert first[0].content == drawn.of_prompt("a red circle", 0)[0].content
-    assert read_media(first[0].content).shape == (1, 3, 32, 32)
+    assert read_clip(first[0].content).shape == (1, 3, 32, 32)
