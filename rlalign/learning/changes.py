@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rlalign.core.pictures import Cell, read_grid, shrink, write_grid
-from rlalign.core.records import Scored
+from rlalign.core.records import Scored, prompts_of
 from rlalign.learning.evaluate import collect_scores, media_of
 
 LARGEST = 10
@@ -28,7 +28,7 @@ def write_base(folder: Path, scored: Sequence[Scored]) -> Path:
     """Keeps the first evaluation's pictures with their total rewards."""
     path = folder / "samples" / "base.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    captions = list(chain.from_iterable(s.unit.prompts for s in scored))[:MOST_PROMPTS]
+    captions = prompts_of(s.unit for s in scored)[:MOST_PROMPTS]
     scores = collect_scores(scored, "total")[:MOST_PROMPTS].tolist()
     write_grid(path, media_of(scored)[:MOST_PROMPTS, 0], captions, scores, columns=16)
     return path
