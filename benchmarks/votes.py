@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,19 +54,12 @@ def measure(place: str, seconds: float, rate: float) -> list[str]:
     return [f"{len(tally.seqs)} of {clicks}", *times, str(lost), str(doubled)]
 
 
-def main() -> None:
+def compare_stores(times: Sequence[str], measure: Callable[[str, float, float], list[str]]) -> None:
+    """Prints a row for each store: ``measure`` takes its place, the seconds and votes a second."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     rate = float(sys.argv[2]) if len(sys.argv) > 2 else 5.0
-    table = Table(
-        "store",
-        "votes",
-        "next ballot, ms",
-        "vote, ms",
-        "click to done, ms",
-        "lost",
-        "doubled",
-        title=f"{PEOPLE} people, {rate:g} votes a second, {seconds:g} s; median / 95 % / largest",
-    )
+    title = f"{PEOPLE} people, {rate:g} votes a second, {seconds:g} s; median / 95 % / largest"
+    table = Table("store", "votes", *times, "lost", "doubled", title=title)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         table.add_row("SQLite", *measure(str(Path(folder) / "votes.db"), seconds, rate))
     if postgres.binaries() is None:
@@ -77,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    compare_stores(("next ballot, ms", "vote, ms", "click to done, ms"), measure)

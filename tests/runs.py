@@ -42,6 +42,23 @@ def points_run(*overrides: str) -> Run:
     return small_run(*POINTS, *overrides, config="points")
 
 
+def two_rounds_of_points(*, samples_per_prompt: int, **settings: Any) -> dict[str, Any]:
+    """A run file of two rounds in the plane, of two prompts."""
+    return {
+        "name": "points",
+        "rounds": 2,
+        "policy": {"name": "points"},
+        "plan": {"steps": 4},
+        "prompts": {
+            "name": "list",
+            "prompts": ["left", "up"],
+            "per_round": 2,
+            "per_unit": 1,
+            "samples_per_prompt": samples_per_prompt,
+        },
+    } | settings
+
+
 def quiet(_: object) -> None:
     """No screen."""
 

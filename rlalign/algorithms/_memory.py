@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,15 +40,14 @@ class Memory:
         self._earlier.append(fresh)
         while len(self._earlier) > rounds:
             self._earlier.popleft()
-        columns = {
-            name: tuple(v for batch in joined for v in vars(batch)[name])
-            for name in ("units", *_FIELDS)
-        }
+        columns: dict[str, Any] = {}
+        for name in ("units", *_FIELDS):
+            columns[name] = tuple(chain.from_iterable(vars(batch)[name] for batch in joined))
         return StepBatch(**columns)
 
     def facts(self) -> dict[str, Any]:
         """JSON-able: the statistics, and the units of the remembered transitions."""
-        units = [[_unit_facts(u) for u in batch.units] for batch in self._earlier]
+        units = [list(map(_unit_facts, batch.units)) for batch in self._earlier]
         kept = {title: one.state_dict() for title, one in sorted(self._statistics.items())}
         return {
             "statistics": kept.pop("total", {}),
@@ -57,12 +57,11 @@ class Memory:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The remembered transitions under ``memory/ROUND/UNIT/FIELD``."""
-        return {
-            f"memory/{r}/{u}/{name}": vars(batch)[name][u]
-            for r, batch in enumerate(self._earlier)
-            for u in range(batch.parts)
-            for name in _FIELDS
-        }
+        found: dict[str, torch.Tensor] = {}
+        for r, batch in enumerate(self._earlier):
+            for name in _FIELDS:
+                found |= {f"memory/{r}/{u}/{name}": t for u, t in enumerate(vars(batch)[name])}
+        return found
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """The inverse of ``facts`` and ``tensors``."""
@@ -72,10 +71,11 @@ class Memory:
             self.statistics_of(title).load_state_dict(state)
         self._earlier.clear()
         for r, units in enumerate(facts["earlier"]):
-            columns = {
-                n: tuple(tensors[f"memory/{r}/{u}/{n}"] for u in range(len(units))) for n in _FIELDS
-            }
-            self._earlier.append(StepBatch(units=tuple(_unit(u) for u in units), **columns))
+            columns: dict[str, Any] = {"units": tuple(map(_unit, units))}
+            for name in _FIELDS:
+                keys = (f"memory/{r}/{u}/{name}" for u in range(len(units)))
+                columns[name] = tuple(tensors[key] for key in keys)
+            self._earlier.append(StepBatch(**columns))
 
 
 def _unit_facts(unit: Unit) -> dict[str, Any]:

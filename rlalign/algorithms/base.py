@@ -13,7 +13,7 @@ from rlalign.algorithms._advantages import over_round, within_groups
 from rlalign.algorithms._memory import Memory
 from rlalign.core.batches import Batch, Key, StepBatch
 from rlalign.core.copies import Copy
-from rlalign.core.records import Plan, Scored, Trajectory, Unit, moved_latents
+from rlalign.core.records import Plan, Scored, Trajectory, Unit, moved_latents, prompt_ids_of
 from rlalign.core.registry import Recipe, UserError
 from rlalign.diffusion.noise import generator, noise_masks, normal
 from rlalign.diffusion.steps import is_stochastic
@@ -108,10 +108,10 @@ def check_company(name: str, given: Given, *, within: Literal["unit", "round"] =
     their advantage is 0, and they make no pair."""
     if not given.units:
         return
-    rooms = [u.prompt_ids for u in given.units]
+    groups: list[Sequence[int]] = [u.prompt_ids for u in given.units]
     if within == "round":
-        rooms = [tuple(p for ids in rooms for p in ids)]
-    if all(len(set(ids)) == len(ids) for ids in rooms):
+        groups = [prompt_ids_of(given.units)]
+    if all(len(set(ids)) == len(ids) for ids in groups):
         raise UserError(
             f"prompts.samples_per_prompt must be >= 2 for {name}, which compares the"
             " samples of a prompt, got 1; or take an algorithm that needs no company (ddpo with"
@@ -180,9 +180,8 @@ ADVANTAGE = (
 def rewards_of(scored: Sequence[Scored]) -> tuple[np.ndarray, list[int]]:
     """(B,) float32 weighted totals of a round in unit order (NaN: dropped), and the prompt id of
     each."""
-    return np.concatenate([s.total_B for s in scored]), [
-        p for s in scored for p in s.unit.prompt_ids
-    ]
+    total_B = np.concatenate([s.total_B for s in scored])
+    return total_B, prompt_ids_of(s.unit for s in scored)
 
 
 def advantages_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,22 +11,15 @@ from pydantic import Field
 
 from rlalign.algorithms import _objectives as objectives
 from rlalign.algorithms._memory import Memory
-from rlalign.algorithms.base import (
-    Algorithm,
-    Given,
-    Loss,
-    best_and_worst,
-    check_company,
-    step_batch,
-)
+from rlalign.algorithms._pairwise import PairwiseAlgorithm
+from rlalign.algorithms.base import Loss, best_and_worst, step_batch
 from rlalign.core.batches import StepBatch, StepPass
-from rlalign.core.copies import Copy, Every
 from rlalign.core.records import Scored
 from rlalign.diffusion.rollout import replay_log_prob
 from rlalign.policies.base import Policy
 
 
-class D3PO(Algorithm):
+class D3PO(PairwiseAlgorithm):
     """-log sigmoid(beta log R_w - beta log R_l) at each step of two trajectories, R = clip(p /
     p_ref, 1 - c, 1 + c).
 
@@ -41,19 +34,6 @@ class D3PO(Algorithm):
     clip_range: float = Field(
         default=0.1, gt=0, lt=1, description="c, on the ratio to the reference"
     )
-    refresh_every: int = Field(
-        default=0,
-        ge=0,
-        description="rounds after which the reference becomes the current policy; 0 never",
-    )
-
-    def check(self, given: Given) -> None:
-        super().check(given)
-        check_company(self.name, given, within="unit")
-
-    @property
-    def copies(self) -> Mapping[str, Copy]:
-        return {"reference": Every(self.refresh_every)} if self.refresh_every else {}
 
     def make_batch(self, scored: Sequence[Scored], memory: Memory) -> StepBatch:
         """A step batch in which the best of a prompt's samples is preferred to the worst."""

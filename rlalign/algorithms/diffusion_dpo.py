@@ -3,7 +3,7 @@ own scored samples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -13,17 +13,9 @@ from pydantic import Field
 
 from rlalign.algorithms import _objectives as objectives
 from rlalign.algorithms._memory import Memory
-from rlalign.algorithms.base import (
-    Algorithm,
-    Given,
-    Loss,
-    best_and_worst,
-    check_company,
-    final_latents,
-    noised,
-)
+from rlalign.algorithms._pairwise import PairwiseAlgorithm
+from rlalign.algorithms.base import Given, Loss, best_and_worst, final_latents, noised
 from rlalign.core.batches import Key, PairBatch, PairPass, Pairs
-from rlalign.core.copies import Copy, Every
 from rlalign.core.records import Scored
 from rlalign.core.registry import Before, UserError
 from rlalign.diffusion.noise import generator, normal
@@ -31,7 +23,7 @@ from rlalign.diffusion.paths import elbo_weight
 from rlalign.policies.base import Policy
 
 
-class DiffusionDPO(Algorithm):
+class DiffusionDPO(PairwiseAlgorithm):
     """-log sigmoid(-s (d_w - d_l)), d = |target - prediction|^2 - |target - prediction of the
     reference|^2, per pair.
 
@@ -73,15 +65,9 @@ class DiffusionDPO(Algorithm):
             " preferences.ties)"
         ),
     )
-    refresh_every: int = Field(
-        default=0,
-        ge=0,
-        description="rounds after which the reference becomes the current policy; 0 never",
-    )
 
     def check(self, given: Given) -> None:
         super().check(given)
-        check_company(self.name, given, within="unit")
         if given.ties == "drop" and self.ties == "half":
             raise UserError(
                 "algorithm.ties must be drop where the pairs are a set's, got 'half': it is about"
@@ -95,10 +81,6 @@ class DiffusionDPO(Algorithm):
                 f" of its own, got {getattr(self, name)}; leave it out, or name a set under"
                 " preferences"
             )
-
-    @property
-    def copies(self) -> Mapping[str, Copy]:
-        return {"reference": Every(self.refresh_every)} if self.refresh_every else {}
 
     @property
     def times_noised(self) -> int:

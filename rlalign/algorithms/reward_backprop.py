@@ -3,7 +3,7 @@ steps."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -138,7 +138,8 @@ class RewardBackprop(Algorithm):
             with torch.set_grad_enabled(carries):
                 call = (policy, unit, schedule, k, x, condition)
                 if carries and self.recompute:
-                    step, after = checkpoint(advance, *call, use_reentrant=False)  # type: ignore[misc]
+                    made: Any = checkpoint(advance, *call, use_reentrant=False)
+                    step, after = made
                 else:
                     step, after = advance(*call)
             if carries:

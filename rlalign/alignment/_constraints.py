@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rlalign.core.records import Scored
+from rlalign.core.records import Scored, prompt_ids_of
 from rlalign.rewards.base import Combine, Reward
 
 
@@ -25,7 +25,7 @@ def apply_constraints(
         return scored
 
     # a group is the samples of a prompt in the round, whichever units they are in
-    prompt_B = np.array([p for s in scored for p in s.unit.prompt_ids])
+    prompt_B = np.array(prompt_ids_of(s.unit for s in scored))
     below_B = below_limit(rewards, scored)
     total_B = _lowered(np.concatenate([s.total_B for s in scored]), prompt_B, below_B)
 

@@ -83,11 +83,10 @@ def _implied(choices: list[str]) -> str:
 def _numbers(connection: Connection) -> list[str]:
     """Numbers of the log that are there twice, or missing: each row has its own, from 1 on."""
     tables = (schema.vote, schema.undo, schema.standing, schema.prompt)
-    numbers = sorted(
-        number
-        for table in tables
-        for number in connection.execute(sa.select(table.c.seq)).scalars()
-    )
+    numbers: list[int] = []
+    for table in tables:
+        numbers += connection.execute(sa.select(table.c.seq)).scalars()
+    numbers.sort()
     last = connection.execute(sa.select(schema.counter.c.value)).scalar_one()
     if numbers != list(range(1, last + 1)):
         return [f"the log's rows must be numbered 1 to {last}, each once; {len(numbers)} are"]

@@ -226,13 +226,14 @@ def count_meetings(
 ) -> tuple[list[str], np.ndarray]:
     """(policies, (A, N, N, 3) counts for ``fit_strengths``) of the pairs of two policies; the
     policy with most votes comes first."""
-    met = [
-        (vote.ballot.annotator, policies[left], policies[right], OUTCOMES.index(outcome))
-        for vote in votes
-        for left, right, outcome in vote.pairs
-        if policies.get(left) and policies.get(right) and policies[left] != policies[right]
-    ]
-    often = Counter(name for _, left, right, _ in met for name in (left, right))
+    met: list[tuple[str, str, str, int]] = []
+    often = Counter[str]()
+    for vote in votes:
+        for left, right, outcome in vote.pairs:
+            names = (policies.get(left, ""), policies.get(right, ""))
+            if all(names) and names[0] != names[1]:
+                met.append((vote.ballot.annotator, *names, OUTCOMES.index(outcome)))
+                often.update(names)
     names = sorted(often, key=lambda name: (-often[name], name))
     people = sorted({person for person, _, _, _ in met})
     counts = np.zeros((len(people), len(names), len(names), len(OUTCOMES)))

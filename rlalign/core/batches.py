@@ -75,8 +75,10 @@ def moved(one: Dataclass, device: str) -> Dataclass:
     """The same pass with its tensors on ``device``."""
     if device == "cpu":
         return one
-    own = {f.name: getattr(one, f.name) for f in fields(one)}  # type: ignore[arg-type]
-    return replace(one, **{n: v.to(device) for n, v in own.items() if isinstance(v, torch.Tensor)})  # type: ignore[type-var]
+    given: Any = one
+    own = {f.name: getattr(one, f.name) for f in fields(given)}
+    there = {n: v.to(device) for n, v in own.items() if isinstance(v, torch.Tensor)}
+    return replace(given, **there)
 
 
 def _pick(values: Sequence[Item], indices: Sequence[int]) -> tuple[Item, ...]:

@@ -99,7 +99,8 @@ def _path(text: str, mark: NamesFile, place: str, base: Path, here: bool) -> str
         return text
     at = str(Path(base, text))
     is_absolute = Path(text).is_absolute()
-    if mark.may_come or os.path.exists(at):  # noqa: PTH110 - false, and no error, for what may not be looked at
+    # os.path says false, and raises nothing, of what may not be looked at
+    if mark.may_come or os.path.exists(at):  # noqa: PTH110
         return at
     if mark.unless and re.fullmatch(mark.unless, text):
         return text

@@ -6,7 +6,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -201,6 +201,16 @@ class Weights:
     def tag(self) -> tuple[str, int]:
         """Equal tags mean equal weights within a run."""
         return (self.kind, self.version)
+
+
+def prompts_of(units: Iterable[Unit]) -> list[str]:
+    """The prompt of every sample, in unit order."""
+    return [prompt for unit in units for prompt in unit.prompts]
+
+
+def prompt_ids_of(units: Iterable[Unit]) -> list[int]:
+    """The prompt's id of every sample, in unit order."""
+    return [number for unit in units for number in unit.prompt_ids]
 
 
 def with_prompts(unit: Unit, prompts: Sequence[str]) -> Unit:

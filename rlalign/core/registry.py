@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -316,22 +316,24 @@ def _describe(
     chosen = [*derived, *public][0]
     doc = ast.get_docstring(chosen) or ast.get_docstring(tree) or ""
     paragraphs = [" ".join(lines.split()) for lines in doc.split("\n\n")]
-    said = {
-        word: next((one.split(word, 1)[1].strip() for one in paragraphs if word in one), "")
-        for word in ("Source:", "Weights:")
-    }
+
+    # a class's own settings come after those that it inherits
+    settings: dict[str, str] = {}
+    for one in reversed(lines[chosen.name]):
+        if one != base and one in classes:
+            settings |= _settings(classes[one])
     return Description(
         name=name,
         summary=paragraphs[0],
-        source=said["Source:"],
-        weights=said["Weights:"],
-        settings={
-            setting: default
-            for one in reversed(lines[chosen.name])
-            if one != base and one in classes
-            for setting, default in _settings(classes[one]).items()
-        },
+        source=_said_after("Source:", paragraphs),
+        weights=_said_after("Weights:", paragraphs),
+        settings=settings,
     )
+
+
+def _said_after(word: str, paragraphs: Iterable[str]) -> str:
+    """What follows a word in the first paragraph that has it; empty where none has."""
+    return next((one.split(word, 1)[1].strip() for one in paragraphs if word in one), "")
 
 
 def _line(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:

@@ -14,7 +14,6 @@ is "train".
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, product
@@ -23,6 +22,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from rlalign.core.registry import UserError, nearest
+from rlalign.data.splits import is_held_out, known_split
 
 SIZE = 32
 """Pixels on a side."""
@@ -69,7 +69,6 @@ CAPTION_WORDS: tuple[str, ...] = (
 """Every word a caption can contain, in a fixed order."""
 
 _MOST_OBJECTS = 4
-_HELD_OUT_ONE_IN = 8
 _LONE_GROUP_SHARE = 0.35
 """Share of one-group scenes in ``random_scene``; counted by caption they would be one in a
 hundred."""
@@ -182,29 +181,19 @@ def split_of(scene: Scene) -> Split:
     """The split a scene belongs to; it depends on the caption alone."""
     if any((group.colour, group.shape) in NOVEL_PAIRS for group in scene.groups):
         return "novel"
-    digest = hashlib.blake2b(scene.caption.encode(), digest_size=8).digest()
-    return "held_out" if int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0 else "train"
+    return "held_out" if is_held_out(scene.caption) else "train"
 
 
 def captions(split: Split) -> tuple[str, ...]:
     """Every caption of a split, one-group captions first, in a fixed order."""
-    return tuple(scene.caption for scene in chain(*_scenes(_known_split(split))))
+    return tuple(scene.caption for scene in chain(*_scenes(known_split(split, SPLITS))))
 
 
 def random_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
     """A scene of a split: in about one case of three a single group, else two."""
-    lone, paired = _scenes(_known_split(split))
+    lone, paired = _scenes(known_split(split, SPLITS))
     kind = lone if rng.random() < _LONE_GROUP_SHARE else paired
     return kind[int(rng.integers(len(kind)))]
-
-
-def _known_split(split: str) -> Split:
-    for known in SPLITS:
-        if split == known:
-            return known
-    raise UserError(
-        f"split must be one of {', '.join(SPLITS)}, got {split!r}; {nearest(split, [*SPLITS])}"
-    )
 
 
 @functools.lru_cache(maxsize=len(SPLITS))

@@ -13,14 +13,13 @@ Pillow draws, with DejaVu Sans Mono Bold, which comes with matplotlib.
 from __future__ import annotations
 
 import functools
-import hashlib
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from rlalign.core.registry import UserError, nearest
+from rlalign.data.splits import is_held_out, known_split
 
 SIZE = 32
 """Pixels on a side."""
@@ -42,7 +41,6 @@ CAPTION_MARKS = '"'
 """The marks of every caption."""
 
 _LEFT_OUT = frozenset({"CUM", "FUC", "RAPE", "TIT"})
-_HELD_OUT_ONE_IN = 8
 _FONT = "DejaVuSansMono-Bold.ttf"
 _FONT_SIZE = 12  # pixels; capitals are 9 pixels high and a cell is 7.2 wide
 _LEFT = 2  # pixels before the first letter; four letters leave as much behind the last
@@ -56,18 +54,17 @@ def caption(word: str) -> str:
 
 def split_of(word: str) -> Split:
     """The split a word belongs to; it depends on the word alone."""
-    digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
-    return "held_out" if int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0 else "train"
+    return "held_out" if is_held_out(word) else "train"
 
 
 def words(split: Split) -> tuple[str, ...]:
     """Every word of a split, those of three letters first, in a fixed order."""
-    return tuple(word for kind in _words(_known_split(split)) for word in kind)
+    return tuple(word for kind in _words(known_split(split, SPLITS)) for word in kind)
 
 
 def random_word(rng: np.random.Generator, split: Split = "train") -> str:
     """A word of a split, of three or four letters with equal odds."""
-    kinds = _words(_known_split(split))
+    kinds = _words(known_split(split, SPLITS))
     kind = kinds[int(rng.integers(len(kinds)))]
     return kind[int(rng.integers(len(kind)))]
 
@@ -113,20 +110,12 @@ def _font() -> Any:
     return ImageFont.truetype(str(file), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _known_split(split: str) -> Split:
-    for known in SPLITS:
-        if split == known:
-            return known
-    raise UserError(
-        f"split must be one of {', '.join(SPLITS)}, got {split!r}; {nearest(split, [*SPLITS])}"
-    )
-
-
 @functools.lru_cache(maxsize=len(SPLITS))
 def _words(split: Split) -> tuple[tuple[str, ...], ...]:
     """Words of a split by length."""
     kinds = (map("".join, product(*pattern)) for pattern in PATTERNS)
-    return tuple(
-        tuple(word for word in kind if word not in _LEFT_OUT and split_of(word) == split)
-        for kind in kinds
-    )
+
+    def is_kept(word: str) -> bool:
+        return word not in _LEFT_OUT and split_of(word) == split
+
+    return tuple(tuple(filter(is_kept, kind)) for kind in kinds)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from rlalign.core.pictures import Cell, read_grid, shrink, write_grid
-from rlalign.core.records import Scored
+from rlalign.core.records import Scored, prompts_of
 from rlalign.learning.evaluate import collect_scores, media_of
 
 LARGEST = 10
@@ -32,7 +32,7 @@ def write_base(folder: Path, scored: Sequence[Scored]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     media = media_of(scored)
     most = MOST_PROMPTS if media.shape[1] == 1 else MOST_CLIPS
-    captions = list(chain.from_iterable(s.unit.prompts for s in scored))[:most]
+    captions = prompts_of(s.unit for s in scored)[:most]
     scores = collect_scores(scored, "total")[:most].tolist()
     write_grid(path, media[:most], captions, scores, columns=16)
     return path

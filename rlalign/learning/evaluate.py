@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from rlalign.core.files import dump_json, write_whole
 from rlalign.core.prompts import record_of
-from rlalign.core.records import Plan, Scored, Unit, UnitKey
+from rlalign.core.records import Plan, Scored, Unit, UnitKey, prompts_of
 from rlalign.core.registry import Before, plugin_field
 from rlalign.diffusion.rollout import replay
 from rlalign.policies.base import Policy
@@ -103,8 +103,8 @@ def _mean(score_N: np.ndarray) -> float:
 def _groups(scored: Sequence[Scored], by: str) -> dict[str, np.ndarray]:
     """Value of a field of the records -> (N,) bool: the samples that have it, in unit order.
     Values are sorted; "none" is that of records without the field."""
-    said = [record_of(prompt).get(by, "none") for one in scored for prompt in one.unit.prompts]
-    names = np.array([_name_of(value) for value in said])
+    prompts = prompts_of(one.unit for one in scored)
+    names = np.array([_name_of(record_of(prompt).get(by, "none")) for prompt in prompts])
     return {str(name): names == name for name in np.unique(names)}
 
 
@@ -263,7 +263,7 @@ def write_samples(folder: Path, round: int, scored: Sequence[Scored], count: int
     from rlalign.core.pictures import write_grid
 
     media = media_of(scored)[:count]
-    captions = list(chain.from_iterable(s.unit.prompts for s in scored))[:count]
+    captions = prompts_of(s.unit for s in scored)[:count]
     path = folder / "samples" / f"round-{round:05d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_grid(path, media, captions, collect_scores(scored, "total")[:count].tolist())

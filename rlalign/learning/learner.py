@@ -164,7 +164,7 @@ class Learner:
             return {"grad_norm": 0.0, "loss": 0.0}
 
         # metrics that every update has, over all updates
-        names = sorted(n for n in collected[0] if all(n in c for c in collected))
+        names = sorted(set.intersection(*map(set, collected)))
         fold = {n: max if n in self._maxima else np.mean for n in names}
         metrics = {n: float(fold[n]([c[n] for c in collected])) for n in names}
         if "ratio/max_deviation" in metrics:
@@ -256,7 +256,7 @@ class Learner:
             # shard order, as in one process
             numbered = sorted(gather_object(numbered), key=lambda pair: pair[0])
         merged = [o for _, o in numbered]
-        names = sorted({name for o in merged for name in o})
+        names = sorted(set().union(*merged))
         fold = max if how == "max" else sum
         return {name: float(fold([o[name] for o in merged if name in o])) for name in names}
 

@@ -25,9 +25,6 @@ from rich.progress import (
 from rlalign.core.files import dump_json, write_whole
 from rlalign.learning.log import Log
 
-CLOCK_AND_ACCIDENTS = ("seconds", "restarts/", "driver_bytes")
-"""Keys that start so differ between two runs of the same numbers."""
-
 
 class Recorder:
     """The lines of a run: ``metrics.jsonl`` and ``evaluations.jsonl``, and the same for the sinks

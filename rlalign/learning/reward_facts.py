@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from rlalign.core.records import Scored
+from rlalign.core.records import Scored, prompt_ids_of
 from rlalign.rewards.base import Reward
 
 
@@ -21,7 +21,7 @@ def reward_facts(scored: Sequence[Scored], rewards: Sequence[Reward]) -> dict[st
     """
     if not scored:
         return {}
-    prompt_B = np.array([p for s in scored for p in s.unit.prompt_ids])
+    prompt_B = np.array(prompt_ids_of(s.unit for s in scored))
     kept_B = np.concatenate([s.kept_B for s in scored])
     _, group_B = np.unique(prompt_B[kept_B], return_inverse=True)
     score_B = {r.title: np.concatenate([s.raw[r.title] for s in scored]) for r in rewards}

@@ -41,7 +41,8 @@ def attach(
         if "lora_" in name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    network.peft_config = {ADAPTER: config}  # type: ignore[assignment]  # where diffusers' savers look for it
+    # where diffusers' savers look for it
+    network.peft_config = {ADAPTER: config}  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -129,7 +130,8 @@ def _load_adapter(pipeline: Any, part: str, file: Path) -> int:
     logging.set_verbosity_error()  # what it warns of is counted, and refused in one message
     try:
         with safe_open(file, "pt") as opened, torch.random.fork_rng(devices=[]):
-            names = [n for n in opened.keys() if not n.endswith(".alpha")]  # noqa: SIM118 - no mapping
+            # what is open is no mapping
+            names = [n for n in opened.keys() if not n.endswith(".alpha")]  # noqa: SIM118
             told = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
             state, *alphas, metadata = pipeline.lora_state_dict(
                 str(file.parent), **told, return_lora_metadata=True

@@ -132,15 +132,16 @@ def _boxes(
     made = processor.post_process_object_detection(
         outputs, threshold=0.0, target_sizes=[size] * count
     )
-    return [
-        [
-            (int(label), Detection(float(score), tuple(float(v) for v in box)))  # type: ignore[arg-type]
-            for label, score, box in zip(
-                one["labels"].tolist(), one["scores"].tolist(), one["boxes"].tolist(), strict=True
-            )
-        ]
-        for one in made
-    ]
+    return [_boxes_of_one(one) for one in made]
+
+
+def _boxes_of_one(made: Mapping[str, torch.Tensor]) -> list[tuple[int, Detection]]:
+    """Those of one picture."""
+    columns = (made[name].tolist() for name in ("labels", "scores", "boxes"))
+    found: list[tuple[int, Detection]] = []
+    for label, score, (left, top, right, bottom) in zip(*columns, strict=True):
+        found.append((int(label), Detection(score, (left, top, right, bottom))))
+    return found
 
 
 def _instances(
@@ -188,9 +189,11 @@ def instances_of_queries(
         sure = float(logits_HW[inside_HW].sigmoid().mean())
         rows = inside_HW.any(1).nonzero().flatten()
         columns = inside_HW.any(0).nonzero().flatten()
-        box = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
-        box = tuple(float(v) for v in box)
-        made.append((index % classes, Detection(chance * sure, box, inside_HW.cpu().numpy())))  # type: ignore[arg-type]
+        left, right = float(columns[0]), float(columns[-1] + 1)
+        top, bottom = float(rows[0]), float(rows[-1] + 1)
+        mask_HW = inside_HW.cpu().numpy()
+        found = Detection(chance * sure, (left, top, right, bottom), mask_HW)
+        made.append((index % classes, found))
     return made
 
 

@@ -206,19 +206,24 @@ def _head(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers[:-1])
 
 
+def _strings_of(tree: ast.Module) -> dict[str, str]:
+    """Name -> value of the strings that a module assigns at its top."""
+    found: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if isinstance(node.value.value, str):
+                found |= dict.fromkeys(names, node.value.value)
+    return found
+
+
 def _instruction(file: Path, place: str) -> str:
     """What the network is told beside the picture: a text file, or the authors' Python file, of
     which two strings are read and nothing is run."""
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".py":
-            found = {
-                target.id: node.value.value
-                for node in ast.parse(text).body
-                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-                for target in node.targets
-                if isinstance(target, ast.Name) and isinstance(node.value.value, str)
-            }
+            found = _strings_of(ast.parse(text))
             text = "".join(found[name] for name in _NAMES)
     except (OSError, UnicodeDecodeError, SyntaxError) as error:
         raise UserError(f"{place}: cannot read {file} ({read_reason(error)})") from error

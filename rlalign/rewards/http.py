@@ -6,14 +6,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from rlalign.core.locations import LocalPath
 from rlalign.core.media import as_uint8
 from rlalign.core.registry import UserError
 from rlalign.rewards._asking import (
@@ -24,11 +22,10 @@ from rlalign.rewards._asking import (
     Question,
     TryLater,
     ask_patiently,
-    plain_address,
     post,
-    refuse_open_network,
 )
-from rlalign.rewards.base import Reward, Scorer
+from rlalign.rewards._remote import RemoteReward
+from rlalign.rewards.base import Scorer
 from rlalign.web.protocol import MAX_ANSWER_BYTES, MAX_SAMPLES, read_error, read_scores, requests_of
 from rlalign.web.token import TOKEN_ENV, read_token
 
@@ -39,7 +36,7 @@ RETRIED = (408, 429, 502, 503, 504)
 """Statuses of a server that is overloaded, restarting, or behind a proxy that finds nobody."""
 
 
-class Http(Reward):
+class Http(RemoteReward):
     """A reward on another machine or in another process, such as ``rlalign serve-reward`` serves.
 
     Pictures travel as PNG, so the scores are those of the same reward in this process. A server
@@ -49,7 +46,7 @@ class Http(Reward):
     Source: the protocol in docs/http-rewards.md; the score is the server's own.
     """
 
-    differentiable: ClassVar[bool] = False
+    address: ClassVar[str] = "https://scores.example.org:8900"
 
     url: str = Field(
         default="http://127.0.0.1:8900",
@@ -63,46 +60,16 @@ class Http(Reward):
             " server wants none"
         ),
     )
-    timeout_seconds: float = Field(
-        default=60.0, gt=0, le=3600, description="how long one answer may take"
-    )
-    patience_seconds: float = Field(
-        default=300.0,
-        ge=0,
-        le=86400,
-        description="how long a server that is down or overloaded is asked again",
-    )
     batch: int = Field(
         default=64, ge=1, le=MAX_SAMPLES, description="samples in a request, at most"
     )
-    ca_file: LocalPath = Field(
-        default="", description="certificates (PEM) to trust for https in place of the usual ones"
-    )
-    allow_plain_http: bool = Field(
-        default=False,
-        description="http to another machine, where the network sees the token and the pictures",
-    )
-
-    @field_validator("url")
-    @classmethod
-    def _plain_address(cls, url: str) -> str:
-        return plain_address(url, "https://scores.example.org:8900")
-
-    @model_validator(mode="after")
-    def _hides_the_token(self) -> Http:
-        if not self.allow_plain_http:
-            refuse_open_network(self.url)
-        return self
 
     def load(self, device: str) -> Scorer:
         """The scorer; it asks nothing yet. Raises UserError where the token or the certificates are
         missing."""
-        place = f"rewards.{self.title}"
-        if self.ca_file and not Path(self.ca_file).is_file():
-            raise UserError(f"{place}.ca_file: no such file {self.ca_file!r}")
-        return _HttpScorer(
-            self, read_token(self.token_env, f"{place}.token_env") if self.token_env else ""
-        )
+        self.refuse_missing_certificates()
+        place = f"rewards.{self.title}.token_env"
+        return _HttpScorer(self, read_token(self.token_env, place) if self.token_env else "")
 
 
 class RewardUnavailable(RuntimeError):

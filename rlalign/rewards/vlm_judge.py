@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from rlalign.core.locations import LocalPath, NamesFile
+from rlalign.core.locations import NamesFile
 from rlalign.core.media import as_uint8
 from rlalign.core.prompts import record_of
 from rlalign.core.registry import UserError
@@ -31,9 +32,7 @@ from rlalign.rewards._asking import (
     Question,
     TryLater,
     ask_patiently,
-    plain_address,
     post,
-    refuse_open_network,
 )
 from rlalign.rewards._judge_answers import (
     Reply,
@@ -46,7 +45,8 @@ from rlalign.rewards._judge_answers import (
 )
 from rlalign.rewards._judge_ledger import BudgetSpent, Ledger
 from rlalign.rewards._judge_questions import Asked, Questions
-from rlalign.rewards.base import Reward, Scorer
+from rlalign.rewards._remote import RemoteReward
+from rlalign.rewards.base import Scorer
 from rlalign.web.protocol import png
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ TOP_LOGPROBS = 20
 _SHIPPED = r"\w*"
 
 
-class VlmJudge(Reward):
+class VlmJudge(RemoteReward):
     """What a vision language model says of the picture: a mark, or how sure it is of yes.
 
     The server speaks OpenAI's chat protocol (vLLM, SGLang, a hosted one). ``answer`` number reads
@@ -78,7 +78,7 @@ class VlmJudge(Reward):
     2024, arXiv:2404.01291 (VQAScore); listed questions: Kamath 2025, arXiv:2512.16853 (GenEval 2).
     """
 
-    differentiable: ClassVar[bool] = False
+    address: ClassVar[str] = "https://api.example.org/v1"
 
     model: str = Field(min_length=1, description="its name at the server")
     url: str = Field(
@@ -109,21 +109,7 @@ class VlmJudge(Reward):
     extra: dict[str, Any] = Field(
         default_factory=dict, description="more fields of the request; null takes one out"
     )
-    token_env: str = Field(
-        default="",
-        pattern=r"^([A-Z_][A-Z0-9_]*)?$",
-        description="environment variable with the server's key; empty: it wants none",
-    )
     concurrency: int = Field(default=8, ge=1, le=256, description="questions asked at a time")
-    timeout_seconds: float = Field(
-        default=60.0, gt=0, le=3600, description="how long one answer may take"
-    )
-    patience_seconds: float = Field(
-        default=300.0,
-        ge=0,
-        le=86400,
-        description="how long a server that is down or overloaded is asked again",
-    )
     budget_requests: int = Field(
         default=0, ge=0, description="requests, at most, tries included; 0 is any number"
     )
@@ -133,18 +119,11 @@ class VlmJudge(Reward):
     cache: Annotated[str, NamesFile(may_come=True)] = Field(
         default="", description="SQLite file that keeps answers and counts; empty: in memory"
     )
-    ca_file: LocalPath = Field(
-        default="", description="certificates (PEM) to trust for https in place of the usual ones"
-    )
-    allow_plain_http: bool = Field(
-        default=False,
-        description="http to another machine, where the network sees the token and the pictures",
-    )
 
     @field_validator("url")
     @classmethod
-    def _plain_address(cls, url: str) -> str:
-        return plain_address(url, "https://api.example.org/v1").removesuffix("/chat/completions")
+    def _without_the_call(cls, url: str) -> str:
+        return url.removesuffix("/chat/completions")
 
     @field_validator("pattern")
     @classmethod
@@ -166,8 +145,6 @@ class VlmJudge(Reward):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> VlmJudge:
-        if not self.allow_plain_http:
-            refuse_open_network(self.url)
         if self.lowest >= self.highest:
             raise ValueError(f"lowest must be < highest, got {self.lowest:g} and {self.highest:g}")
         return self
@@ -175,10 +152,8 @@ class VlmJudge(Reward):
     def load(self, device: str) -> Scorer:
         """The scorer; it asks nothing yet. Raises UserError where the key, the template or the
         certificates are missing."""
-        place = f"rewards.{self.title}"
-        if self.ca_file and not os.path.isfile(self.ca_file):  # noqa: PTH113 - a setting's text
-            raise UserError(f"{place}.ca_file: no such file {self.ca_file!r}")
-        return _JudgeScorer(self, _read_key(self.token_env, place))
+        self.refuse_missing_certificates()
+        return _JudgeScorer(self, _read_key(self.token_env, f"rewards.{self.title}"))
 
 
 def _read_key(variable: str, place: str) -> str:
@@ -225,16 +200,16 @@ class _JudgeScorer:
         scale = (self._reward.lowest, self._reward.highest)
         asked = [self._questions.of(p, record_of(p), scale) for p in prompts]
         media = as_uint8(media_BFCHW)
-        tasks = [
-            _Task(one, pictures, digest)
-            for some, (pictures, digest) in zip(asked, map(_encode, media), strict=True)
-            for one in some
-        ]
+        tasks: list[list[_Task]] = []
+        for some, (pictures, digest) in zip(asked, map(_encode, media), strict=True):
+            tasks.append([_Task(one, pictures, digest) for one in some])
         # the same question about the same picture is asked once
-        once = {(task.asked, task.digest): task for task in tasks}
+        once = {(task.asked, task.digest): task for task in chain.from_iterable(tasks)}
         answers = dict(zip(once, self._pool.map(self._value, once.values()), strict=True))
-        values = iter([answers[task.asked, task.digest] for task in tasks])
-        scores = [mean_of([next(values) for _ in some], self._reward.mean) for some in asked]
+        scores: list[float] = []
+        for some in tasks:
+            values = [answers[task.asked, task.digest] for task in some]
+            scores.append(mean_of(values, self._reward.mean))
         return torch.tensor(scores, dtype=torch.float32)
 
     def _value(self, task: _Task) -> float:

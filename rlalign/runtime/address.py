@@ -196,7 +196,8 @@ def refuse_where_this_is_no_node(address: Address) -> None:
 def _wants_token(error: grpc.RpcError) -> bool:
     import grpc
 
-    return error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)  # type: ignore[attr-defined]
+    code = error.code()  # type: ignore[attr-defined]
+    return code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
 def _explain(error: grpc.RpcError, address: Address) -> str:

@@ -121,7 +121,7 @@ def needed(bundles: Iterable[Bundle], resource: str) -> float:
 def custom(bundles: Sequence[Bundle]) -> dict[str, float]:
     """Custom resources that the bundles name, as much of each as they reserve: what a local Ray
     pretends to have."""
-    names = {name for bundle in bundles for name in bundle.needs} - {"CPU", "GPU"}
+    names = set(chain.from_iterable(bundle.needs for bundle in bundles)) - {"CPU", "GPU"}
     return {name: needed(bundles, name) for name in sorted(names)}
 
 
@@ -202,9 +202,9 @@ def refuse(left: Sequence[Bundle], nodes: Sequence[Node], where: str) -> None:
     name = (short or list(first.needs))[0]
     total = sum(node.total.get(name, 0.0) for node in fitting)
     placed = chain.from_iterable(node.holds for node in nodes)
-    wanted = sum(bundle.needs.get(name, 0.0) for bundle in (*left, *placed))
+    wanted = needed((*left, *placed), name)
     taken = total - sum(node.free.get(name, 0.0) for node in fitting)
-    mine = sum(b.needs.get(name, 0.0) for node in fitting for b in node.holds)
+    mine = sum(needed(node.holds, name) for node in fitting)
     others = f", of which others hold {taken - mine:g}" if taken - mine > _EPSILON else ""
     share = first.needs[name]
     cut = (

@@ -40,16 +40,12 @@ def create_actors(
     owner = name_owner(sample.name)
 
     # reward workers exist first, since rollout workers call them
+    actors: dict[str, list[ActorHandle]] = {}
+    for reward in sample.rewards_for("evaluate"):
+        numbers = range(runtime.reward.workers)
+        actors[reward.title] = [create_reward_worker(owner, i, reward, runtime) for i in numbers]
     asked = RewardActors(
-        rewards=sample.rewards,
-        held_out=sample.held_out,
-        actors={
-            r.title: [
-                create_reward_worker(owner, i, r, runtime) for i in range(runtime.reward.workers)
-            ]
-            for r in sample.rewards_for("evaluate")
-        },
-        runtime=runtime,
+        rewards=sample.rewards, held_out=sample.held_out, actors=actors, runtime=runtime
     )
 
     # found and located here: what names a run folder names that of the command

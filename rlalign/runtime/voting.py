@@ -132,14 +132,7 @@ def open_source_on_ray(vote: Vote, models: list[Model]) -> EngineSource:
             engine = RayEngine(vote.runtime, {ROLLOUT: workers}, unit, rows=vote.source.rows)
             pool.callback(engine.close)
             sides.append(Side(title=model.title, engine=engine))
-        return EngineSource(
-            sides=sides,
-            prompts_of=vote.prompts,
-            plan=vote.source.plan,
-            seed=vote.seed,
-            count=vote.per_caption,
-            release=pool.pop_all().close,
-        )
+        return EngineSource.of(vote, sides, pool.pop_all().close)
 
 
 def _example(prompts: Prompts, seed: int, plan: Plan) -> Unit:

@@ -165,14 +165,7 @@ def _drawn(vote: Vote) -> PictureSource:
             threads=runtime.rollout.threads,
         )
         sides.append(Side(title=model.title, engine=engine))
-    assert vote.prompts is not None, "checked by the settings"
-    return EngineSource(
-        sides=sides,
-        prompts_of=vote.prompts,
-        plan=vote.source.plan,
-        seed=vote.seed,
-        count=vote.per_caption,
-    )
+    return EngineSource.of(vote, sides)
 
 
 # --- the command ---------------------------------------------------------------------------------

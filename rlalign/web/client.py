@@ -53,7 +53,9 @@ class Client(requests.Session):
         self.proxies = _proxies(url)
         self._timeout_seconds = timeout_seconds
 
-    def request(self, method: str, url: str, **settings: Any) -> requests.Response:  # type: ignore[override]
+    def request(  # type: ignore[override]
+        self, method: str, url: str, **settings: Any
+    ) -> requests.Response:
         """A request that follows no redirect; ``timeout`` and the rest are requests' own."""
         return super().request(
             method, url, **{"timeout": self._timeout_seconds, **settings, "allow_redirects": False}

@@ -16,26 +16,16 @@ from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.data.prompts.base import prompt_id
 from rlalign.diffusion.rollout import rollout
 from rlalign.sampling import parse_sample, sample_local
-from tests.runs import final_tensors
+from tests.runs import final_tensors, two_rounds_of_points
 from tests.toy import save_pipeline
 
 PROMPTS = ["a red circle", "a blue square", "two green triangles"]
-POINTS = {
-    "name": "points",
-    "rounds": 2,
-    "policy": {"name": "points"},
-    "plan": {"steps": 4},
-    "prompts": {
-        "name": "list",
-        "prompts": ["left", "up"],
-        "per_round": 2,
-        "samples_per_prompt": 2,
-        "per_unit": 1,
-    },
-    "rewards": [{"name": "jpeg"}],
-    "algorithm": {"name": "ddpo", "advantage": "group"},
-    "evaluate": {"prompts": 2, "grid": 2},
-}
+POINTS = two_rounds_of_points(
+    samples_per_prompt=2,
+    rewards=[{"name": "jpeg"}],
+    algorithm={"name": "ddpo", "advantage": "group"},
+    evaluate={"prompts": 2, "grid": 2},
+)
 
 
 @pytest.fixture(scope="module")

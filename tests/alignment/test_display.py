@@ -12,7 +12,7 @@ from rlalign.alignment.loop import train_local
 from rlalign.config import Run, parse_run
 from rlalign.core.pictures import read_grid
 from rlalign.sinks.base import Sink
-from tests.runs import final_tensors, metrics, quiet
+from tests.runs import final_tensors, metrics, quiet, two_rounds_of_points
 
 
 class Broken(Sink):
@@ -24,27 +24,14 @@ class Broken(Sink):
 
 def points(**settings: Any) -> Run:
     """Two rounds of points in the plane, evaluated after each."""
-    return parse_run(
-        {
-            "name": "points",
-            "rounds": 2,
-            "policy": {"name": "points"},
-            "plan": {"steps": 4},
-            "prompts": {
-                "name": "list",
-                "prompts": ["left", "up"],
-                "per_round": 2,
-                "per_unit": 1,
-                "samples_per_prompt": 8,
-            },
-            "rewards": [{"name": "centroid", "x": 0.2, "y": 0.2}],
-            "algorithm": {"name": "ddpo", "clip_range": 0.1, "advantage": "group"},
-            "learner": {"lr": 3e-3},
-            "evaluate": {"every": 1, "prompts": 12, "grid": 4},
-            "log": [],
-        }
-        | settings
-    )
+    given: dict[str, Any] = {
+        "rewards": [{"name": "centroid", "x": 0.2, "y": 0.2}],
+        "algorithm": {"name": "ddpo", "clip_range": 0.1, "advantage": "group"},
+        "learner": {"lr": 3e-3},
+        "evaluate": {"every": 1, "prompts": 12, "grid": 4},
+        "log": [],
+    }
+    return parse_run(two_rounds_of_points(samples_per_prompt=8, **given | settings))
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,6 @@ class BlankEncoder(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
-        state = torch.zeros(()).expand(*input_ids.shape, self._width)
+        state: Any = torch.zeros(()).expand(*input_ids.shape, self._width)
         states: Any = (state,) * (self._layers + 1)
-        return BaseModelOutput(last_hidden_state=state, hidden_states=states)  # type: ignore[arg-type]
+        return BaseModelOutput(last_hidden_state=state, hidden_states=states)

@@ -100,13 +100,14 @@ def _parsed(name: str, changed: int, size: int) -> pa.Table:
 
     # as columns of Pick-a-Pic, whose pictures are files
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    names = ["caption", "jpg_0", "jpg_1", "label_0", "label_1"]
-    pictures = [
-        pa.array([{"bytes": None, "path": prefix + path} for path in side], struct)
-        for side in ([row[1] for row in rows], [row[2] for row in rows])
-    ]
-    labels = [pa.array([row[3] for row in rows]), pa.array([1.0 - row[3] for row in rows])]
-    return pa.table([pa.array([row[0] for row in rows], pa.string()), *pictures, *labels], names)
+    captions, firsts, seconds, labels = zip(*rows, strict=True)
+    columns = {"caption": pa.array(captions, pa.string())}
+    for name, paths in (("jpg_0", firsts), ("jpg_1", seconds)):
+        pictures = [{"bytes": None, "path": prefix + path} for path in paths]
+        columns[name] = pa.array(pictures, struct)
+    columns["label_0"] = pa.array(labels)
+    columns["label_1"] = pa.array([1.0 - label for label in labels])
+    return pa.table(columns)
 
 
 def _folder_of_pictures(file: Path, first: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from rlalign.core.clips import RATE, encode_clip
 from rlalign.core.media import encode_image, to_image
 from rlalign.core.prompts import dump_record, record_of
-from rlalign.core.records import Scored
+from rlalign.core.records import Scored, prompts_of
 
 Every = Literal["best_and_worst", "all"]
 Encoding = Literal["png", "jpeg"]
@@ -32,7 +32,7 @@ def pairs_of(
     rate. ``scored`` must carry its media.
     """
     groups: dict[int, list[tuple[str, str, float, np.ndarray]]] = defaultdict(list)
-    has_records = any(record_of(prompt) for one in scored for prompt in one.unit.prompts)
+    has_records = any(map(record_of, prompts_of(one.unit for one in scored)))
 
     # samples of one prompt, whatever unit they are of
     for one in scored:

@@ -173,7 +173,8 @@ def caption_tokenizer(task: Task = "shapes") -> Any:
             parts = _merged(parts, merges[-1])
             vocabulary.append(parts[0])
     ids = {token: n for n, token in enumerate(dict.fromkeys(vocabulary))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=_TOKENS)  # pyright: ignore[reportArgumentType]
+    pairs: Any = merges
+    return CLIPTokenizer(vocab=ids, merges=pairs, model_max_length=_TOKENS)
 
 
 def _merged(parts: list[str], merge: tuple[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 
 from rlalign.core.progress import Report
 from rlalign.core.prompts import dump_record, record_of
-from rlalign.core.records import Unit
+from rlalign.core.records import Unit, prompts_of
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import write_pairs
 from rlalign.data.pairs.ranking import encode_media, facts_of_clips
@@ -80,7 +80,7 @@ def _sampled(
 
     # units in their order, whatever lane has made them
     made = 0
-    has_records = any(record_of(prompt) for unit in units for prompt in unit.prompts)
+    has_records = any(map(record_of, prompts_of(units)))
     source = {"model_0": simulate.policy.name, "model_1": simulate.policy.name}
     for done, unit in enumerate(units, start=1):
         media: np.ndarray = works.popleft().result().value

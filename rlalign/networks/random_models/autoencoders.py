@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from rlalign.networks.random_models.records import Network
 
+_TINY_KL = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "sample_size": 16,
+}
 KL = Network(
     kind="AutoencoderKL",
     same={"scaling_factor": 0.18215},
-    tiny={
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "block_out_channels": [8, 8],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "latent_channels": 4,
-        "sample_size": 16,
-    },
+    tiny=_TINY_KL,
     published={
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -35,18 +36,7 @@ KL_SD3 = _KL_16.vary(same={"scaling_factor": 1.5305, "shift_factor": 0.0609})
 KL_FLUX = _KL_16.vary(same={"scaling_factor": 0.3611, "shift_factor": 0.1159})
 
 # published sizes are the class's own defaults
-KL_FLUX_2 = Network(
-    kind="AutoencoderKLFlux2",
-    tiny={
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-        "block_out_channels": [8, 8],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "latent_channels": 4,
-        "sample_size": 16,
-    },
-)
+KL_FLUX_2 = Network(kind="AutoencoderKLFlux2", tiny=_TINY_KL)
 _STATISTICS = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [1.5, 2.0, 1.0, 0.7]}
 KL_QWEN = Network(
     kind="AutoencoderKLQwenImage",

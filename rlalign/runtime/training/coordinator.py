@@ -151,8 +151,9 @@ class Coordinator:
         """
         if incarnation == self._ledger.name:
             return self._failure
-        for task in (task for ticket in self._ledger.tickets.values() for task in ticket.tasks):
-            task.cancel()
+        for ticket in self._ledger.tickets.values():
+            for task in ticket.tasks:
+                task.cancel()
         self._ledger = _Ledger(name=incarnation)
         return self._failure
 

@@ -62,11 +62,7 @@ class FileSource:
         self._seed = seed
         self._of_side = count if len(sides) == 1 else 1
         self._next = 0
-        enough = [
-            caption
-            for caption in sides[0]
-            if all(len(side.get(caption, ())) >= self._of_side for side in sides)
-        ]
+        enough = [caption for caption in sides[0] if self._fewest(caption) >= self._of_side]
         if not enough:
             which = "each of the two sides" if len(sides) > 1 else "the source"
             raise UserError(
@@ -112,8 +108,12 @@ class FileSource:
     @property
     def _longest(self) -> int:
         """The last epoch in which some caption still has pictures."""
-        most = max(len(found) for side in self._sides for found in side.values())
+        most = max(max(map(len, side.values())) for side in self._sides)
         return most // self._of_side
+
+    def _fewest(self, caption: str) -> int:
+        """Pictures that every side has of a caption."""
+        return min(len(side.get(caption, ())) for side in self._sides)
 
     def _group(self, caption: str, epoch: int, facts: Mapping[str, Any]) -> list[PictureFile]:
         """The pictures of a caption that are new in an epoch; none where too few are left."""

@@ -53,6 +53,21 @@ class EngineSource:
     """Lets go of the engines."""
     _next: int = field(default=0, init=False)
 
+    @classmethod
+    def of(
+        cls, vote: Vote, sides: Sequence[Side], release: Callable[[], None] = lambda: None
+    ) -> EngineSource:
+        """The pictures that a vote asks for."""
+        assert vote.prompts is not None, "checked by the settings"
+        return cls(
+            sides=sides,
+            prompts_of=vote.prompts,
+            plan=vote.source.plan,
+            seed=vote.seed,
+            count=vote.per_caption,
+            release=release,
+        )
+
     def prompts(self) -> Sequence[str]:
         """See ``PictureSource``."""
         return self.prompts_of.pool()

@@ -27,18 +27,17 @@ def lay_out(
         ],
         "ranking": _ranking(found["ranking"]),
         "hours": _hours(found["per_hour"]),
-        "disagreement": [
-            {
-                "caption": line["caption"],
-                "pictures": [
-                    {"key": key_of(uid), "votes": votes}
-                    for uid, votes in zip(line["uids"], line["votes"], strict=True)
-                ],
-                "none": line["none"],
-            }
-            for line in found["disagreement"]
-        ],
+        "disagreement": [_dispute(line, key_of) for line in found["disagreement"]],
     }
+
+
+def _dispute(line: Mapping[str, Any], key_of: Callable[[str], str]) -> dict[str, Any]:
+    """Pictures on which people disagree, with the votes for each."""
+    pictures = [
+        {"key": key_of(uid), "votes": votes}
+        for uid, votes in zip(line["uids"], line["votes"], strict=True)
+    ]
+    return {"caption": line["caption"], "pictures": pictures, "none": line["none"]}
 
 
 def _cards(found: Mapping[str, Any], words: Mapping[str, str]) -> list[dict[str, str]]:
@@ -111,6 +110,20 @@ def _ranking(ranking: Mapping[str, Any] | None) -> dict[str, Any] | None:
     def at(value: float) -> float:
         return round((value - low) * scale, 1)
 
+    def laid_out(line: Mapping[str, Any], wins: Sequence[float]) -> dict[str, Any]:
+        return {
+            "policy": line["policy"],
+            "strength": decimal(line["strength"]),
+            "interval": between((line["low"], line["high"]), decimal),
+            "from": at(line["low"]),
+            "at": at(line["strength"]),
+            "to": at(line["high"]),
+            "rate": share(line["win_rate"]),
+            "votes": f"{line['votes']:,}",
+            "more": NOTHING if line["more_votes"] is None else f"{line['more_votes']:,}",
+            "wins": list(map(_count, wins)),
+        }
+
     return {
         "anchor": ranking["anchor"],
         "left": decimal(ranking["left"]),
@@ -118,21 +131,7 @@ def _ranking(ranking: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "width": BAR_WIDTH,
         "zero": at(0.0),
         "names": [line["policy"] for line in lines],
-        "lines": [
-            {
-                "policy": line["policy"],
-                "strength": decimal(line["strength"]),
-                "interval": between((line["low"], line["high"]), decimal),
-                "from": at(line["low"]),
-                "at": at(line["strength"]),
-                "to": at(line["high"]),
-                "rate": share(line["win_rate"]),
-                "votes": f"{line['votes']:,}",
-                "more": NOTHING if line["more_votes"] is None else f"{line['more_votes']:,}",
-                "wins": [_count(wins) for wins in row],
-            }
-            for line, row in zip(lines, ranking["wins"], strict=True)
-        ],
+        "lines": [laid_out(*one) for one in zip(lines, ranking["wins"], strict=True)],
     }
 
 
