@@ -24,10 +24,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "flux": ({"text_tokens": 16}, "flow"),
     # the template alone is 115 of the small tokenizer's letters
     "qwen_image": ({"text_tokens": 144}, "flow"),
-    "wan": ({"text_tokens": 24}, "flow"),
+    "wan22": ({"name": "wan", "text_tokens": 24}, "flow"),
 }
 """Random model -> settings of its policy, and its prediction type."""
-FRAMES = {"wan": 5}
+FRAMES = {"wan22": 5}
 """Random model of clips -> frames."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ddpo": {"name": "ddpo"},

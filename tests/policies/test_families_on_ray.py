@@ -21,7 +21,7 @@ PAIRS = [
     *(("sdxl", algorithm) for algorithm in ALGORITHMS),
     *(
         (name, kind)
-        for name in ("flux", "qwen_image", "sd35", "wan")
+        for name in ("flux", "qwen_image", "sd35", "wan22")
         for kind in ("grpo", "nft", "dpo")
     ),
 ]
@@ -33,7 +33,7 @@ PROMISED = [
     ("flux", "nft"),
     ("qwen_image", "dpo"),
     ("sd35", "grpo"),
-    ("wan", "grpo"),
+    ("wan22", "grpo"),
 ]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("without_report")]

@@ -28,8 +28,8 @@ TRAINED = [
     ("flux", "grpo"),
     ("flux", "nft"),
     ("qwen_image", "grpo"),
-    ("wan", "grpo"),
-    ("wan", "nft"),
+    ("wan22", "grpo"),
+    ("wan22", "nft"),
 ]
 """Random model and algorithm; test_families_on_ray.py has the other pairs too."""
 SAMPLERS: list[dict[str, Any]] = [
