@@ -236,7 +236,8 @@ class Learner:
             with explained():
                 loss = lane.loss_of(one, self.loss)
                 (loss.value * one.weight).backward()
-            for name, value in {"loss": loss.value, **loss.means}.items():
+            measured = lane.policy.meter.take_means()
+            for name, value in {"loss": loss.value, **loss.means, **measured}.items():
                 means[name] = means.get(name, 0.0) + float(value.detach()) * one.weight
             for name, value in loss.maxima.items():
                 maxima[name] = max(maxima.get(name, 0.0), float(value))

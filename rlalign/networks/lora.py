@@ -17,6 +17,15 @@ from rlalign.core.registry import UserError, read_reason
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"
 """The name of an adapter's file in a folder: diffusers' own."""
+SECOND = "_2"
+"""How diffusers ends the name of a pipeline's second denoiser, and rlalign the stem of its
+adapter's file. The loader reads it under the names of the first (``load_into_transformer_2``)."""
+
+
+def name_file(part: str) -> str:
+    """The name of the file with the adapter of a part."""
+    stem, suffix = FILE.rsplit(".", 1)
+    return f"{stem}{SECOND}.{suffix}" if part.endswith(SECOND) else FILE
 
 
 def attach(
@@ -59,12 +68,13 @@ def _in_float32(network: torch.nn.Module) -> Iterator[None]:
             parameter.data = data
 
 
-def file_of(name: str) -> Path | None:
+def file_of(name: str, part: str = "") -> Path | None:
     """The file of an adapter that a path names, or that lies in the folder which it names; None
-    where there is none."""
+    where there is none. ``part`` is the denoiser that it adapts, where there are two."""
     path = Path(name)
     if path.is_dir():
-        return path / FILE if (path / FILE).is_file() else None
+        file = path / name_file(part)
+        return file if file.is_file() else None
     return path if path.suffix == ".safetensors" and path.is_file() else None
 
 
@@ -85,11 +95,11 @@ def attach_saved(pipeline: Any, part: str, name: str, *, rank: int, alpha: float
     weights are float32. Raises UserError naming the file where it is damaged, of another model, or
     holds what would be left out.
     """
-    file = file_of(name)
+    file = file_of(name, part)
     if file is None:
-        within = "; name its policy/ folder" if file_of(str(Path(name) / "policy")) else ""
+        within = "; name its policy/ folder" if file_of(str(Path(name) / "policy"), part) else ""
         raise UserError(
-            f"policy.adapter must be a folder with {FILE}, or a .safetensors file, got"
+            f"policy.adapter must be a folder with {name_file(part)}, or a .safetensors file, got"
             f" {name!r}{within}"
         )
 
@@ -138,7 +148,7 @@ def _load_adapter(pipeline: Any, part: str, file: Path) -> int:
             )
             getattr(pipeline, part).load_lora_adapter(
                 state,
-                prefix=part,
+                prefix=part.removesuffix(SECOND),
                 network_alphas=next(iter(alphas), None),
                 metadata=metadata,
                 adapter_name=ADAPTER,
@@ -290,9 +300,12 @@ def save(pipeline: Any, part: str, folder: Path) -> None:
     settings = {
         name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()
     }
-    named = {f"{part}_lora_layers": tensors, f"{part}_lora_adapter_metadata": settings}
+    first = part.removesuffix(SECOND)
+    named = {f"{first}_lora_layers": tensors, f"{first}_lora_adapter_metadata": settings}
+    if part != first:
+        named["weight_name"] = name_file(part)
     pipeline.save_lora_weights(folder, safe_serialization=True, **named)
-    order_header(folder / FILE)
+    order_header(folder / name_file(part))
 
 
 def order_header(file: Path) -> None:

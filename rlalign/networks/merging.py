@@ -68,20 +68,24 @@ class StoredTensors:
         return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def save_pipeline(pipeline: Any, part: str, folder: Path, read: Read) -> None:
-    """Writes a pipeline folder whose ``part`` has the plain weights that ``read`` gives."""
-    network = getattr(pipeline, part)
+def save_pipeline(pipeline: Any, folder: Path, reads: Mapping[str, Read]) -> None:
+    """Writes a pipeline folder; ``reads`` gives the plain weights of some of its parts."""
+    other = copy.copy(pipeline)
+    for part, read in reads.items():
+        setattr(other, part, _stand_in(getattr(pipeline, part), read))
+    other.save_pretrained(folder, safe_serialization=True)
+
+
+def _stand_in(network: Any, read: Read) -> Any:
+    """A network without weights, which diffusers asks to write itself."""
     stand_in = empty_copy(network)
 
-    # diffusers writes the other parts, and asks this one's stand-in to write itself
     def save_pretrained(place: str, **_: Any) -> None:
         stand_in.save_config(place)
         write_weights(Path(place), network, read)
 
     stand_in.save_pretrained = save_pretrained
-    other = copy.copy(pipeline)
-    setattr(other, part, stand_in)
-    other.save_pretrained(folder, safe_serialization=True)
+    return stand_in
 
 
 def write_weights(

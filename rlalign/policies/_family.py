@@ -7,7 +7,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -131,7 +131,17 @@ class Family(ABC):
         uncond, cond = both.chunk(2)
         if condition.detach_uncond:
             uncond = uncond.detach()
-        return self.combine(cond, uncond, guidance)
+        return self.combine(cond, uncond, self.guidance_at(timestep_B, guidance))
+
+    def guidance_at(self, timestep_B: torch.Tensor, guidance: float) -> Any:
+        """How much guidance each row of a guided look has: the plan's, or numbers (B, 1, ...) of a
+        family whose guidance follows the timestep."""
+        return guidance
+
+    def measure(self, timestep_B: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Metric -> (B,) of rows that are learned from; the learner has their means. Here
+        nothing."""
+        return {}
 
     def combine(self, cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> torch.Tensor:
         """The guided prediction of the two raw ones (Ho & Salimans 2022, arXiv:2207.12598); a
@@ -163,6 +173,10 @@ class Family(ABC):
         for name in self.own_per_thread:
             setattr(twin, name, copy.deepcopy(getattr(self, name)))
         return twin
+
+    def attach(self, *, rank: int, alpha: float) -> None:
+        """Freezes the denoiser and adds a new trainable LoRA."""
+        lora.attach(self.network, rank=rank, alpha=alpha, targets=self.lora_targets)
 
     def attach_saved(self, name: str, *, rank: int, alpha: float) -> None:
         """Freezes the denoiser and adds the trainable LoRA of a file; where ``reads_adapters``."""

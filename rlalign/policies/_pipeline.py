@@ -52,6 +52,8 @@ class PipelineFamily(Family):
     """Whether the pipeline hands its flow scheduler even levels of its own, as FLUX's does."""
     draws_clips: ClassVar[bool] = False
     """Whether latents are (C, F, H, W)."""
+    trial_timesteps: ClassVar[tuple[int, ...]] = (1,)
+    """At which a checkpoint is tried out."""
     reads_adapters: ClassVar[bool] = True
     comfyui_keys: ClassVar[comfyui.Keys | None] = None
     """Under which keys ComfyUI reads a LoRA of this family, where plain diffusers reads them
@@ -68,7 +70,7 @@ class PipelineFamily(Family):
         self.device = device
         for name, module in self.parts().items():
             module.to(device).eval().requires_grad_(name == self.part)
-        self.network = getattr(pipeline, self.part)
+        self.network = self.denoiser_of(pipeline)
         self.vae = pipeline.vae
         if recipe.vae_tiling:
             self.vae.enable_tiling()
@@ -97,6 +99,15 @@ class PipelineFamily(Family):
     def has(self, role: Part) -> bool:
         """Whether a part's weights are in this process."""
         return any(self.role_of(name) == role for name in self.parts())
+
+    def denoiser_of(self, pipeline: Any) -> Any:
+        """The denoiser of a pipeline: one of its parts, or several as one."""
+        return getattr(pipeline, self.part)
+
+    @property
+    def denoisers(self) -> Mapping[str, Any]:
+        """The pipeline's parts that the denoiser is made of."""
+        return {self.part: self.network}
 
     @property
     def folder(self) -> str:
@@ -310,7 +321,8 @@ class PipelineFamily(Family):
     # --- the networks -----------------------------------------------------------------------------
 
     def checkpoint_gradients(self) -> None:
-        self.network.enable_gradient_checkpointing()
+        for network in self.denoisers.values():
+            network.enable_gradient_checkpointing()
 
     def attach_saved(self, name: str, *, rank: int, alpha: float) -> None:
         lora.attach_saved(self.pipeline, self.part, name, rank=rank, alpha=alpha)
@@ -326,10 +338,11 @@ class PipelineFamily(Family):
 
     def save(self, folder: Path) -> None:
         """A pipeline folder (all weights), or ``pytorch_lora_weights.safetensors`` that
-        load_lora_weights reads."""
-        if lora.is_attached(self.network):
-            lora.save(self.pipeline, self.part, folder)
-        else:
+        load_lora_weights reads, of each part with an adapter."""
+        adapted = [part for part, one in self.denoisers.items() if lora.is_attached(one)]
+        for part in adapted:
+            lora.save(self.pipeline, part, folder)
+        if not adapted:
             self._whole_pipeline().save_pretrained(folder, safe_serialization=True)
 
     def _whole_pipeline(self) -> Any:
@@ -349,7 +362,7 @@ class PipelineFamily(Family):
         if not lora.is_attached(self.network):
             self.save(folder)
         else:
-            merging.save_pipeline(self._whole_pipeline(), self.part, folder, self._read_merged())
+            merging.save_pipeline(self._whole_pipeline(), folder, self._merged_readers())
 
     def save_comfyui(self, file: Path) -> None:
         if self.comfyui_keys is None:
@@ -364,19 +377,23 @@ class PipelineFamily(Family):
         if not lora.is_attached(self.network):
             return self
 
-        # a network of diffusers around these tensors
-        read = self._read_merged()
-        fresh = empty_copy(self.network)
-        fresh.load_state_dict(
-            {n: read(n) for n in lora.plain_state_dict(self.network)}, assign=True
-        )
-        plain = self.with_network(fresh.to(self.device).eval())
-        plain.pipeline = copy.copy(self.pipeline)
-        setattr(plain.pipeline, self.part, plain.network)
+        # networks of diffusers around these tensors
+        pipeline = copy.copy(self.pipeline)
+        for part, read in self._merged_readers().items():
+            network = self.denoisers[part]
+            fresh = empty_copy(network)
+            weights = {name: read(name) for name in lora.plain_state_dict(network)}
+            fresh.load_state_dict(weights, assign=True)
+            setattr(pipeline, part, fresh.to(self.device).eval())
+        plain = self.with_network(self.denoiser_of(pipeline))
+        plain.pipeline = pipeline
         return plain
 
-    def _read_merged(self) -> merging.Read:
-        """How a weight of the denoiser is read with what the adapters add to it."""
+    def _merged_readers(self) -> dict[str, merging.Read]:
+        """Part -> how a weight of it is read with what its adapters add."""
         path = self.recipe.location
-        exact = merging.exact_weights(self.network, path, self.pipeline_classes, self.part)
-        return lora.merged_reader(self.network, exact)
+        found: dict[str, merging.Read] = {}
+        for part, network in self.denoisers.items():
+            exact = merging.exact_weights(network, path, self.pipeline_classes, part)
+            found[part] = lora.merged_reader(network, exact)
+        return found

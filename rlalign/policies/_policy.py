@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -33,6 +33,14 @@ class Meter:
     """Samples that the denoiser was asked about; a guided pass asks twice."""
     backward_calls: int = 0
     """Of these, the ones asked with a latent whose gradient is wanted."""
+    learned: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """Metric -> what the family measured of rows that were asked with gradients."""
+
+    def take_means(self) -> dict[str, torch.Tensor]:
+        """The mean of each metric since the last time."""
+        found = {name: torch.cat(parts).mean() for name, parts in self.learned.items()}
+        self.learned.clear()
+        return found
 
 
 class Policy:
@@ -174,6 +182,9 @@ class Policy:
         back in the latent's. Counts what was asked."""
         self.meter.calls += len(x)
         self.meter.backward_calls += len(x) if x.requires_grad else 0
+        if torch.is_grad_enabled():
+            for name, value_B in self.family.measure(timestep_B).items():
+                self.meter.learned.setdefault(name, []).append(value_B)
         with autocast(self.device, self.precision):
             output = self.family.predict(x, timestep_B, words)
         if watched_place() and not all_finite(output):

@@ -11,7 +11,6 @@ from rlalign.core.finite import refuse_weights
 from rlalign.core.locations import LocalPath
 from rlalign.core.records import Plan
 from rlalign.core.registry import Before, Recipe, UserError
-from rlalign.networks import lora
 from rlalign.networks.embeddings import Reader
 from rlalign.networks.precision import Precision, keep_frozen, settle
 from rlalign.policies._family import WHOLE, Family, Part
@@ -112,7 +111,7 @@ class PolicyRecipe(Recipe):
                 f"policy.lora_rank must be 0 for {self.name}, which takes no adapter, got {rank}"
             )
         elif rank:
-            lora.attach(network, rank=rank, alpha=alpha, targets=family.lora_targets)
+            family.attach(rank=rank, alpha=alpha)
 
         # how it computes
         policy = Policy(family, precision=self.precision)

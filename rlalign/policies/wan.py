@@ -12,7 +12,8 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.diffusion.condition import Words
 from rlalign.networks.pipelines.fitting import check_patches
-from rlalign.policies.base import ATTENTION_TARGETS, PipelineFamily, PipelineRecipe
+from rlalign.policies._experts import ExpertsFamily, ExpertsRecipe
+from rlalign.policies.base import ATTENTION_TARGETS
 
 OWN_SIZE = (480, 832)
 """Pixels that a pipeline's call draws when it is not told."""
@@ -20,7 +21,7 @@ CHUNK = 4
 """Frames that the autoencoder encodes at once, after the first, whatever its factor is."""
 
 
-class WanFamily(PipelineFamily):
+class WanFamily(ExpertsFamily):
     """A live Wan pipeline: a flow's transformer of clips that is told one text encoder's words.
 
     Latents are (C, F', H', W') with F' = (F - 1) / 4 + 1: the first frame has a latent of its own.
@@ -98,15 +99,22 @@ class WanFamily(PipelineFamily):
         return {"embeds_BLD": embeds_BLD}
 
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
-        return self.network(
-            hidden_states=x,
-            timestep=timestep_B.float(),
-            encoder_hidden_states=words["embeds_BLD"],
-            return_dict=False,
-        )[0]
+        return self.ask_experts(_ask, timestep_B, x, words["embeds_BLD"])
 
 
-class Wan(PipelineRecipe):
+def _ask(
+    network: Any, timestep_B: torch.Tensor, x: torch.Tensor, embeds_BLD: torch.Tensor
+) -> torch.Tensor:
+    """What one transformer says of some rows."""
+    return network(
+        hidden_states=x,
+        timestep=timestep_B.float(),
+        encoder_hidden_states=embeds_BLD,
+        return_dict=False,
+    )[0]
+
+
+class Wan(ExpertsRecipe):
     """A Wan checkpoint (transformer of clips, rectified flow) from a folder or a hub id.
 
     Source: Wan Team 2025, arXiv:2503.20314.

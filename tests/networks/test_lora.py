@@ -268,7 +268,7 @@ def test_a_merged_pipeline_is_written_weight_by_weight(
     with monkeypatch.context() as patch:
         patch.setattr(merging, "read_network", None)
         policy.save_merged(tmp_path / "whole")
-        read = policy.family._read_merged()
+        read = policy.family._merged_readers()[policy.family.part]
     (file,) = (tmp_path / "whole" / "unet").glob("*.safetensors")
     (tmp_path / "shards").mkdir()
     merging.write_weights(tmp_path / "shards", policy.network, read, shard_bytes=20_000)

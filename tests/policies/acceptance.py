@@ -69,6 +69,10 @@ class Case:
     """Adapted layers whose answer goes nowhere, as what the last block writes of the words."""
     instructed: bool = False
     """Whether a caption is read with an instruction, which the empty one lacks."""
+    timesteps: tuple[int, int] = (700, 200)
+    """Of two rows in one pass."""
+    load_second: Callable[[Any, Path], None] = lambda pipeline, folder: None
+    """How plain diffusers reads the LoRA of a second denoiser in a folder."""
     loads_adapters: bool = True
     """False where plain diffusers has no LoRA loader for the pipeline: only a merged one is
     written."""
@@ -173,7 +177,7 @@ def asked(policy: Policy, case: Case) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(latents, timesteps, words) to compare two networks by."""
     shape = policy.latent_shape(case.plan(case.sizes[1]))
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
-    return x, torch.tensor([700, 200]), policy.encode(PROMPTS).caption
+    return x, torch.tensor(case.timesteps), policy.encode(PROMPTS).caption
 
 
 def predicted(policy: Policy, network: torch.nn.Module, case: Case) -> torch.Tensor:
@@ -302,13 +306,15 @@ class Acceptance:
         if not case.loads_adapters:
             return
         policy.save(tmp_path)
-        tensors = load_file(tmp_path / lora.FILE)
+        files = sorted(tmp_path.glob("*.safetensors"))
+        tensors = {(file.name, name): t for file in files for name, t in load_file(file).items()}
         assert len(tensors) == 2 * case.adapted
 
         # nothing of the file is left out, nothing is added
         plain = open_plain(case.recipe.path)
         plain.load_lora_weights(tmp_path)
-        network = getattr(plain, policy.family.part)
+        case.load_second(plain, tmp_path)
+        network = policy.family.denoiser_of(plain)
         assert len(adapters(network)) == case.adapted
         assert sum("lora_" in name for name, _ in network.named_parameters()) == len(tensors)
         scales = {s for layer in adapters(network) for s in layer.scaling.values()}
@@ -327,7 +333,7 @@ class Acceptance:
         merged = policy.merged()
         assert lora.is_attached(policy.network) and not lora.is_attached(merged.network)
         policy.save_merged(tmp_path)
-        plain = getattr(open_plain(tmp_path), policy.family.part)
+        plain = policy.family.denoiser_of(open_plain(tmp_path))
         found = predicted(policy, plain, case)
         assert torch.equal(found, predicted(policy, merged.network, case))
         said = predicted(policy, policy.network, case)

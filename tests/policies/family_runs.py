@@ -26,7 +26,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "hunyuan_video": ({"text_tokens": 352}, "flow"),
     # the template alone is 115 of the small tokenizer's letters
     "qwen_image": ({"text_tokens": 144}, "flow"),
-    "wan": ({"text_tokens": 24}, "flow"),
+    "wan22": ({"name": "wan", "text_tokens": 24}, "flow"),
 }
 """Random model -> settings of its policy, and its prediction type."""
 SIZES: dict[str, dict[str, int]] = {

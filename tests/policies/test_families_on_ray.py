@@ -22,7 +22,7 @@ PAIRS = [
     *((name, kind) for name in ("ltx", "hunyuan_video") for kind in ("grpo", "nft")),
     *(
         (name, kind)
-        for name in ("flux", "qwen_image", "sd35", "wan")
+        for name in ("flux", "qwen_image", "sd35", "wan22")
         for kind in ("grpo", "nft", "dpo")
     ),
 ]
@@ -36,7 +36,7 @@ PROMISED = [
     ("hunyuan_video", "nft"),
     ("qwen_image", "dpo"),
     ("sd35", "grpo"),
-    ("wan", "grpo"),
+    ("wan22", "grpo"),
 ]
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("without_report")]

@@ -30,8 +30,8 @@ TRAINED = [
     ("ltx", "nft"),
     ("hunyuan_video", "grpo"),
     ("qwen_image", "grpo"),
-    ("wan", "grpo"),
-    ("wan", "nft"),
+    ("wan22", "grpo"),
+    ("wan22", "nft"),
 ]
 """Random model and algorithm; test_families_on_ray.py has the other pairs too."""
 SAMPLERS: list[dict[str, Any]] = [

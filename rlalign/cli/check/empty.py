@@ -90,7 +90,8 @@ def load_empty(recipe: PolicyRecipe, source: Source) -> Policy:
         family_class.check(pipeline, maker.location)
         dtypes: Mapping[str, torch.dtype] = maker.dtypes
         for part, dtype in dtypes.items():
-            getattr(pipeline, part).to(dtype)
+            if (network := getattr(pipeline, part, None)) is not None:
+                network.to(dtype)
         whole = family_class(recipe, pipeline, "meta")
         with torch.device("meta"):
             policy = recipe.assemble(whole)

@@ -116,18 +116,20 @@ def try_out(family: Any, path: str, plan: Plan, precision: Precision) -> None:
     """
     # one latent of zeros, which each part must be able to read or to give
     latents = torch.zeros(1, *family.latent_shape(plan), device=family.device)
-    timestep_B = torch.ones(1, dtype=torch.long, device=family.device)
     with torch.no_grad():
         # the words are remembered: they are read as a rollout reads them, not in the denoiser's
         # precision
         condition = _tried(path, "the text encoders", lambda: family.encode([""]))
-        with autocast(family.device, precision):
-            output = _tried(
-                path,
-                family.part,
-                lambda: family.predict(latents, timestep_B, condition.caption),
-            )
-        answers: list[tuple[str, Any, Sequence[int]]] = [(family.part, output, latents.shape)]
+        answers: list[tuple[str, Any, Sequence[int]]] = []
+        for timestep in family.trial_timesteps:
+            told_B = torch.tensor([timestep], device=family.device)
+            with autocast(family.device, precision):
+                output = _tried(
+                    path,
+                    family.part,
+                    lambda told_B=told_B: family.predict(latents, told_B, condition.caption),
+                )
+            answers.append((family.part, output, latents.shape))
         if family.has("vae"):
             media = _tried(path, "vae", lambda: family.decode(latents))
             answers.append(("vae", media, (1, plan.frames, 3, plan.height, plan.width)))

@@ -101,6 +101,13 @@ WAN = Family(
     ),
     frames=5,
 )
+_WAN_14B = _WAN.vary(published={"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824})
+WAN_22 = replace(
+    WAN,
+    title="Wan 2.2 text to video A14B",
+    networks={**WAN.networks, "transformer": _WAN_14B, "transformer_2": _WAN_14B},
+    facts={"boundary_ratio": 0.875},
+)
 WAN_22_5B = replace(
     WAN,
     title="Wan 2.2 text and image to video 5B",

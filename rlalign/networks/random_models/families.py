@@ -38,6 +38,7 @@ FAMILIES: Mapping[str, Family] = {
     "sana": cross_transformers.SANA,
     "pixart": cross_transformers.PIXART,
     "wan": cross_transformers.WAN,
+    "wan22": cross_transformers.WAN_22,
     "wan22_5b": cross_transformers.WAN_22_5B,
 }
 """Name -> family."""
@@ -61,6 +62,7 @@ HUB_IDS: Mapping[str, str] = {
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22",
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "wan22_5b",
 }
 """Hub id of a published checkpoint -> the family of its sizes."""

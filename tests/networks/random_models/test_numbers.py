@@ -77,6 +77,7 @@ PUBLISHED = {
     "sana": {"transformer": 1.604, "vae": 0.312, "text_encoder": 2.614},
     "pixart": {"transformer": 0.611, "vae": 0.084, "text_encoder": T5},
     "wan": {"transformer": 1.419, "vae": 0.127, "text_encoder": 5.681},
+    "wan22": {"transformer": 14.288, "transformer_2": 14.288, "vae": 0.127, "text_encoder": 5.681},
     "wan22_5b": {"transformer": 5.000, "vae": 0.705, "text_encoder": 5.681},
 }
 

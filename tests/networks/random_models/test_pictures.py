@@ -23,6 +23,7 @@ CALL: dict[str, dict[str, Any]] = {
     "sana": {"use_resolution_binning": False},
     "pixart": {"use_resolution_binning": False, "clean_caption": False},
     "wan": {"num_frames": 5},
+    "wan22": {"num_frames": 5},
     "wan22_5b": {"num_frames": 5},
 }
 
