@@ -17,6 +17,7 @@ PLUGINS = [(shelf, name) for shelf in sorted(registry.SHELVES) for name in regis
 
 REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
     ("policies", "flux"): {"path": "models/some-pipeline"},
+    ("policies", "cogvideox"): {"path": "models/some-pipeline"},
     ("policies", "hunyuan_video"): {"path": "models/some-pipeline"},
     ("policies", "ltx"): {"path": "models/some-pipeline"},
     ("policies", "sd3"): {"path": "models/some-pipeline"},
