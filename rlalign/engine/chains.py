@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlalign.core.records import Unit
+from rlalign.core.registry import UserError
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.diffusion.rollout import schedule_of
 from rlalign.engine.base import Rewards, Work
@@ -114,8 +115,18 @@ class Edict:
         self.steps = unit.plan.steps
         self.guidance = unit.plan.guidance
         self.levels = policy.path.at(unit.plan).levels(unit.plan.steps)
+        self._refuse_no_signal()
         self.condition = policy.encode(unit.prompts, unit.plan).to(dtype=dtype)
         self.dtype = dtype
+
+    def _refuse_no_signal(self) -> None:
+        path = self.policy.path
+        first = self.levels[0]
+        if not isinstance(path, RectifiedFlow) and float(path.alpha(first)) == 0.0:
+            raise UserError(
+                "sampler: coupled chains need a signal at the first noise level, and at timestep"
+                f" {first:.0f} the policy's has none (zero terminal SNR); take another sampler"
+            )
 
     def _e(self, x: torch.Tensor, k: int) -> torch.Tensor:
         clean, noise = self.policy.denoise(x, self.levels[k], self.condition, self.guidance)

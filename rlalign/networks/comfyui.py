@@ -12,8 +12,8 @@ Of the others ComfyUI reads diffusers' dotted names, ``lora_A.weight`` and ``lor
 of two), and finds the parts of its joined matrices by itself. Diffusers reads them without an
 alpha: the scale is multiplied into the second matrix.
 
-Sana, PixArt and HunyuanVideo have no keys: ComfyUI has no Sana of its own and joins HunyuanVideo's
-queries, keys and values, and diffusers has no loader for PixArt.
+Sana, PixArt, HunyuanVideo and CogVideoX have no keys: ComfyUI has no Sana and no CogVideoX of its
+own and joins HunyuanVideo's queries, keys and values, and diffusers has no loader for PixArt.
 
 Sources: ComfyUI's comfy/lora.py, and flux_to_diffusers and z_image_to_diffusers in comfy/utils.py;
 diffusers' loaders/lora_pipeline.py and loaders/lora_conversion_utils.py.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
+from rlalign.diffusion.paths import NoisePath, RectifiedFlow
+from rlalign.diffusion.predictions import PredictionType
 from rlalign.policies._pipeline import PipelineFamily
 
 
@@ -23,6 +26,7 @@ class ClipFamily(PipelineFamily):
 
     @property
     def frame_factor(self) -> int:
+        """Frames of a latent, after a clip's first."""
         return self.pipeline.vae_scale_factor_temporal
 
     @property
@@ -36,6 +40,14 @@ class ClipFamily(PipelineFamily):
 
     def own_size(self) -> tuple[int, int] | None:
         return self.own_pixels
+
+    def read_path(self) -> tuple[NoisePath, PredictionType]:
+        """A shift that follows the size follows the frames too."""
+        path, prediction = super().read_path()
+        if isinstance(path, RectifiedFlow) and (moving := path.moving):
+            tokens = replace(moving.tokens, frames=self.frame_factor)
+            path = replace(path, moving=replace(moving, tokens=tokens))
+        return path, prediction
 
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
         channels, height, width = super().latent_shape(plan.model_copy(update={"frames": 1}))

@@ -120,8 +120,7 @@ class PipelineFamily(Family):
         scheduler = self.pipeline.scheduler
         own = self.own_size() if scheduler.config.get("use_dynamic_shifting") else None
         height, width = own or (0, 0)
-        side = self.factor * self.patch
-        tokens = Tokens(side=side, frames=self.frame_factor, height=height, width=width)
+        tokens = Tokens(side=self.factor * self.patch, height=height, width=width)
         return read_flow(scheduler, self.folder, tokens, even=self.even_levels), "flow"
 
     # --- words ------------------------------------------------------------------------------------
@@ -254,11 +253,6 @@ class PipelineFamily(Family):
     def patch(self) -> int:
         """Latents of a token's side: sizes are whole tokens."""
         return self.network.config.get("patch_size") or 1
-
-    @property
-    def frame_factor(self) -> int:
-        """Frames of a latent, after a clip's first."""
-        return 1
 
     @property
     def trial_side(self) -> int:

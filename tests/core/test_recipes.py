@@ -20,6 +20,7 @@ REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
     ("limits", "held_out"): {"reward": "shapes"},
     ("limits", "kl"): {"most": 0.01},
     ("policies", "flux"): {"path": "models/some-pipeline"},
+    ("policies", "cogvideox"): {"path": "models/some-pipeline"},
     ("policies", "hunyuan_video"): {"path": "models/some-pipeline"},
     ("policies", "ltx"): {"path": "models/some-pipeline"},
     ("policies", "sd3"): {"path": "models/some-pipeline"},

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rlalign.core.records import Plan, Unit
+from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import unit_noise
+from rlalign.diffusion.paths import VariancePreserving
 from rlalign.engine.chains import ChainGradient, Edict, Pair, run_chain
 from rlalign.policies.base import Policy
 from tests.algorithms.helpers import FlowToy
@@ -49,6 +51,17 @@ def test_the_round_trip_is_exact_also_for_steps_that_do_not_divide_1000(
     assert (
         float((forth.x - end.x).abs().max()) < 1e-10
     )  # a picture's latents, inverted and sampled again
+
+
+def test_a_path_that_begins_without_signal_is_refused() -> None:
+    """A step divides by it."""
+    policy = _wide(ToyPolicy(dtype=torch.float64))
+    table = VariancePreserving.scaled_linear().alphas_cumprod
+    table[-1] = 0.0
+    policy.family.path = VariancePreserving(table, spacing="trailing")
+    unit = unit_of(1, Plan(steps=4, eta=0.0))
+    with pytest.raises(UserError, match="at timestep 999 the policy's has none .*; take another"):
+        Edict(policy, unit, p=0.93, dtype=torch.float64)
 
 
 def test_mixing_has_the_eigenvalues_one_and_p_squared() -> None:

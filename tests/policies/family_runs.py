@@ -13,9 +13,17 @@ from rlalign.config import Run, parse_run
 from rlalign.sampling import parse_sample, sample_local
 from tests.runs import final_tensors, metrics, quiet
 
-PATHS = {"epsilon": {"rule": "ddim", "eta": 1.0}, "flow": {"rule": "flow_sde", "eta": 0.7}}
+PATHS = {
+    "epsilon": {"rule": "ddim", "eta": 1.0},
+    "v_prediction": {"rule": "ddim", "eta": 1.0},
+    "flow": {"rule": "flow_sde", "eta": 0.7},
+}
 """Prediction type -> plan of a chain to learn from."""
-ODE = {"epsilon": {"rule": "ddim", "eta": 0.0}, "flow": {"rule": "flow_ode", "eta": 0.0}}
+ODE = {
+    "epsilon": {"rule": "ddim", "eta": 0.0},
+    "v_prediction": {"rule": "ddim", "eta": 0.0},
+    "flow": {"rule": "flow_ode", "eta": 0.0},
+}
 """The same of a chain without noise of its own."""
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -24,6 +32,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "flux": ({"text_tokens": 16}, "flow"),
     "ltx": ({"text_tokens": 24}, "flow"),
     "hunyuan_video": ({"text_tokens": 352}, "flow"),
+    "cogvideox": ({}, "v_prediction"),
     # the template alone is 115 of the small tokenizer's letters
     "qwen_image": ({"text_tokens": 144}, "flow"),
     "wan22": ({"name": "wan", "text_tokens": 24}, "flow"),
@@ -33,8 +42,9 @@ SIZES: dict[str, dict[str, int]] = {
     "ltx": {"height": 32, "width": 32, "frames": 9},
     "hunyuan_video": {"height": 32, "width": 32, "frames": 5},
     "wan": {"frames": 5},
+    "cogvideox": {"height": 16, "width": 16, "frames": 9},
 }
-"""Random model of clips -> what it draws."""
+"""Policy of clips -> what it draws."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ddpo": {"name": "ddpo"},
     "grpo": {"name": "grpo"},

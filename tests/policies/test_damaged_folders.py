@@ -20,6 +20,7 @@ from tests.policies import damage
 NAMES = (
     "flux",
     "flux2",
+    "cogvideox",
     "hunyuan_video",
     "ltx",
     "pixart",

@@ -19,7 +19,11 @@ from tests.runs import assert_same_run, quiet
 
 PAIRS = [
     *(("sdxl", algorithm) for algorithm in ALGORITHMS),
-    *((name, kind) for name in ("ltx", "hunyuan_video") for kind in ("grpo", "nft")),
+    *(
+        (name, kind)
+        for name in ("ltx", "hunyuan_video", "cogvideox")
+        for kind in ("grpo", "nft", "dpo")
+    ),
     *(
         (name, kind)
         for name in ("flux", "qwen_image", "sd35", "wan22")
@@ -34,6 +38,7 @@ PROMISED = [
     ("flux", "nft"),
     ("ltx", "grpo"),
     ("hunyuan_video", "nft"),
+    ("cogvideox", "grpo"),
     ("qwen_image", "dpo"),
     ("sd35", "grpo"),
     ("wan22", "grpo"),

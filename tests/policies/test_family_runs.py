@@ -29,6 +29,8 @@ TRAINED = [
     ("ltx", "grpo"),
     ("ltx", "nft"),
     ("hunyuan_video", "grpo"),
+    ("cogvideox", "grpo"),
+    ("cogvideox", "dpo"),
     ("qwen_image", "grpo"),
     ("wan22", "grpo"),
     ("wan22", "nft"),
@@ -66,7 +68,7 @@ def test_it_trains_two_rounds(
 
 
 @pytest.mark.promise
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "cogvideox"])
 def test_edict_draws_from_it(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Its coupled chains run in float64, the denoiser too."""
     plan = ODE[SETTINGS[name][1]]

@@ -16,6 +16,7 @@ import torch
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.networks.random_models import FAMILIES, write_pipeline
+from rlalign.policies.cogvideox import CogVideoX
 from rlalign.policies.flux import Flux
 from rlalign.policies.flux2 import Flux2
 from rlalign.policies.hunyuan_video import HunyuanVideo
@@ -30,6 +31,7 @@ from rlalign.policies.z_image import ZImage
 ON_THE_SHELF: dict[str, tuple[Any, str]] = {
     "sdxl": (StableDiffusionXL, "text_encoder_2"),
     "flux": (Flux, "text_encoder_2"),
+    "cogvideox": (CogVideoX, "text_encoder"),
     "hunyuan_video": (HunyuanVideo, "text_encoder_2"),
     "ltx": (LTX, "text_encoder"),
     "qwen_image": (QwenImage, "text_encoder"),

@@ -12,7 +12,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,6 +43,8 @@ SOLVERS = (
     "UniPCMultistepScheduler",
 )
 """Schedulers that step otherwise on the same noise levels, for the same networks."""
+COGVIDEOX = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+"""CogVideoX's own: the first steps as the rule ddim does, the second is a solver."""
 FLOWS = (
     "FlowMatchEulerDiscreteScheduler",
     "UniPCMultistepScheduler",
@@ -62,6 +64,7 @@ READ = frozenset(
         "trained_betas",
         "rescale_betas_zero_snr",
         "set_alpha_to_one",
+        "snr_shift_scale",
         "steps_offset",
         "prediction_type",
         "timestep_spacing",
@@ -108,16 +111,17 @@ SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = tuple(kind for kind in get_args(PredictionType) if kind != "flow")
 
 
-def check_variance_preserving(scheduler: Any, path: str) -> None:
-    """Refuses a scheduler of other noise levels than Stable Diffusion's, or that cannot be
-    sampled."""
+def check_variance_preserving(
+    scheduler: Any, path: str, *, kinds: Sequence[str] = STEPS_AS_RLALIGN + SOLVERS
+) -> None:
+    """Refuses a scheduler of other classes than ``kinds``, of other noise levels than theirs, or
+    that cannot be sampled."""
     kind = type(scheduler).__name__
     config = scheduler.config
-    if kind not in STEPS_AS_RLALIGN + SOLVERS:
+    if kind not in kinds:
         raise _refusal(
             path,
-            f"the scheduler must be one of {', '.join(STEPS_AS_RLALIGN + SOLVERS)}, got {kind},"
-            " which samples otherwise",
+            f"the scheduler must be one of {', '.join(kinds)}, got {kind}, which samples otherwise",
         )
     _check_settings(scheduler, path, READ | REPLACED)
 
@@ -321,12 +325,12 @@ def say_steps(path: str, folder: Path | None = None) -> None:
         return  # what is wrong with them, loading says
 
     # rlalign takes steps of its own
-    if kind in SOLVERS:
+    if kind in (*SOLVERS, COGVIDEOX[1]):
         _say(
             f"note: {path}: its scheduler is {kind}; rlalign steps by plan.rule instead, on its"
             " noise levels"
         )
-    elif kind in STEPS_AS_RLALIGN and spacing in ("linspace", "trailing"):
+    elif kind in (*STEPS_AS_RLALIGN, COGVIDEOX[0]) and spacing in ("linspace", "trailing"):
         when = " if plan.steps does not divide num_train_timesteps" if spacing == "trailing" else ""
         _say(
             f"note: {path}: rlalign steps from each timestep of the {spacing} grid to the next,"

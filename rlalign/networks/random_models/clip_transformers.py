@@ -119,3 +119,89 @@ HUNYUAN_VIDEO = Family(
     pixels=32,
     frames=5,
 )
+
+# CogVideoX
+
+_COGVIDEOX = Network(
+    kind="CogVideoXTransformer3DModel",
+    tiny={
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 8,
+        "text_embed_dim": 32,
+        "num_layers": 2,
+        "sample_width": 4,
+        "sample_height": 4,
+        "sample_frames": 9,
+        "max_text_seq_length": 24,
+    },
+)
+_COGVIDEOX_VAE = Network(
+    kind="AutoencoderKLCogVideoX",
+    same={"scaling_factor": 0.7},
+    tiny={
+        "down_block_types": ["CogVideoXDownBlock3D"] * 3,
+        "up_block_types": ["CogVideoXUpBlock3D"] * 3,
+        "block_out_channels": [8, 8, 8],
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+    },
+)
+_COGVIDEOX_LEVELS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+COGVIDEOX_2B = Family(
+    title="CogVideoX 2B",
+    pipeline="CogVideoXPipeline",
+    networks={
+        "transformer": _COGVIDEOX,
+        "vae": _COGVIDEOX_VAE.vary(same={"scaling_factor": 1.15258426}),
+        "text_encoder": encoders.T5_XXL,
+    },
+    tokenizers={"tokenizer": Tokenizer(kind="t5", length=226)},
+    scheduler=Scheduler(
+        kind="CogVideoXDDIMScheduler",
+        settings={**_COGVIDEOX_LEVELS, "snr_shift_scale": 3.0},
+    ),
+    frames=9,
+)
+_COGVIDEOX_5B = _COGVIDEOX.vary(
+    same={"use_rotary_positional_embeddings": True},
+    published={"num_attention_heads": 48, "num_layers": 42},
+)
+COGVIDEOX = replace(
+    COGVIDEOX_2B,
+    title="CogVideoX 5B",
+    networks={
+        "transformer": _COGVIDEOX_5B,
+        "vae": _COGVIDEOX_VAE,
+        "text_encoder": encoders.T5_XXL,
+    },
+    scheduler=Scheduler(
+        kind="CogVideoXDDIMScheduler",
+        settings={**_COGVIDEOX_LEVELS, "snr_shift_scale": 1.0},
+    ),
+)
+COGVIDEOX_15 = replace(
+    COGVIDEOX,
+    title="CogVideoX 1.5 5B",
+    networks={
+        **COGVIDEOX.networks,
+        # tokens two frames deep
+        "transformer": _COGVIDEOX_5B.vary(
+            same={"patch_size_t": 2, "patch_bias": False},
+            tiny={"sample_height": 8, "sample_width": 8},
+            published={"sample_height": 300, "sample_width": 300, "sample_frames": 81},
+        ),
+    },
+)

@@ -18,9 +18,11 @@ from rlalign.core.registry import UserError
 from rlalign.diffusion.paths import RectifiedFlow, StepsShift, Tokens, VariancePreserving
 from rlalign.diffusion.rollout import rollout
 from rlalign.networks.pipelines.schedulers import (
+    COGVIDEOX,
     SOLVERS,
     check_variance_preserving,
     read_flow,
+    read_variance_preserving,
     say_steps,
 )
 from rlalign.policies.stable_diffusion import StableDiffusion
@@ -110,6 +112,19 @@ def test_other_levels_and_other_schedulers_are_refused_by_name(
 ) -> None:
     with pytest.raises(UserError, match=name):
         check_variance_preserving(getattr(diffusers, kind)(**settings), "here")
+
+
+@pytest.mark.parametrize("kind", COGVIDEOX)
+def test_cogvideoxs_own_are_read_where_they_are_asked_for(kind: str) -> None:
+    """With the shift of their signal, in float64 as they have it; not with samples clipped."""
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler = getattr(diffusers, kind)(**settings, clip_sample=False, snr_shift_scale=3.0)
+    check_variance_preserving(scheduler, "here", kinds=COGVIDEOX)
+    path = read_variance_preserving(scheduler)
+    assert torch.equal(path.alphas_cumprod, scheduler.alphas_cumprod)
+    clipped = getattr(diffusers, kind)(**settings, clip_sample=True)
+    with pytest.raises(UserError, match="clip_sample must be off"):
+        check_variance_preserving(clipped, "here", kinds=COGVIDEOX)
 
 
 @pytest.mark.parametrize(

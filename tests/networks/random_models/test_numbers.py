@@ -68,6 +68,9 @@ PUBLISHED = {
     "z_image": {"transformer": 6.155, "vae": 0.084, "text_encoder": 4.022},
     "ltx": {"transformer": 1.923, "vae": 0.419, "text_encoder": T5},
     "ltx_091": {"transformer": 1.923, "vae": 0.935, "text_encoder": T5},
+    "cogvideox": {"transformer": 5.570, "vae": 0.216, "text_encoder": T5},
+    "cogvideox_2b": {"transformer": 1.694, "vae": 0.216, "text_encoder": T5},
+    "cogvideox_15": {"transformer": 5.571, "vae": 0.216, "text_encoder": T5},
     "hunyuan_video": {
         "transformer": 12.821,
         "vae": 0.246,

@@ -18,6 +18,9 @@ PROMPTS = ("a red circle", "Two blue squares, 7 of them!")
 CALL: dict[str, dict[str, Any]] = {
     "ltx": {"num_frames": 9},
     "ltx_091": {"num_frames": 9},
+    "cogvideox": {"num_frames": 9, "max_sequence_length": 24},
+    "cogvideox_2b": {"num_frames": 9, "max_sequence_length": 24},
+    "cogvideox_15": {"num_frames": 9, "max_sequence_length": 24},
     # the template is longer than a call reads of the small tokenizer's letters
     "hunyuan_video": {"num_frames": 5, "max_sequence_length": 352},
     "sana": {"use_resolution_binning": False},
