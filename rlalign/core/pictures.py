@@ -33,8 +33,11 @@ SMALL_CELL = 160
 LARGE_CELL = 256
 STRIP = 6
 GAP = 4
-"""Pixels between two frames of a strip; a frame's cell is half as wide as a picture's."""
+"""Pixels between two frames of a strip; a frame fits in half the side of a picture's cell."""
 MOST_FRAMES = 33
+SHEET_SIDE = 128
+SHEET_FRAMES = 17
+"""Of the clips of one sheet, where they are larger than a small cell."""
 PAPER = (250, 250, 248)
 INK = (40, 40, 44)
 GOOD = (22, 128, 76)
@@ -94,12 +97,12 @@ def write_grid(
     layout = _Layout(cell=cell, columns=min(columns, len(captions)))
     if frames > 1:
         write_clips(path, media_NFCHW, rate)
-        layout = _clip_layout(strips, columns * (cell + MARGIN), columns % 2 == 0, frames, own)
+        layout = _clip_layout(strips, columns * (cell + MARGIN), columns % 2 == 0, frames)
     sheet, boxes = _draw(strips, captions, scores, layout, title)
 
     # what the grid shows, to be read back
     facts: dict[str, Any] = {
-        "factor": max(1, layout.cell // side),
+        "factor": max(1, own // side),
         "boxes": [strip[0] for strip in boxes],
         "captions": list(captions),
         "scores": [float(s) if np.isfinite(s) else None for s in scores],
@@ -117,7 +120,7 @@ class _Layout:
     """Sizes of a sheet, in pixels."""
 
     cell: int
-    """Side of the square that a picture, or a frame, fits in."""
+    """Side of the square that a picture fits in; of a clip a frame's width."""
     columns: int
     frames: int = 1
     """Frames side by side in a cell."""
@@ -137,11 +140,10 @@ class _Layout:
         return self.frame_height or self.cell
 
 
-def _clip_layout(
-    strips: Sequence[Sequence[Image]], width: int, even: bool, frames: int, cell: int
-) -> _Layout:
+def _clip_layout(strips: Sequence[Sequence[Image]], width: int, even: bool, frames: int) -> _Layout:
     """Of strips of clips of so many ``frames``, on a sheet of ``width``."""
     shown = len(strips[0])
+    cell = strips[0][0].width
     columns = max(1, width // (shown * (cell + GAP) - GAP + MARGIN))
     if even:
         columns = max(2, columns - columns % 2)
@@ -297,6 +299,35 @@ def _read_strip(sheet: Image, strip: Sequence[Box], facts: Mapping[str, Any]) ->
         frames.append(np.asarray(cut).transpose(2, 0, 1))
     rate = facts.get("rate", RATE) * len(strip) / facts.get("frames", 1)
     return Clip(media_FCHW=np.ascontiguousarray(np.stack(frames)), rate=rate)
+
+
+# --- all clips of a grid in one ------------------------------------------------------------------
+
+
+def join_clips(cells: Sequence[Cell], columns: int = 4) -> Clip:
+    """The clips of a grid as one clip, side by side in its order, small ones enlarged by a whole
+    factor: for viewers that show one picture at a time."""
+    # long and large ones would be too much for a log
+    clips = [Clip(media_FCHW=cell.media_FCHW, rate=cell.rate) for cell in cells]
+    if max(clips[0].media_FCHW.shape[-2:]) > SMALL_CELL:
+        clips = [shrink_clip(clip, SHEET_FRAMES, SHEET_SIDE) for clip in clips]
+    frames, _, height, width = clips[0].media_FCHW.shape
+    factor = max(1, SMALL_CELL // max(height, width))
+
+    # paper, and each clip on it
+    columns = min(columns, len(clips))
+    high = height * factor
+    wide = width * factor
+    rows = -(-len(clips) // columns)
+    size = (rows * (high + GAP) + GAP, columns * (wide + GAP) + GAP)
+    sheet_FCHW = np.empty((frames, 3, *size), dtype=np.uint8)
+    sheet_FCHW[:] = np.array(PAPER, dtype=np.uint8)[:, None, None]
+    for number, clip in enumerate(clips):
+        y = GAP + number // columns * (high + GAP)
+        x = GAP + number % columns * (wide + GAP)
+        enlarged = clip.media_FCHW.repeat(factor, axis=2).repeat(factor, axis=3)
+        sheet_FCHW[:, :, y : y + high, x : x + wide] = enlarged
+    return Clip(media_FCHW=sheet_FCHW, rate=clips[0].rate)
 
 
 def _colours(scores: Sequence[float]) -> list[tuple[int, int, int]]:

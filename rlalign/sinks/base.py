@@ -49,7 +49,8 @@ class Writer(Protocol):
         ...
 
     def show(self, round: int, picture: Path, /) -> None:
-        """A PNG of an evaluation; its file name says which."""
+        """A PNG of an evaluation; its file name says which. Where it shows clips, they lie beside
+        it (``rlalign.core.pictures.clip_files``)."""
         ...
 
     def keep(self, file: Path, /) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
+from rlalign.core.pictures import clip_files, clips_folder
 from rlalign.core.registry import UserError
 from rlalign.sinks.base import Origin, Sink, Writer
 
@@ -21,7 +22,7 @@ _LONGEST_PARAM = 500
 
 class MLflow(Sink):
     """A run of MLflow: metrics over rounds, the settings as parameters, and the evaluation's
-    pictures, config.yaml and the report as artefacts.
+    pictures and clips, config.yaml and the report as artefacts.
 
     A password is MLFLOW_TRACKING_PASSWORD's, a token MLFLOW_TRACKING_TOKEN's. A run that goes on is
     the same run there; rounds that it does again are logged again.
@@ -111,6 +112,9 @@ class _Writer:
 
     def show(self, round: int, picture: Path) -> None:
         self._client.log_artifact(self._number, str(picture), "samples")
+        folder = clips_folder(picture)
+        if clip_files(picture):
+            self._client.log_artifacts(self._number, str(folder), f"samples/{folder.name}")
 
     def keep(self, file: Path) -> None:
         self._client.log_artifact(self._number, str(file))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rlalign.core.clips import Clip, encode_animation
+from rlalign.core.pictures import clip_files, join_clips, read_grid
 from rlalign.sinks.base import Origin, Sink, Writer
 
 
 class TensorBoard(Sink):
     """Event files in ``tensorboard/`` of the run folder: every metric, and the evaluation's
-    pictures.
+    pictures; its clips play side by side in one animated PNG.
 
     Source: torch.utils.tensorboard.
     """
@@ -41,6 +43,24 @@ class _Writer:
             pixels_HWC = np.asarray(image.convert("RGB"))
         name = "changes" if picture.stem.endswith("changes") else "samples"
         self._board.add_image(name, pixels_HWC, round, dataformats="HWC")
+        if clip_files(picture):
+            self._play(f"{name}_clips", join_clips(read_grid(picture)), round)
+
+    def _play(self, name: str, clip: Clip, round: int) -> None:
+        """An image as TensorBoard takes it, encoded: a browser plays it."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        _, _, height, width = clip.media_FCHW.shape
+        image = Summary.Image(
+            height=height,
+            width=width,
+            colorspace=3,
+            encoded_image_string=encode_animation(clip.media_FCHW, "png", clip.rate),
+        )
+        assert self._board.file_writer is not None, "something was written before"
+        self._board.file_writer.add_summary(
+            Summary(value=[Summary.Value(tag=name, image=image)]), round
+        )
 
     def keep(self, file: Path) -> None:
         """The file is in the run folder already, beside the event files."""

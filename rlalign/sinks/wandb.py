@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 from collections.abc import Mapping
@@ -10,13 +11,16 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rlalign.core.clips import encode_animation
+from rlalign.core.pictures import clip_files, join_clips, read_grid
 from rlalign.core.registry import UserError
 from rlalign.sinks.base import Origin, Sink, Writer
 
 
 class WandB(Sink):
     """A run of Weights & Biases: metrics over rounds, the evaluation's pictures, the resolved
-    settings, and the report as an artefact.
+    settings, and the report as an artefact. Clips play side by side in one GIF, which has 256
+    colours a frame; the run folder has them whole.
 
     The key is WANDB_API_KEY's, or what ``wandb login`` keeps. ``offline`` writes into ``wandb/`` of
     the run folder, for ``wandb sync``. A run that goes on is the same run there; rounds that it
@@ -79,7 +83,13 @@ class _Writer:
         import wandb
 
         name = "changes" if picture.stem.endswith("changes") else "samples"
-        self._run.log({"round": round, name: wandb.Image(str(picture))})
+        shown: dict[str, Any] = {name: wandb.Image(str(picture))}
+        if clip_files(picture):
+            # of all formats that W&B plays, Pillow writes this one
+            clip = join_clips(read_grid(picture))
+            film = io.BytesIO(encode_animation(clip.media_FCHW, "gif", clip.rate))
+            shown[f"{name}_clips"] = wandb.Video(film, format="gif")
+        self._run.log({"round": round, **shown})
 
     def keep(self, file: Path) -> None:
         import wandb

@@ -42,6 +42,10 @@ def main(folder: Path, sink: Mapping[str, Any], resume_at: int) -> None:
     for name in ("round-00003.png", "round-00003-changes.png"):
         write_grid(folder / "samples" / name, media, ["a", "b"], [0.0, 1.0])
         log.show(3, folder / "samples" / name)
+    clips = np.zeros((2, 3, 3, 16, 16), dtype=np.uint8)
+    clips[:, 1:] = 200
+    write_grid(folder / "samples" / "round-00004.png", clips, ["a", "b"], [0.0, 1.0])
+    log.show(4, folder / "samples" / "round-00004.png")
     log.close(ended=True)
     print("told:", json.dumps(log.take_notes()))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rlalign.core.registry import UserError, build
@@ -35,7 +37,14 @@ def test_a_database_holds_metrics_pictures_settings_and_the_report(tmp_path):
     kept = {one.path for one in client.list_artifacts(run.info.run_id)}
     assert kept == {"config.yaml", "report.html", "samples"}
     pictures = {one.path for one in client.list_artifacts(run.info.run_id, "samples")}
-    assert pictures == {"samples/round-00003.png", "samples/round-00003-changes.png"}
+    assert pictures == {
+        "samples/round-00003.png",
+        "samples/round-00003-changes.png",
+        "samples/round-00004.png",
+        "samples/round-00004",
+    }
+    clips = client.list_artifacts(run.info.run_id, "samples/round-00004")
+    assert [Path(one.path).name for one in clips] == ["000.webp", "001.webp"]
     assert (tmp_path / "mlartifacts").is_dir(), "beside the database"
     assert files_with([PASSWORD], tmp_path) == []
     assert not any(PASSWORD in command for command in first.arguments)

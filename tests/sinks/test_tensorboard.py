@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 
-from rlalign.core.pictures import write_grid
+from rlalign.core.clips import decode_clip
+from rlalign.core.pictures import GAP, write_grid
 from rlalign.core.registry import build
 from rlalign.learning.log import Log
 from rlalign.learning.metrics import Recorder
 from rlalign.sinks.base import Origin
 from tests.learning.test_metrics import evaluation, record
+from tests.made_clips import made_clips
 
 
 def log_of(folder, resume_at: int) -> Log:
@@ -47,3 +49,28 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
     ]
     assert "bad" not in board.Tags()["scalars"]
     assert [e.step for e in board.Images("samples")] == [2]
+    assert "samples_clips" not in board.Tags()["images"]
+
+
+def test_clips_play_side_by_side_frame_by_frame(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    media = made_clips(6)
+    log = log_of(tmp_path, -1)
+    write_grid(tmp_path / "round-00004.png", media, list("abcdef"), [0.0] * 6, rate=12.0)
+    log.show(4, tmp_path / "round-00004.png")
+    log.close(ended=True)
+    assert log.take_notes() == []
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    (event,) = board.Images("samples_clips")
+    assert event.encoded_image_string.startswith(b"\x89PNG")
+    sheet = decode_clip(event.encoded_image_string)
+    assert (event.step, sheet.rate) == (4, 12.0)
+    assert (event.height, event.width) == sheet.media_FCHW.shape[2:]
+    # four in a row; sides of 16 and 24 are shown six times as large
+    for number, clip in enumerate(media):
+        y, x = GAP + number // 4 * (96 + GAP), GAP + number % 4 * (144 + GAP)
+        tile = sheet.media_FCHW[:, :, y : y + 96, x : x + 144]
+        assert np.array_equal(tile[:, :, ::6, ::6], clip)
+        assert np.array_equal(tile, clip.repeat(6, axis=2).repeat(6, axis=3))

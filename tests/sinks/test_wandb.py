@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlalign.core.clips import read_clip
 from tests.sinks.logged import files_with, log_rounds
 
 pytestmark = pytest.mark.promise
@@ -58,7 +59,11 @@ def test_an_offline_run_holds_metrics_pictures_settings_and_the_report(tmp_path)
     assert numbers == [("1", "0.25"), ("2", "0.5"), ("3", "0.75")]
     assert not any("missing" in line for line in lines)
     pictures = [name for line in lines for name in ("samples", "changes") if name in line]
-    assert pictures == ["samples", "changes"]
+    assert pictures == ["samples", "changes", "samples"]
+    assert sum("samples_clips" in line for line in lines) == 1
+    (gif,) = folder.rglob("samples_clips*.gif")
+    assert read_clip(gif)[:, 0].max(axis=(1, 2)).tolist() == [250, 250, 250]  # the paper between
+    assert read_clip(gif)[:, 0, 10, 10].tolist() == [0, 200, 200]
     kinds = list(records(folder))
     run = next(r.run for r in kinds if r.WhichOneof("record_type") == "run")
     settings = {item.key: item.value_json for item in run.config.update}

@@ -1,0 +1,64 @@
+"""What ``rlalign sample`` writes of clips: whole files, strips, a page that plays them, and what
+people would vote on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rlalign.core.clips import read_clip
+from rlalign.core.pictures import clip_files, read_grid
+from rlalign.diffusion.rollout import rollout
+from rlalign.sampling.compare import sample_local
+from rlalign.sampling.output import remove_so_far, write_so_far
+from rlalign.sampling.settings import parse_sample
+from rlalign.voting.sources.files import find_pictures, find_samples
+from tests.made_clips import made_clips
+from tests.report.test_clips import films_of
+from tests.runs import quiet
+
+SETTINGS = {
+    "name": "clips",
+    "policy": {"name": "tests.policies.clips:Clips"},
+    "plan": {"steps": 2, "rule": "flow_sde", "height": 16, "width": 24, "frames": 5},
+    "prompts": {"name": "list", "prompts": ["a ball falls", "a cube"]},
+    "pictures": 2,
+    "rewards": [{"name": "jpeg"}],
+    "sampler": {"name": "plain"},
+    "rows": 2,
+}
+
+
+def test_one_clip_has_the_same_frames_at_every_exit(tmp_path: Path) -> None:
+    sample = parse_sample(SETTINGS)
+    sample_local(sample, tmp_path, quiet)
+    _, media = rollout(sample.model.load("cpu"), sample.unit, 0)
+    assert media.shape == (2, 5, 3, 16, 24)
+    assert len({frame.tobytes() for frame in media[0]}) > 1, "it moves"
+    files = sorted((tmp_path / "pictures").iterdir())
+    assert [file.name for file in files] == ["00000.webp", "00001.webp"]
+    cells = read_grid(tmp_path / "samples.png")
+    films = films_of((tmp_path / "report.html").read_text())
+    shown = find_samples(tmp_path)
+    for number, clip in enumerate(media):
+        assert np.array_equal(read_clip(files[number]), clip)
+        assert np.array_equal(cells[number].media_FCHW, clip)
+        assert np.array_equal(films[number], clip)
+        (voted,) = shown[str(sample.unit.prompts[number])]
+        assert np.array_equal(read_clip(voted.read()), clip)
+    # the folder is a source of clips by itself, with a caption for each
+    for file, prompt in zip(files, sample.unit.prompts, strict=True):
+        file.with_suffix(".txt").write_text(prompt)
+    found = find_pictures(str(tmp_path / "pictures"))
+    assert np.array_equal(read_clip(found["a cube"][0].read()), media[1])
+
+
+def test_what_a_failed_sampling_leaves_of_clips_is_taken_away(tmp_path: Path) -> None:
+    sample = parse_sample(SETTINGS)
+    media = made_clips(2)
+    said = write_so_far(sample, tmp_path, [("method", media)])
+    assert said.endswith("so-far (method.png)")
+    assert len(clip_files(tmp_path / "so-far" / "method.png")) == 2
+    remove_so_far(tmp_path)
+    assert list(tmp_path.iterdir()) == []
