@@ -50,7 +50,7 @@ def load_reward(name: str, *, device: str = "cpu", **settings: Any) -> Score:
     # the reward is built as a run file builds it
     usable(device, "load_reward.device")
     reward = cast("Reward", build("rewards", {**settings, "name": name}, "load_reward"))
-    scorer = reward.load(device)
+    scorer = reward.load_scorer(device)
 
     # floats keep their gradient, bytes are scored as a run scores them
     def of_media(media: torch.Tensor | np.ndarray, prompts: Sequence[str]) -> torch.Tensor:

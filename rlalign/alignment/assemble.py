@@ -62,7 +62,7 @@ def differentiable_scorer(run: Run, device: str) -> DifferentiableScorer:
             " gives no gradient; use another reward, or an algorithm that takes any (ddpo, dpok,"
             " grpo)"
         )
-    scorers = {r.title: r.load(device) for r in run.rewards}
+    scorers = {r.title: r.load_scorer(device) for r in run.rewards}
 
     def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
         scores = {title: one(media_BFCHW, prompts) for title, one in scorers.items()}

@@ -58,7 +58,9 @@ class LocalCollect:
         self._run = run
         runtime = run.runtime
         device = usable(runtime.device, "runtime.device")
-        scorers = {r.title: r.load(runtime.reward_device) for r in run.rewards_for("evaluate")}
+        scorers = {
+            r.title: r.load_scorer(runtime.reward_device) for r in run.rewards_for("evaluate")
+        }
         self._scorers = scorers
 
         # the policy and its lanes

@@ -39,7 +39,7 @@ class LiveRewards:
         self._rewards = [r if strict else drop_errors(r) for r in rewards]
         self._held_out = [r if strict else drop_errors(r) for r in held_out]
         if scorers is None:
-            scorers = {r.title: r.load("cpu") for r in (*rewards, *held_out)}
+            scorers = {r.title: r.load_scorer("cpu") for r in (*rewards, *held_out)}
         self._scorers = {title: self._with_reason(scorer) for title, scorer in scorers.items()}
         self.queries = self.gradients = self.missing = 0
         self.reason = ""

@@ -9,10 +9,11 @@ from typing import Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlalign.core.media import as_floats
 from rlalign.core.registry import Before, Recipe, UserError
+from rlalign.rewards._frames import Frames, FramesScorer
 
 Combine = Literal["sum", "normalised", "product"]
 """How several rewards make one number."""
@@ -39,6 +40,8 @@ class Reward(Recipe):
 
     shelf: ClassVar[str] = "rewards"
     differentiable: ClassVar[bool] = False
+    of_clips: ClassVar[bool] = False
+    """Whether it compares a clip's frames, and so cannot be asked about one alone."""
 
     weight: float = Field(
         default=1.0, allow_inf_nan=False, description="factor in the weighted total"
@@ -65,6 +68,23 @@ class Reward(Recipe):
         ),
     )
 
+    frames: Annotated[Frames | None, Before(None)] = Field(
+        default=None,
+        description=(
+            "of a clip: mean, min, first, or {quantile: q} of the scores of its frames, each seen"
+            " alone; null: what the reward makes of a clip, mostly the mean"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _of_frames(self) -> Reward:
+        if self.of_clips and self.frames is not None:
+            raise ValueError(
+                f"frames has no meaning for {self.title}, which compares the frames of a clip;"
+                " leave it out"
+            )
+        return self
+
     @property
     def title(self) -> str:
         """The name under which the score is logged."""
@@ -77,8 +97,15 @@ class Reward(Recipe):
         return None
 
     def load(self, device: str) -> Scorer:
-        """The live scorer on ``device``."""
+        """The live scorer on ``device``, of whole clips."""
         raise NotImplementedError
+
+    def load_scorer(self, device: str) -> Scorer:
+        """The live scorer on ``device``, which sees frames as ``frames`` says; what a run asks."""
+        scorer = self.load(device)
+        if self.frames is None:
+            return scorer
+        return FramesScorer(self.title, scorer, self.frames)
 
 
 def score(

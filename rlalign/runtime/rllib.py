@@ -50,7 +50,7 @@ def environment(run: Run) -> Denoising:
     """The environment of a run: its policy's last step, its prompts, its plan, the weighted sum of
     its rewards."""
     torch.set_num_threads(1)
-    scorers = [(reward, reward.load("cpu")) for reward in run.rewards]
+    scorers = [(reward, reward.load_scorer("cpu")) for reward in run.rewards]
 
     def scored(media_BFCHW: torch.Tensor, prompts: Any) -> np.ndarray:
         media = as_uint8(media_BFCHW)  # as everywhere: rewards see uint8

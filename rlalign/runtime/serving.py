@@ -115,7 +115,7 @@ class Replica:
         self._mistake = ""
         try:
             with naming_the_node():
-                self._scorer: Any = reward.load(usable(device, "server.device"))
+                self._scorer: Any = reward.load_scorer(usable(device, "server.device"))
         except UserError as error:
             # said by the driver; an exception here would be tried again and again
             self._mistake = str(error)

@@ -170,7 +170,7 @@ class RewardWorker(Worker):
         self.label = label
         self._reward = reward
         with naming_the_node():
-            scorer = reward.load(usable(device, "runtime.device"))
+            scorer = reward.load_scorer(usable(device, "runtime.device"))
         scorers = {reward.title: scorer}
         self._scorer = scorer
         self._tag: tuple[str, int] | None = None

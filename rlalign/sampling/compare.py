@@ -151,7 +151,9 @@ def sample_local(sample: Sample, folder: Path, on_record: OnRecord) -> dict[str,
     device = usable(runtime.device, "runtime.device")
     reader = encoding_reader(sample.model.recipe, runtime)
     policy = ready_policy(sample.model, device, sample.interpolation, reader=reader)
-    scorers = {r.title: r.load(runtime.reward_device) for r in sample.rewards_for("evaluate")}
+    scorers = {
+        r.title: r.load_scorer(runtime.reward_device) for r in sample.rewards_for("evaluate")
+    }
     engine = LocalEngine.with_lanes(
         policy,
         lambda: LiveRewards(sample.rewards, sample.held_out, scorers),

@@ -21,7 +21,7 @@ class PictureFilter:
         self.settings = settings
         # one that fails says nothing about the others
         self._reward = settings.reward.model_copy(update={"on_error": "drop"})
-        self._scorer: Scorer = settings.reward.load(device)
+        self._scorer: Scorer = settings.reward.load_scorer(device)
         self.held_back = 0
         """Pictures that were not shown so far."""
 

@@ -37,7 +37,7 @@ class Judge:
     def __init__(self, settings: Simulate, seed: int) -> None:
         self.settings = settings
         self.seed = seed
-        self._scorers: dict[str, Scorer] = {r.title: r.load("cpu") for r in settings.utility}
+        self._scorers: dict[str, Scorer] = {r.title: r.load_scorer("cpu") for r in settings.utility}
         self._known: dict[tuple[str, str], float] = {}
 
     def utilities(self, caption: str, contents: Sequence[bytes]) -> np.ndarray:

@@ -46,7 +46,7 @@ def simulate_pairs(config: FitReward, file: Path, report: Report) -> None:
     (settings, seed) alone."""
     simulate = config.simulate
     assert simulate is not None
-    scorers = {reward.title: reward.load(config.device) for reward in simulate.utility}
+    scorers = {reward.title: reward.load_scorer(config.device) for reward in simulate.utility}
     utility = LiveRewards(simulate.utility, scorers=scorers, strict=True)
     drawn = round(simulate.drawn * simulate.pairs)
     rows = [
