@@ -121,7 +121,9 @@ def read_frames(source: bytes | Path) -> tuple[list[Image], float]:
     """The same frames as Pillow images of mode RGB; equal neighbours may be one object."""
     with open_picture(source) as opened:
         # a picture; animations of one picture may stand for a frozen clip
-        description = opened.getexif().get(_DESCRIPTION) if opened.format in _ANIMATED else None
+        # (a PNG without EXIF would be loaded here, and its packing be gone)
+        has_exif = opened.format in _ANIMATED and "exif" in opened.info
+        description = opened.getexif().get(_DESCRIPTION) if has_exif else None
         said = _said_by(description)
         count = int(getattr(opened, "n_frames", 1)) if opened.format in _ANIMATED else 1
         if count == 1 and said is None:

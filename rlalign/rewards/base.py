@@ -58,7 +58,6 @@ class Reward(Recipe):
         allow_inf_nan=False,
         description="a constraint: a sample below it gets the lowest reward of its prompt's",
     )
-
     units_per_call: Annotated[int, Before(1)] = Field(
         default=1,
         ge=1,
@@ -67,7 +66,6 @@ class Reward(Recipe):
             " of a network then differ in their last bits"
         ),
     )
-
     frames: Annotated[Frames | None, Before(None)] = Field(
         default=None,
         description=(
