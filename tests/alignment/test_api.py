@@ -200,7 +200,7 @@ def test_a_policy_by_its_run_folder(run_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("tyni", {}, r"a model must be a run folder .* or one of flux, .*got 'tyni'"),
+        ("tyni", {}, r"a model must be a run folder .* or one of cogvideox, .*got 'tyni'"),
         ("mine/nowhere", {}, r"the hub id of one, .*got 'mine/nowhere', and looked at /"),
         ("points", {"lora_rnk": 2}, r"load_policy\.lora_rnk: unknown setting; did you mean 'lora_"),
         ("points", {"lora_rank": -1}, r"load_policy\.lora_rank must be >= 0, got -1"),

@@ -464,7 +464,8 @@ def test_runs_without_an_adapter_are_the_runs_that_they_were() -> None:
     assert before["evaluate"].pop("by") == ""
     assert before["guard"].pop("limits") == []
     before["guard"] |= {"held_out": "", "drop": 0.05}
-    assert before["rewards"][0].pop("at_least") is None
+    for name, was in (("at_least", None), ("frames", None), ("units_per_call", 1)):
+        assert before["rewards"][0].pop(name) == was
     assert identity_of(run) == checkpoint.identity(before) == "c4c621d302faa380"
     other = load_run(CONFIGS / "quickstart.yaml", ["policy.adapter=somewhere"])
     assert identity_of(other) != identity_of(run)

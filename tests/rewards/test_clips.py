@@ -3,11 +3,13 @@ against what."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
 from rlalign.core.registry import UserError, build
+from rlalign.rewards.base import score
 from rlalign.rewards.dynamic_degree import DynamicDegree
 from rlalign.rewards.smoothness import Smoothness
 
@@ -47,6 +49,21 @@ def test_a_frozen_clip_is_smooth_and_not_dynamic() -> None:
     media = torch.rand(2, 1, 3, 6, 6).expand(2, 4, 3, 6, 6)
     assert Smoothness().load("cpu")(media, ["a", "b"]).tolist() == [1.0, 1.0]
     assert DynamicDegree().load("cpu")(media, ["a", "b"]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("reward", [Smoothness(), DynamicDegree()])
+@pytest.mark.parametrize("size", [(32, 32), (7, 41)])
+def test_a_clip_alone_scores_as_among_others(
+    reward: Smoothness | DynamicDegree, size: tuple[int, int]
+) -> None:
+    """Of any size, and blank; within 0 to 1."""
+    media = np.random.default_rng(3).integers(0, 256, (4, 5, 3, *size), dtype=np.uint8)
+    media[1] = 0
+    scorer = reward.load("cpu")
+    together = score(reward, scorer, media, ["a"] * 4)
+    alone = [score(reward, scorer, media[i : i + 1], ["a"])[0] for i in range(4)]
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+    assert ((together >= 0.0) & (together <= 1.0)).all()
 
 
 @pytest.mark.parametrize("reward", [Smoothness(), DynamicDegree(share=0.5)])

@@ -22,11 +22,14 @@ from rlalign.rewards.base import Reward, Scorer, score
 from tests.rewards.small_models import save_clip, save_head, save_imagereward, save_pickscore
 
 OWN = {
+    "dynamic_degree": ("test_clips.py", "test_a_clip_alone_scores_as_among_others"),
     "geneval": ("test_geneval.py", "test_one_picture_alone_scores_as_among_others"),
     "hpsv3": ("test_hpsv3.py", "test_alone_among_others_and_as_a_clip"),
     "http": ("test_http.py", "test_scores_are_bitwise_those_of_the_reward_itself"),
+    "motion": ("test_motion.py", "test_a_clip_alone_scores_as_among_others"),
     "ocr": ("test_ocr.py", "test_a_score_does_not_depend_on_its_batch"),
     "safety": ("test_safety.py", "test_one_picture_alone_scores_as_among_others"),
+    "smoothness": ("test_clips.py", "test_a_clip_alone_scores_as_among_others"),
     "tesseract": ("test_tesseract.py", "test_a_score_does_not_depend_on_its_batch"),
     "vlm_judge": ("test_vlm_judge.py", "test_many_pictures_are_each_given_their_own_score"),
 }

@@ -136,6 +136,16 @@ def test_a_wrong_claim_fails_in_its_component_alone(caption, claimed, component)
     assert components(parse_caption(caption), clip)[component] > 0.95
 
 
+def test_a_clip_alone_scores_as_among_others() -> None:
+    reward = Motion()
+    scorer = reward.load("cpu")
+    media = np.stack([clip.transpose(0, 3, 1, 2) for clip in CLIPS[:4]])
+    captions = [scene.caption for scene in SCENES[1:5]]
+    together = score(reward, scorer, media, captions)
+    alone = [score(reward, scorer, media[i : i + 1], captions[i : i + 1])[0] for i in range(4)]
+    assert together.tolist() == [float(one) for one in alone]
+
+
 def test_the_reward_scores_uint8_clips_of_any_size_and_refuses_what_is_no_caption() -> None:
     reward = Motion()
     scorer = reward.load("cpu")

@@ -119,7 +119,7 @@ def test_it_gives_the_same_buckets(ray_cluster: None, tmp_path: Path) -> None:
     small, walked = PairReader(settings, seed=1), RayPairReader(settings, seed=1)
     for number in range(3):
         passes = list(small.passes(number))
-        assert len({part[0].picture_0.shape for part in passes}) > 2
+        assert len({part[0].media_0.shape for part in passes}) > 2
         for part, other in zip(walked.passes(number), passes, strict=True):
             for one, its in zip(part, other, strict=True):
                 assert its.crop_0 is not None

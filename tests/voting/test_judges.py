@@ -115,5 +115,5 @@ def test_a_prompts_record_reaches_who_judges_and_the_pairs(tmp_path: Path) -> No
     for pairs in (list(written), list(growing.round(0))):
         assert sorted(record_of(pair.caption)["shade"] for pair in pairs) == [10, 70]
         for pair in pairs:
-            better = pair.picture_0 if pair.label_0 == 1.0 else pair.picture_1
-            assert int(better[0, 0, 0]) == record_of(pair.caption)["shade"]
+            better = pair.media_0 if pair.label_0 == 1.0 else pair.media_1
+            assert int(better[0, 0, 0, 0]) == record_of(pair.caption)["shade"]
