@@ -103,7 +103,8 @@ def test_list_has_a_line_for_every_plugin(call):
     jpeg = next(line for line in lines if line.startswith("jpeg "))
     assert "quality=95" in jpeg
     assert "2305.13301" in jpeg
-    assert "each also takes weight=1.0, label='', on_error='raise', at_least=None" in lines
+    also = "weight=1.0, label='', on_error='raise', at_least=None, units_per_call=1"
+    assert f"each also takes {also}" in lines
 
 
 def test_list_of_one_shelf(call, refused):

@@ -174,7 +174,7 @@ def test_what_is_not_a_mapping_with_a_name(settings):
             {"zzz": 5},
             (
                 "rewards[0].zzz: unknown setting; known: at_least, direction, label, name,"
-                " on_error, quality, weight"
+                " on_error, quality, units_per_call, weight"
             ),
         ),
         ({"quality": 0}, "rewards[0].quality must be >= 1, got 0"),
