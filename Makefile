@@ -22,7 +22,7 @@ help:
 	@echo "make test-promises  local = Ray = killed = resumed, whole runs on both (a few minutes)"
 	@echo "make test-slow  the long tests"
 	@echo "make chaos      thirty kills in one run on a small cluster (a few minutes)"
-	@echo "make docs-check run every command that docs/cluster.md shows"
+	@echo "make docs-check run every command that docs/cluster.md and docs/rewards.md show"
 	@echo "make docs       build the site with the reference into build/docs (a warning is an error)"
 	@echo "make lint       ruff check, ruff format --check, pyright"
 	@echo "make format     rewrite the code in the house format"

@@ -43,28 +43,32 @@ def measure(
 ) -> tuple[float, float, float, float]:
     """(seconds of a unit one by one, ratio of joined to one by one, the largest distance of a turn
     from it, largest difference of a score)."""
-    rng = np.random.default_rng(0)
-    media = rng.integers(0, 256, (joined * size, 1, 3, 64, 64), dtype=np.uint8)
+    rng = np.random.default_rng([size, joined])
     prompts = [f'a picture of "number {n // max(size // 2, 1)}"' for n in range(joined * size)]
 
-    def one_by_one() -> np.ndarray:
+    def drawn() -> np.ndarray:
+        # other ones each time: a judge remembers
+        return rng.integers(0, 256, (joined * size, 1, 3, 64, 64), dtype=np.uint8)
+
+    def one_by_one(media: np.ndarray) -> np.ndarray:
         parts = [slice(at, at + size) for at in range(0, len(media), size)]
         return np.concatenate([score(reward, scorer, media[p], prompts[p]) for p in parts])
 
-    def together() -> np.ndarray:
+    def together(media: np.ndarray) -> np.ndarray:
         return score(reward, scorer, media, prompts)
 
-    difference = float(np.abs(one_by_one() - together()).max())  # and both are warm
-    pairs = [(timed(one_by_one), timed(together)) for _ in range(turns)]
+    same = drawn()
+    difference = float(np.abs(one_by_one(same) - together(same)).max())  # and both are warm
+    pairs = [(timed(one_by_one, drawn()), timed(together, drawn())) for _ in range(turns)]
     ratios = [b / a for a, b in pairs]
     ratio = statistics.median(ratios)
     spread = max(abs(r - ratio) for r in ratios)
     return statistics.median(a for a, _ in pairs) / joined, ratio, spread, difference
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[np.ndarray], object], media: np.ndarray) -> float:
     begin = time.perf_counter()
-    work()
+    work(media)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begin

@@ -1,9 +1,9 @@
 """The commands that the pages show, run in order in one shell: ``make docs-check``.
 
 A block of ```bash is run. ``<!-- wait: FILE -->`` before one waits until the file is there, as a
-reader would; ``<!-- not run: REASON -->`` leaves one out. After them come, on the same cluster,
-Ray's own commands: the right column of a table with the heading ``| rlalign | Ray |``, with a run
-of their own in place of what they name.
+reader would; ``<!-- not run: REASON -->`` leaves one out. After those of cluster.md come, on the
+same cluster, Ray's own commands: the right column of a table with the heading
+``| rlalign | Ray |``, with a run of their own in place of what they name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import pytest
 from rlalign.config import dump, load_run
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("cluster.md",)
+PAGES = ("cluster.md", "rewards.md")
+SMALLER = "--local rounds=1 plan.steps=3 prompts.per_round=4 evaluate.prompts=4 evaluate.every=1"
+"""Added to a training of rewards.md, so that it takes seconds."""
 VERBS = ("submit", "status", "logs", "list", "stop")
 OWN = {"first": "own", "again": "own-again", "FOLDER": "own", "DIR": "$PWD/runs/own"}
 """What Ray's commands name -> what they are given here."""
@@ -56,13 +58,16 @@ def waiting_for(path: str) -> str:
 
 
 def script(page: str) -> str:
-    """The page's commands as one script, waits written out."""
+    """The page's commands as one script, waits written out, and what would take long made
+    small."""
     lines = ["set -euxo pipefail"]
     for kind, what, commands in _BLOCK.findall((ROOT / "docs" / page).read_text(encoding="utf-8")):
         if kind == "not run":
             continue
         if kind == "wait":
             lines.append(waiting_for(what))
+        if page == "rewards.md":
+            commands = re.sub(r"^(rlalign train .+)$", rf"\1 {SMALLER}", commands, flags=re.M)
         lines.append(commands)
     return "\n".join(lines)
 
@@ -104,7 +109,8 @@ def test_every_command_of_a_page_works(page: str, workplace: Path) -> None:
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     log = workplace / "log.txt"
     with log.open("w") as out:
-        commands = "\n".join([script(page), "ray job stop again", rays_script(page)])
+        rays_own = ["ray job stop again", rays_script(page)] if rays_commands(page) else []
+        commands = "\n".join([script(page), *rays_own])
         done = subprocess.run(
             ["bash", "-c", commands], cwd=workplace, env=environment, stdout=out, stderr=out
         )
@@ -114,6 +120,11 @@ def test_every_command_of_a_page_works(page: str, workplace: Path) -> None:
 
 def test_the_pages_have_commands() -> None:
     assert script("cluster.md").count("rlalign ") >= 12
+    served, trained = (
+        line for line in script("rewards.md").splitlines() if line.startswith("rlalign ")
+    )
+    assert served.startswith("rlalign serve-reward ocr ") and "--env ocr.txt" in served
+    assert trained.endswith(SMALLER)
 
 
 def test_the_table_has_rays_own_commands() -> None:
