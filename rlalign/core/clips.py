@@ -177,6 +177,20 @@ def _refuse_many(frames: int, size: tuple[int, int]) -> None:
         )
 
 
+def lay_out(media_FCHW: np.ndarray, widest: int) -> tuple[np.ndarray, int]:
+    """((3, H', W') all frames of a clip on one sheet, row by row; its columns): as many as fit into
+    ``widest`` pixels. What is left over is black."""
+    frames, _, height, width = media_FCHW.shape
+    columns = min(frames, max(1, widest // width))
+    rows = -(-frames // columns)
+    sheet_CHW = np.zeros((3, rows * height, columns * width), dtype=np.uint8)
+    for number, frame_CHW in enumerate(media_FCHW):
+        y = number // columns * height
+        x = number % columns * width
+        sheet_CHW[:, y : y + height, x : x + width] = frame_CHW
+    return sheet_CHW, columns
+
+
 def spread(frames: int, most: int) -> list[int]:
     """Numbers of at most ``most`` of so many frames, evenly spaced, first and last among them."""
     if frames <= most:

@@ -80,6 +80,7 @@ def requests_of(
         if more + 96 > MAX_BODY_BYTES:
             raise UserError(
                 f"a sample of {more:,} bytes is too large for a request of {MAX_BODY_BYTES:,}"
+                " over HTTP; score it in the run, or draw smaller pictures or fewer frames"
             )
         if samples and (len(samples) == most or size + more + 96 > MAX_BODY_BYTES):
             yield len(samples), _body(samples)

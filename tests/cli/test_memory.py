@@ -17,6 +17,7 @@ from rlalign.alignment.collect import LocalCollect
 from rlalign.cli import main
 from rlalign.cli.check import cards, empty, memory, work
 from rlalign.config import Run, dump, load_run
+from rlalign.diffusion.rollout import rollout
 from rlalign.learning.optimisers import pack_state
 from rlalign.networks import devices
 from rlalign.networks.random_models import FAMILIES, write_pipeline
@@ -191,6 +192,20 @@ def needs(run: Run, size: int) -> memory.Needs:
         rewards={"shapes": 0, "jpeg": 0},
         on_gpu=memory.on_gpu(run.runtime),
     )
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_a_round_of_clips_is_its_latents_and_frames(window: int) -> None:
+    """As a rollout makes them, of a plan with a window those of the window alone."""
+    from tests.policies.test_one_file import PLAN, run_of, unit_of
+
+    plan = PLAN.model_dump() | {"window": window, "steps": 6}
+    settings = {"algorithm": {"name": "rwr"}, "evaluate": {"prompts": 1, "grid": 1}}
+    run = run_of(plan=plan, **settings)
+    policy = run.policy.load("cpu")
+    trajectory, media = rollout(policy, unit_of(run.plan), 0)
+    sample = (trajectory.latents_BK1[0].nbytes, media[0].nbytes)
+    assert memory.of_a_round(run, policy) == run.samples_per_round * sum(sample)
 
 
 def test_what_is_short_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,10 @@ def test_requests_keep_to_the_limits(monkeypatch):
 
 
 def test_a_sample_too_large_for_any_request_is_a_users_mistake(monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http_protocol, "MAX_BODY_BYTES", 500)
+        with pytest.raises(UserError, match=r"bytes is too large .* or fewer frames"):
+            list(requests_of(media_of(frames=9), list("abc"), 4))
     monkeypatch.setattr(http_protocol, "MAX_FRAMES", 1)
     with pytest.raises(UserError, match=r"2 frames of 7 x 5 is too large .* at most 1 frames"):
         list(requests_of(media_of(), list("abc"), 4))

@@ -122,6 +122,7 @@ class BallotsDesk:
     clock: Callable[[], float] = time.time
     notice: Notice = field(default_factory=Notice)
     _chains: dict[str, Chain] = field(default_factory=dict, init=False)
+    _clips: dict[str, bool] = field(default_factory=dict, init=False)
     _turns: dict[str, threading.Lock] = field(default_factory=dict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -184,8 +185,16 @@ class BallotsDesk:
             uids=ballot.shown,
             ahead=tuple(ahead),
             chain=chain,
+            clips=frozenset(uid for uid in (*ballot.shown, *ahead) if self._is_clip(uid)),
             progress=self._progress(ballot.annotator, given, ""),
         )
+
+    def _is_clip(self, uid: str) -> bool:
+        """Whether a picture has several frames, which it keeps."""
+        if uid not in self._clips:
+            picture = self.store.picture(uid)
+            self._clips[uid] = picture is not None and picture.frames > 1
+        return self._clips[uid]
 
     def _waiting(self, annotator: str, given: int, prompt: str) -> Waiting:
         supply = self.source.supply(prompt)

@@ -77,6 +77,8 @@ class Sheet:
     """Pictures that the ballot after this one is likely to show."""
     chain: int = 0
     """How many choices this prompt has had in a row, in the mode chain."""
+    clips: frozenset[str] = frozenset()
+    """Those of ``uids`` and ``ahead`` that are clips."""
 
 
 @dataclass(frozen=True, kw_only=True)

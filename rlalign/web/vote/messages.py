@@ -213,6 +213,7 @@ def sheet_json(
         "prompt": sheet.prompt,
         "pictures": [key_of(uid) for uid in sheet.uids],
         "ahead": [key_of(uid) for uid in sheet.ahead],
+        "clips": [key_of(uid) for uid in (*sheet.uids, *sheet.ahead) if uid in sheet.clips],
         "allowed": list(allowed),
         "chain": sheet.chain,
         "progress": progress_json(sheet.progress),

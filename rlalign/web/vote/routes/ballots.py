@@ -5,6 +5,7 @@ POST /vote         a vote, and what comes after it
 POST /undo         the last ballot again
 POST /prompts      a prompt, or the next one
 GET  /picture/KEY  a picture, for this person
+GET  /film/KEY     all frames of a clip on one sheet, for this person
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from rlalign.web.vote.routes.results import ADMIN
 from rlalign.web.vote.routes.visitors import Visitors, person_of
 from rlalign.web.vote.words import Blocked
 
+WIDEST_SHEET = 8192
+"""Pixels: telephones draw no wider picture."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BallotRoutes:
@@ -42,6 +46,7 @@ class BallotRoutes:
             Route("/undo", self._undo, methods=["POST"]),
             Route("/prompts", self._prompts, methods=["POST"]),
             Route("/picture/{key:str}", self._picture),
+            Route("/film/{key:str}", self._film),
         ]
 
     async def _ballot(self, request: Request) -> Response:
@@ -95,6 +100,16 @@ class BallotRoutes:
         return JSONResponse(following, status_code=202 if "waiting" in following else 200)
 
     async def _picture(self, request: Request) -> Response:
+        content = await self._content(request)
+        return Response(content, headers=picture_headers(content))
+
+    async def _film(self, request: Request) -> Response:
+        content = await self._content(request)
+        sheet, facts = await run_in_threadpool(_sheet_of, content)
+        return Response(sheet, headers={**picture_headers(sheet), **facts})
+
+    async def _content(self, request: Request) -> bytes:
+        """The file that a key means for this person."""
         # no rate of the person's: a ballot of six is six requests, and most come from the cache
         self.visitors.take_address(request)
         key = request.path_params["key"]
@@ -104,5 +119,23 @@ class BallotRoutes:
             uid = self.secret.uid_of(ADMIN, key)
         if uid is None:
             raise Declined(404, "picture", "there is no such picture for you")
-        content = await run_in_threadpool(self.desk.picture, uid)
-        return Response(content, headers=picture_headers(content))
+        return await run_in_threadpool(self.desk.picture, uid)
+
+
+def _sheet_of(content: bytes) -> tuple[bytes, dict[str, str]]:
+    """A clip's frames as one PNG, and how they lie on it: a browser shows any of them at any time,
+    which it does not let a page do with an animation."""
+    from rlalign.core.clips import decode_clip, lay_out
+    from rlalign.core.media import UnreadablePicture, encode_image, to_image
+
+    try:
+        clip = decode_clip(content)
+    except UnreadablePicture as error:
+        raise Declined(404, "picture", "this clip cannot be read") from error
+    sheet_CHW, columns = lay_out(clip.media_FCHW, WIDEST_SHEET)
+    facts = {
+        "x-frames": str(len(clip.media_FCHW)),
+        "x-columns": str(columns),
+        "x-rate": f"{clip.rate:.6g}",
+    }
+    return encode_image(to_image(sheet_CHW), "png", compress_level=1), facts

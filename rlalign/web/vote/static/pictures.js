@@ -1,4 +1,6 @@
-// The pictures of a ballot: buttons of the largest size that fits, zoomed together, with marks on them.
+// The pictures and clips of a ballot: buttons of the largest size that fits, zoomed together, with marks on them.
+
+import { windowOn } from "./player.js";
 
 const GAP = 14;
 const STEP = 0.05;
@@ -33,8 +35,8 @@ export class Pictures {
     this.buttons.forEach((button, place) => {
       const image = images[place];
       image.alt = "";
-      image.classList.toggle("pixels", image.naturalWidth < 128);
-      button.replaceChildren(image);
+      image.classList.toggle("pixels", widthOf(image) < 128);
+      button.replaceChildren(windowOn(image));
       button.classList.remove("chosen");
       button.dataset.place = place;
     });
@@ -168,13 +170,18 @@ export class Pictures {
   }
 }
 
+/** Of a clip's sheet a frame's. */
+function widthOf(image) {
+  return image.naturalWidth / (image.film?.columns ?? 1);
+}
+
 function ratioOf(image) {
-  return image.naturalWidth / image.naturalHeight || 1;
+  return widthOf(image) / (image.naturalHeight / (image.film?.rows ?? 1)) || 1;
 }
 
 /** A width at which each pixel of a small picture is as wide as the others, where that costs little. */
 function snap(image, across) {
-  const unit = image.naturalWidth / devicePixelRatio;
+  const unit = widthOf(image) / devicePixelRatio;
   const even = Math.floor(across / unit) * unit;
   return image.classList.contains("pixels") && even > 0.9 * across ? even : across;
 }

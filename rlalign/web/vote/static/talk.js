@@ -84,6 +84,12 @@ export function unsent() {
 // --- pictures and events ------------------------------------------------------------------------
 
 const ahead = new Map();
+const clips = new Set();
+
+/** Keys of clips, which are loaded as sheets of frames. */
+export function noteClips(keys) {
+  for (const key of keys) clips.add(key);
+}
 
 /** Has pictures fetched and decoded that will be needed; those of before are let go. */
 export function fetchAhead(keys) {
@@ -95,12 +101,23 @@ export function fetchAhead(keys) {
   }
 }
 
-/** The image of a key, decoded. Throws where it cannot be had. */
+/** The image of a key, decoded; of a clip the sheet of its frames, with `film`. Throws where it cannot be had. */
 export async function loadPicture(key) {
   const image = new Image();
   image.decoding = "async";
   image.draggable = false;
-  image.src = `/picture/${encodeURIComponent(key)}`;
+  if (clips.has(key)) {
+    // the sheet comes from the browser's cache afterwards
+    const address = `/film/${encodeURIComponent(key)}`;
+    const answer = await fetch(address, { credentials: "same-origin" });
+    if (!answer.ok) throw new Error(`film: ${answer.status}`);
+    await answer.blob();
+    const [frames, columns, rate] = ["frames", "columns", "rate"].map((name) => Number(answer.headers.get(`x-${name}`)));
+    image.film = { frames, columns, rate, rows: Math.ceil(frames / columns) };
+    image.src = address;
+  } else {
+    image.src = `/picture/${encodeURIComponent(key)}`;
+  }
   await image.decode();
   return image;
 }

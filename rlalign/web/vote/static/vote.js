@@ -6,7 +6,8 @@
 // Only an open ballot takes a choice: what is clicked or pressed in another state does nothing.
 
 import { Pictures } from "./pictures.js";
-import { ask, fetchAhead, keepUnsent, listen, loadPicture, makeNonce, onLost, unsent } from "./talk.js";
+import { Player } from "./player.js";
+import { ask, fetchAhead, keepUnsent, listen, loadPicture, makeNonce, noteClips, onLost, unsent } from "./talk.js";
 import { Watch, seen } from "./watch.js";
 
 const OPEN_AFTER_MS = 200; // nobody decides sooner; what comes sooner was meant for the pictures before
@@ -18,6 +19,7 @@ const words = page.words;
 const part = (name) => document.getElementById(name);
 const board = part("board");
 const pictures = new Pictures(part("pictures"), board, words);
+const player = new Player(drawPlayer);
 const watch = new Watch();
 
 let state = "starting";
@@ -180,6 +182,7 @@ async function showBallot(found, heard) {
   setState("loading");
   showOnly("board");
   showProgress(found.progress);
+  noteClips(found.clips);
   let images;
   try {
     images = await Promise.all(found.pictures.map(loadPicture));
@@ -195,6 +198,7 @@ async function showBallot(found, heard) {
   ranking = [];
   showPrompt(found.prompt);
   pictures.show(images);
+  player.show(images);
   pictures.zoom(false);
   pictures.mark(false);
   for (const button of board.querySelectorAll("[data-reason]")) button.setAttribute("aria-pressed", "false");
@@ -221,6 +225,12 @@ function showPrompt(text) {
   prompt.scrollTop = 0;
   if (prompt.scrollHeight > prompt.clientHeight + 1) prompt.tabIndex = 0;
   else prompt.removeAttribute("tabindex");
+}
+
+function drawPlayer() {
+  part("player").hidden = !player.films.length;
+  part("play-word").textContent = player.playing ? words.pause : words.play;
+  board.querySelector('[data-do="slow"]').setAttribute("aria-pressed", String(player.slow));
 }
 
 /** What follows from what was pressed: names of pictures, ranks, pressed buttons. */
@@ -371,6 +381,9 @@ const deeds = {
     pictures.mark(!pictures.marking);
     drawState();
   },
+  play: () => player.toggle(),
+  step: () => player.step(),
+  slow: () => player.slowDown(),
   back() {
     if (ranking.at(-1) === placedItself) ranking = ranking.slice(0, -1);
     ranking = ranking.slice(0, -1);
@@ -404,6 +417,7 @@ board.addEventListener("click", (event) => {
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const SIDES = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "both_bad", ArrowDown: "tie" };
 const LETTERS = { s: () => choose("skip", "key"), u: undo, z: deeds.zoom, m: deeds.mark, n: () => askFor("") };
+Object.assign(LETTERS, { ",": deeds.play, ".": deeds.step, "-": deeds.slow });
 
 addEventListener("keydown", (event) => {
   const typing = event.target.closest?.("input, select, textarea, dialog");
@@ -441,7 +455,8 @@ function pressedLetter(key) {
   const reason = board.querySelector(`[data-key="${CSS.escape(key)}"]`);
   if (reason) return toggleReason(reason) ?? true;
   const deed = LETTERS[key];
-  const shown = { m: page.points, n: page.mode === "chain" }[key] ?? true;
+  const plays = player.films.length > 0;
+  const shown = { m: page.points, n: page.mode === "chain", ",": plays, ".": plays, "-": plays }[key] ?? true;
   if (!deed || !shown) return false;
   deed();
   return true;
