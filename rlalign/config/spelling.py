@@ -97,8 +97,8 @@ def _join_waits(settings: dict[str, Any]) -> Iterator[str]:
     waits = [runtime[key] for key in ("recovery_seconds", "start_seconds") if key in runtime]
     joined = {key: value for key, value in runtime.items() if key != "recovery_seconds"}
     # what is no number is refused as such, where settings are parsed
-    are_numbers = all(isinstance(wait, int | float) for wait in waits)
-    joined["start_seconds"] = max(waits) if are_numbers else waits[0]
+    wrong = [wait for wait in waits if not isinstance(wait, int | float)]
+    joined["start_seconds"] = wrong[0] if wrong else max(waits)
     settings["runtime"] = joined
     yield "runtime.recovery_seconds"
 

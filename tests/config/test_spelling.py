@@ -149,6 +149,7 @@ def test_a_key_in_both_spellings_is_refused(tmp_path: Path) -> None:
         ),
         ({"rollout": {"worker": 3}}, r"runtime\.rollout\.worker: .* did you mean 'workers'"),
         ({"rollout_workers": 0}, r"runtime\.rollout\.workers must be >= 1, got 0"),
+        ({"recovery_seconds": 5, "start_seconds": "x"}, r"start_seconds must be .* got 'x'"),
         ({"rollout_workers": 1, "rollout": 3}, r"runtime\.rollout must be a mapping of settings"),
         (3, "runtime must be a mapping of settings"),
     ],
