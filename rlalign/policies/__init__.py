@@ -11,7 +11,8 @@ _family.py    what a family says
 _policy.py    the one live policy
 _recipe.py    settings of every family, and how a policy is made of them
 _pipeline.py  what the families of diffusers' pipelines share; _pipeline_recipe.py their settings,
-              _words.py where the words of prompts come from
+              _words.py where the words of prompts come from, _first_frames.py their pictures,
+              _experts.py two denoisers in one pipeline
 
 May import core, diffusion and networks; diffusers and transformers inside functions only, so that
 listing costs nothing. To add one: write ``x.py`` with one public recipe derived from

@@ -99,17 +99,22 @@ class WanFamily(ExpertsFamily):
         return {"embeds_BLD": embeds_BLD}
 
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
-        return self.ask_experts(_ask, timestep_B, x, words["embeds_BLD"])
+        return self.ask_experts(ask_one, timestep_B, x, words["embeds_BLD"])
 
 
-def _ask(
-    network: Any, timestep_B: torch.Tensor, x: torch.Tensor, embeds_BLD: torch.Tensor
+def ask_one(
+    network: Any,
+    timestep_B: torch.Tensor,
+    x: torch.Tensor,
+    embeds_BLD: torch.Tensor,
+    picture_BLD: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What one transformer says of some rows."""
+    """What one transformer says of some rows, told the words of texts and of pictures."""
     return network(
         hidden_states=x,
         timestep=timestep_B.float(),
         encoder_hidden_states=embeds_BLD,
+        encoder_hidden_states_image=picture_BLD,
         return_dict=False,
     )[0]
 

@@ -32,6 +32,7 @@ REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
     ("policies", "sdxl"): {"path": "models/some-pipeline"},
     ("policies", "stable_diffusion"): {"path": "models/some-pipeline"},
     ("policies", "wan"): {"path": "models/some-pipeline"},
+    ("policies", "wan_i2v"): {"path": "models/some-pipeline"},
     ("prompts", "file"): {"path": "prompts.txt"},
     ("prompts", "list"): {"prompts": ["a red circle", "a blue square"]},
     ("prompts", "mix"): {"sources": [{"share": 1.0, "prompts": {"name": "shapes"}}]},

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from rlalign.algorithms._advantages import PromptStatistics
 from rlalign.algorithms.ddpo import DDPO
-from rlalign.core.records import Plan
+from rlalign.core.prompts import Prompt, record_of
+from rlalign.core.records import Plan, with_prompts
 from rlalign.networks import lora
 from rlalign.networks.pipelines.packing import pack, unpack
 from rlalign.policies.base import PipelineRecipe, Policy
@@ -69,6 +70,8 @@ class Case:
     """Adapted layers whose answer goes nowhere, as what the last block writes of the words."""
     instructed: bool = False
     """Whether a caption is read with an instruction, which the empty one lacks."""
+    prompts: tuple[str, str] = PROMPTS
+    """Of unequal length."""
     timesteps: tuple[int, int] = (700, 200)
     """Of two rows in one pass."""
     load_second: Callable[[Any, Path], None] = lambda pipeline, folder: None
@@ -123,7 +126,7 @@ class Case:
             start = self.to_pipeline(start)
         if self.frames > 1:
             told["num_frames"] = self.frames
-        found = self.pipeline(prompt=list(PROMPTS), latents=start, **told)
+        found = self.pipeline(prompt=[str(p) for p in self.prompts], latents=start, **told)
         return found.frames if self.frames > 1 else found.images
 
     def plan(self, size: tuple[int, int], **settings: Any) -> Plan:
@@ -177,7 +180,8 @@ def asked(policy: Policy, case: Case) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(latents, timesteps, words) to compare two networks by."""
     shape = policy.latent_shape(case.plan(case.sizes[1]))
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
-    return x, torch.tensor(case.timesteps), policy.encode(PROMPTS).caption
+    plan = case.plan(case.sizes[1])
+    return x, torch.tensor(case.timesteps), policy.encode(case.prompts, plan).caption
 
 
 def predicted(policy: Policy, network: torch.nn.Module, case: Case) -> torch.Tensor:
@@ -216,11 +220,11 @@ class Acceptance:
         latents, and the picture."""
         policy = case.policy
         plan = deterministic(policy, case, case.sizes[size], case.guidance if guided else 1.0)
-        shape = (len(PROMPTS), *policy.latent_shape(plan))
+        shape = (len(case.prompts), *policy.latent_shape(plan))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         told = {"height": plan.height, "width": plan.width, "frames": plan.frames}
         found = policy.sample(
-            PROMPTS,
+            case.prompts,
             steps=STEPS,
             guidance=plan.guidance,
             latents=noise,
@@ -233,7 +237,7 @@ class Acceptance:
             media = policy.decode(found)
         bound = case.latents * max(1.0, wanted.abs().max().item())
         torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
-        assert media.shape == (len(PROMPTS), plan.frames, 3, plan.height, plan.width)
+        assert media.shape == (len(case.prompts), plan.frames, 3, plan.height, plan.width)
         assert policy.drawn_size(plan) == (plan.height, plan.width)
         drawn = media if case.frames > 1 else media[:, 0]
         torch.testing.assert_close(drawn, pictures, rtol=0, atol=case.pictures)
@@ -245,21 +249,25 @@ class Acceptance:
         with torch.no_grad():
             said = policy.family.predict(x, timestep_B, words)
             for name, tensor in words.tensors.items():
-                other = tensor.logical_not() if tensor.dtype == torch.bool else tensor + 1.0
+                # no constant, which a norm would take away again
+                ramp = torch.linspace(1.0, 2.0, tensor.shape[-1])
+                other = tensor.logical_not() if tensor.dtype == torch.bool else tensor + ramp
                 changed = type(words)({**words.tensors, name: other})
                 moved = policy.family.predict(x, timestep_B, changed)
                 assert (moved - said).abs().max() > 1e-4, name
 
     def test_a_prompts_rows_do_not_depend_on_its_neighbours(self, case: Case) -> None:
         """Bit for bit, and the empty caption is a prompt as any other."""
-        together = case.policy.encode(PROMPTS)
+        plan = case.plan(case.sizes[0])
+        together = case.policy.encode(case.prompts, plan)
         other = case.trained()
         other.family.memory.rows.clear()
-        for row, prompt in reversed(list(enumerate(PROMPTS))):
-            alone = other.encode([prompt])
+        for row, prompt in reversed(list(enumerate(case.prompts))):
+            alone = other.encode([prompt], plan)
             for name, tensor in together.caption.tensors.items():
                 assert torch.equal(alone.caption[name][0], tensor[row])
-        empty = other.encode([""]).empty if case.instructed else other.encode([""]).caption
+        blank = other.encode([Prompt("", record_of(case.prompts[1]))], plan)
+        empty = blank.empty if case.instructed else blank.caption
         for name, tensor in together.empty.tensors.items():
             assert torch.equal(empty[name][0], tensor[1])
 
@@ -270,6 +278,7 @@ class Acceptance:
         """float32, one step a pass: max |ratio - 1| is 0, not small."""
         policy = case.trained() if lora_rank else case.policy
         units = make_units(2, per_unit=2, plan=stochastic(policy, case))
+        units = [with_prompts(unit, case.prompts) for unit in units]
         scored = collect(policy, units)
         assert np.isfinite(scored[0].trajectory.log_prob_BK).all()
         algorithm = DDPO(advantage="global")

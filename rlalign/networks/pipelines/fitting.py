@@ -108,8 +108,8 @@ def check_patches(pipeline: Any, path: str, part: str) -> None:
 
 
 def try_out(family: Any, path: str, plan: Plan, precision: Precision) -> None:
-    """Refuses a pipeline whose parts do not fit, by one small pass: the empty prompt, zero latents
-    of the size of ``plan``.
+    """Refuses a pipeline whose parts do not fit, by one small pass: the family's trial prompt, zero
+    latents of the size of ``plan``.
 
     ``family`` is one that is settled on its device (the libraries of a GPU keep what the first
     product finds); an autoencoder that it does without is not tried. Raises UserError.
@@ -119,7 +119,9 @@ def try_out(family: Any, path: str, plan: Plan, precision: Precision) -> None:
     with torch.no_grad():
         # the words are remembered: they are read as a rollout reads them, not in the denoiser's
         # precision
-        condition = _tried(path, "the text encoders", lambda: family.encode([""]))
+        condition = _tried(
+            path, "the text encoders", lambda: family.encode([family.trial_prompt], plan)
+        )
         answers: list[tuple[str, Any, Sequence[int]]] = []
         for timestep in family.trial_timesteps:
             told_B = torch.tensor([timestep], device=family.device)

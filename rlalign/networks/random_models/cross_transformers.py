@@ -108,6 +108,29 @@ WAN_22 = replace(
     networks={**WAN.networks, "transformer": _WAN_14B, "transformer_2": _WAN_14B},
     facts={"boundary_ratio": 0.875},
 )
+# latents, a mask with a channel a frame, and the latents of a picture
+_WAN_22_I2V = _WAN_14B.vary(tiny={"in_channels": 4 + 2 + 4}, published={"in_channels": 36})
+WAN_22_I2V = replace(
+    WAN_22,
+    title="Wan 2.2 image to video A14B",
+    pipeline="WanImageToVideoPipeline",
+    networks={**WAN.networks, "transformer": _WAN_22_I2V, "transformer_2": _WAN_22_I2V},
+    facts={"boundary_ratio": 0.9},
+)
+WAN_I2V = replace(
+    WAN,
+    title="Wan 2.1 image to video 14B",
+    pipeline="WanImageToVideoPipeline",
+    networks={
+        **WAN.networks,
+        "transformer": _WAN_22_I2V.vary(
+            tiny={"image_dim": 16, "added_kv_proj_dim": 24},
+            published={"image_dim": 1280, "added_kv_proj_dim": 5120},
+        ),
+        "image_encoder": encoders.CLIP_H_PICTURES,
+    },
+    tokenizers={**WAN.tokenizers, "image_processor": Tokenizer(kind="clip_pictures", length=224)},
+)
 WAN_22_5B = replace(
     WAN,
     title="Wan 2.2 text and image to video 5B",

@@ -51,6 +51,28 @@ CLIP_G = CLIP_L_PROJECTED.vary(
         "projection_dim": 1280,
     },
 )
+CLIP_H_PICTURES = Network(
+    kind="CLIPVisionModel",
+    library="transformers",
+    same={"image_size": 224},
+    tiny={
+        "patch_size": 56,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+    },
+    published={
+        "patch_size": 14,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "projection_dim": 1024,
+        "hidden_act": "gelu",
+    },
+)
 
 T5_XXL = Network(
     kind="T5EncoderModel",

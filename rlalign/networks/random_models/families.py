@@ -41,7 +41,9 @@ FAMILIES: Mapping[str, Family] = {
     "sana": cross_transformers.SANA,
     "pixart": cross_transformers.PIXART,
     "wan": cross_transformers.WAN,
+    "wan_i2v": cross_transformers.WAN_I2V,
     "wan22": cross_transformers.WAN_22,
+    "wan22_i2v": cross_transformers.WAN_22_I2V,
     "wan22_5b": cross_transformers.WAN_22_5B,
 }
 """Name -> family."""
@@ -69,6 +71,7 @@ HUB_IDS: Mapping[str, str] = {
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22",
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "wan22_i2v",
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "wan22_5b",
 }
 """Hub id of a published checkpoint -> the family of its sizes."""

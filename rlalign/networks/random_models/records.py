@@ -37,10 +37,10 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A tokenizer that reads letter by letter, and the most tokens of a prompt; the same at both
-    sizes."""
+    """A tokenizer that reads letter by letter, and the most tokens of a prompt; or what prepares
+    pictures for an image encoder, and the pixels of their side. The same at both sizes."""
 
-    kind: Literal["clip", "t5", "qwen", "gemma", "llama"]
+    kind: Literal["clip", "t5", "qwen", "gemma", "llama", "clip_pictures"]
     length: int
     pads_with: str = ""
     """The token that fills a short prompt up, where it is not the kind's own."""

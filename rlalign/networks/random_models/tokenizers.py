@@ -44,7 +44,9 @@ _MESSAGE = (
 
 
 def make_tokenizer(spec: Tokenizer) -> Any:
-    """A tokenizer of transformers."""
+    """A tokenizer of transformers, or its preparation of pictures."""
+    if spec.kind == "clip_pictures":
+        return _clip_pictures(spec.length)
     makers = {"clip": _clip, "t5": _t5, "qwen": _qwen, "gemma": _gemma, "llama": _llama}
     more: dict[str, Any] = {"model_max_length": spec.length}
     if spec.pads_with:
@@ -58,6 +60,14 @@ def _clip(more: dict[str, Any]) -> Any:
     # a letter within a word, and one that ends it
     words = ["<|startoftext|>", "<|endoftext|>", *_CHARACTERS, *(c + "</w>" for c in _CHARACTERS)]
     return CLIPTokenizer(vocab=_numbered(words), merges=[], **more)
+
+
+def _clip_pictures(side: int) -> Any:
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
 
 
 def _t5(more: dict[str, Any]) -> Any:

@@ -81,6 +81,18 @@ PUBLISHED = {
     "pixart": {"transformer": 0.611, "vae": 0.084, "text_encoder": T5},
     "wan": {"transformer": 1.419, "vae": 0.127, "text_encoder": 5.681},
     "wan22": {"transformer": 14.288, "transformer_2": 14.288, "vae": 0.127, "text_encoder": 5.681},
+    "wan_i2v": {
+        "transformer": 16.395,
+        "vae": 0.127,
+        "text_encoder": 5.681,
+        "image_encoder": 0.631,
+    },
+    "wan22_i2v": {
+        "transformer": 14.289,
+        "transformer_2": 14.289,
+        "vae": 0.127,
+        "text_encoder": 5.681,
+    },
     "wan22_5b": {"transformer": 5.000, "vae": 0.705, "text_encoder": 5.681},
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import rlalign
 from rlalign.networks.pipelines.loading import quiet_libraries
@@ -28,6 +29,8 @@ CALL: dict[str, dict[str, Any]] = {
     "wan": {"num_frames": 5},
     "wan22": {"num_frames": 5},
     "wan22_5b": {"num_frames": 5},
+    "wan_i2v": {"num_frames": 5, "image": Image.new("RGB", (20, 24), (200, 60, 20))},
+    "wan22_i2v": {"num_frames": 5, "image": Image.new("RGB", (20, 24), (200, 60, 20))},
 }
 
 
