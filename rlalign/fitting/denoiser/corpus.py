@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rlalign.data import shapes, words
+from rlalign.data import motion, shapes, words
 from rlalign.diffusion.noise import generator
 from rlalign.fitting.denoiser.settings import Pretrain, Task
 
@@ -14,9 +14,14 @@ SIZE = shapes.SIZE
 CAPTION_WORDS: dict[Task, tuple[str, ...]] = {
     "shapes": shapes.CAPTION_WORDS,
     "words": words.CAPTION_WORDS,
+    "motion": motion.CAPTION_WORDS,
 }
 """Task -> the words that its captions are made of; each is one token."""
-CAPTION_MARKS: dict[Task, str] = {"shapes": "", "words": words.CAPTION_MARKS}
+CAPTION_MARKS: dict[Task, str] = {
+    "shapes": "",
+    "words": words.CAPTION_MARKS,
+    "motion": motion.CAPTION_MARKS,
+}
 """Task -> the marks that its captions contain."""
 
 
@@ -30,6 +35,21 @@ def pictures(config: Pretrain) -> tuple[torch.Tensor, list[str]]:
         pictures_NHWC[n] = faded(picture_HWC, rng) if rng.random() < config.faded else picture_HWC
         captions.append(caption)
     return torch.from_numpy(pictures_NHWC).permute(0, 3, 1, 2).contiguous(), captions
+
+
+def clips(config: Pretrain) -> tuple[torch.Tensor, list[str]]:
+    """(N, 3, 9, 32, 32) uint8 and their captions, each clip keyed by its number; some move
+    otherwise than their caption says."""
+    clips_NFHWC = np.empty((config.images, motion.FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    captions = []
+    for n in range(config.images):
+        rng = generator("pretrain", config.seed, "clip", n)
+        scene = motion.random_scene(rng, "train")
+        wrong = rng.random() < config.wrong_motion
+        clip_FHWC = motion.draw(motion.change_motion(scene, rng) if wrong else scene, rng)
+        clips_NFHWC[n] = faded(clip_FHWC, rng) if rng.random() < config.faded else clip_FHWC
+        captions.append(scene.caption)
+    return torch.from_numpy(clips_NFHWC).permute(0, 4, 1, 2, 3).contiguous(), captions
 
 
 def _drawn(config: Pretrain, rng: np.random.Generator) -> tuple[np.ndarray, str]:

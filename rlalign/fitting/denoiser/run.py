@@ -17,10 +17,21 @@ from rlalign.diffusion.paths import VariancePreserving
 from rlalign.fitting.checkpoints import StageCheckpoints
 from rlalign.fitting.denoiser import stages
 from rlalign.fitting.denoiser.classifier import train_classifier
-from rlalign.fitting.denoiser.corpus import pictures
+from rlalign.fitting.denoiser.corpus import clips, pictures
 from rlalign.fitting.denoiser.flow import flow_components, flow_loss, write_flow_pipeline
 from rlalign.fitting.denoiser.pipeline import components, load_vae, tokenise, write_pipeline
 from rlalign.fitting.denoiser.settings import Pretrain
+from rlalign.fitting.denoiser.video import (
+    clip_autoencoder,
+    clip_autoencoder_loss,
+    clip_tokenizer,
+    clip_tokens,
+    load_clip_autoencoder,
+    standardised_clips,
+    video_components,
+    video_loss,
+    write_video_pipeline,
+)
 
 
 def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None = None) -> Path:
@@ -44,15 +55,16 @@ def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None =
     )
     saved = checkpoints.newest() if resume else checkpoints.clear()
     with contextlib.nullcontext(progress) if progress else console_progress() as report:
+        train = partial(_train, checkpoints=checkpoints, report=report)
+        if config.task == "motion":
+            return _pretrain_video(config, saved, train)
+
         # the corpus, as latents of the autoencoder
         pictures_NCHW, captions = pictures(config)
         parts = components(config)
-        vae, latents_NCHW, earlier = _latents(
-            config, parts.vae, pictures_NCHW, saved, checkpoints, report
-        )
+        vae, latents_NCHW, earlier = _latents(config, parts.vae, pictures_NCHW, saved, train)
 
         # a classifier on these latents, or a denoiser of one of the two families
-        train = partial(_train, checkpoints=checkpoints, report=report)
         if config.classifier is not None:
             return train_classifier(config, latents_NCHW, captions, saved, train)
         corpus = _Corpus(
@@ -88,8 +100,7 @@ def _latents(
     fresh: Any,
     pictures_NCHW: torch.Tensor,
     saved: dict[str, torch.Tensor],
-    checkpoints: StageCheckpoints,
-    report: Report,
+    train: Callable[..., None],
 ) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
     """The autoencoder (taken from a pipeline, or trained), the latents of all pictures, and its
     stage's state."""
@@ -99,10 +110,39 @@ def _latents(
         scale = vae.config.scaling_factor
         return vae, (stages.encode_all(vae, pictures_NCHW) - shift) * scale, {}
     first = stages.Stage("autoencoder", fresh, config.autoencoder, saved)
-    _train(first, stages.autoencoder_loss(fresh, pictures_NCHW, config), {}, checkpoints, report)
+    train(first, stages.autoencoder_loss(fresh, pictures_NCHW, config), {})
     first.keep_average()
     latents_NCHW = stages.standardise(fresh, pictures_NCHW)
     return fresh, latents_NCHW, first.state()
+
+
+def _pretrain_video(
+    config: Pretrain, saved: dict[str, torch.Tensor], train: Callable[..., None]
+) -> Path:
+    """The same two stages on clips; returns ``out/policy``."""
+    # the corpus, as latents of the autoencoder
+    clips_NCFHW, captions = clips(config)
+    earlier: dict[str, torch.Tensor] = {}
+    if config.autoencoder.source:
+        vae = load_clip_autoencoder(config.autoencoder.source)
+    else:
+        vae = clip_autoencoder(config)
+        first = stages.Stage("autoencoder", vae, config.autoencoder, saved)
+        train(first, clip_autoencoder_loss(vae, clips_NCFHW, config), {})
+        first.keep_average()
+        earlier = first.state()
+    latents = standardised_clips(vae, clips_NCFHW, measure=not config.autoencoder.source)
+
+    # the denoiser and its text encoder
+    parts = video_components(config)
+    network = parts.module()
+    tokenizer = clip_tokenizer()
+    tokens_NL = clip_tokens(tokenizer, captions)
+    loss = video_loss(network, latents, tokens_NL, clip_tokens(tokenizer, [""]), config)
+    stage = stages.Stage("denoiser", network, config.denoiser, saved)
+    train(stage, loss, earlier)
+    stage.keep_average()
+    return write_video_pipeline(parts, vae, config.out / "policy")
 
 
 def _train(

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlalign.core.locations import NamesFile
 
-Task = Literal["shapes", "words"]
+Task = Literal["shapes", "words", "motion"]
 """The embedded tasks; a module of each is in data/."""
 
 
@@ -48,7 +48,10 @@ class Autoencoder(Optimisation):
         default=1.0e-4, ge=0.0, description="weight of the KL to N(0, 1), nats per latent element"
     )
     channels: tuple[int, int] = Field(
-        default=(16, 32), description="widths of its levels, multiples of 8"
+        default=(16, 32),
+        description=(
+            "widths of its levels, multiples of 8; of clips: the first, and a multiple of it"
+        ),
     )
 
     @model_validator(mode="after")
@@ -74,7 +77,8 @@ class Denoiser(Optimisation):
     family: Literal["unet", "transformer"] = Field(
         default="unet",
         description=(
-            "epsilon-predicting UNet (Stable Diffusion), or flow-matching transformer (SD3)"
+            "epsilon-predicting UNet (Stable Diffusion), or flow-matching transformer (SD3; of"
+            " clips: Wan)"
         ),
     )
     caption_dropout: float = Field(
@@ -83,7 +87,12 @@ class Denoiser(Optimisation):
     channels: tuple[int, int, int] = Field(
         default=(32, 64, 64), description="unet: widths of its levels, multiples of 16"
     )
-    width: int = Field(default=96, ge=16, multiple_of=16, description="transformer: its width")
+    width: int = Field(
+        default=96,
+        ge=16,
+        multiple_of=8,
+        description="transformer: its width, a multiple of 16 (of clips: of 24)",
+    )
     layers: int = Field(default=6, ge=1, description="transformer: its blocks")
     levels: Literal["uniform", "logit_normal"] = Field(
         default="logit_normal",
@@ -127,7 +136,7 @@ class Pretrain(_Settings):
     out: Path = Field(default=Path("runs/pretrain"), description="run folder")
     task: Task = Field(
         default="shapes",
-        description="what the pictures show: coloured shapes, or one short word",
+        description="what is drawn: coloured shapes, one short word, or clips of moving shapes",
     )
     images: int = Field(default=16000, ge=1, description="pictures drawn from the train split")
     faded: float = Field(
@@ -142,6 +151,12 @@ class Pretrain(_Settings):
         le=1.0,
         description="words: share of pictures with one or two wrong letters",
     )
+    wrong_motion: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="motion: share of clips that move otherwise than their captions say",
+    )
     autoencoder: Autoencoder = Autoencoder()
     denoiser: Denoiser = Denoiser()
     classifier: Classifier | None = Field(
@@ -152,8 +167,23 @@ class Pretrain(_Settings):
 
     @model_validator(mode="after")
     def _of_its_task(self) -> Pretrain:
-        if self.task == "shapes" and "misspelt" in self.model_fields_set:
-            raise ValueError("misspelt has no meaning where the task is shapes; leave it out")
+        for field, task in (("misspelt", "words"), ("wrong_motion", "motion")):
+            if self.task != task and field in self.model_fields_set:
+                raise ValueError(
+                    f"{field} has no meaning where the task is {self.task}; leave it out"
+                )
+        clips = self.task == "motion"
+        if clips and self.denoiser.family != "transformer":
+            raise ValueError(
+                "denoiser.family must be transformer where the task is motion, got"
+                f" {self.denoiser.family}"
+            )
+        of = 24 if clips else 16
+        if self.denoiser.width % of:
+            raise ValueError(
+                f"denoiser.width must be a multiple of {of} where the task is {self.task}, got"
+                f" {self.denoiser.width}"
+            )
         if self.task != "shapes" and self.classifier is not None:
             raise ValueError(
                 f"classifier must be trained on shapes, whose facts it tells, got task {self.task}"
