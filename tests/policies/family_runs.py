@@ -37,12 +37,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "qwen_image": ({"text_tokens": 144}, "flow"),
 }
 """Random model -> settings of its policy, and its prediction type."""
-SIZES: dict[str, dict[str, int]] = {
-    "ltx": {"height": 32, "width": 32, "frames": 9},
-    "hunyuan_video": {"height": 32, "width": 32, "frames": 5},
-    "cogvideox": {"height": 16, "width": 16, "frames": 9},
-}
-"""Policy of clips -> what it draws."""
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ddpo": {"name": "ddpo"},
     "grpo": {"name": "grpo"},
@@ -51,6 +45,12 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "dpok": {"name": "dpok", "value_lr": 0.001},
     "draft": {"name": "reward_backprop", "last_steps": 1},
 }
+SIZES: dict[str, dict[str, int]] = {
+    "ltx": {"height": 32, "width": 32, "frames": 9},
+    "hunyuan_video": {"height": 32, "width": 32, "frames": 5},
+    "cogvideox": {"height": 16, "width": 16, "frames": 9},
+}
+"""Policy of clips -> what it draws."""
 WITHOUT_LIKELIHOODS = ("nft", "dpo")
 """Algorithms that learn from final pictures, however they were drawn."""
 

@@ -18,12 +18,12 @@ from tests.policies.family_runs import ALGORITHMS, SETTINGS, run_of_pair, train_
 from tests.runs import assert_same_run, quiet
 
 PAIRS = [
-    *(("sdxl", algorithm) for algorithm in ALGORITHMS),
     *(
         (name, kind)
         for name in ("ltx", "hunyuan_video", "cogvideox")
         for kind in ("grpo", "nft", "dpo")
     ),
+    *(("sdxl", algorithm) for algorithm in ALGORITHMS),
     *((name, kind) for name in ("flux", "qwen_image", "sd35") for kind in ("grpo", "nft", "dpo")),
 ]
 """Random model and algorithm."""
