@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlalign.core.clips import RATE, Clip, decode_clip, encode_animation, spread
-from rlalign.core.files import replacing, write_whole
+from rlalign.core.files import replacing
 from rlalign.core.media import UnreadablePicture, to_image
 
 if TYPE_CHECKING:
@@ -216,17 +216,15 @@ def clip_files(grid: Path) -> list[Path]:
 
 
 def write_clips(grid: Path, media_NFCHW: np.ndarray, rate: float) -> None:
-    """Writes clips beside a grid, in place of any that are there."""
-    folder = clips_folder(grid)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes clips beside a grid, all or none, in place of any that are there."""
     exact = max(media_NFCHW.shape[-2:]) <= LARGE_CELL
     how = {"lossless": True} if exact else {"quality": 90}
-    for number, media_FCHW in enumerate(media_NFCHW):
-        kept = shrink_clip(Clip(media_FCHW=media_FCHW, rate=rate))
-        content = encode_animation(kept.media_FCHW, "webp", kept.rate, **how)
-        write_whole(folder / f"{number:03d}.webp", content)
-    for other in clip_files(grid)[len(media_NFCHW) :]:
-        other.unlink()
+    with replacing(clips_folder(grid)) as scratch:
+        scratch.mkdir(parents=True)
+        for number, media_FCHW in enumerate(media_NFCHW):
+            kept = shrink_clip(Clip(media_FCHW=media_FCHW, rate=rate))
+            content = encode_animation(kept.media_FCHW, "webp", kept.rate, **how)
+            (scratch / f"{number:03d}.webp").write_bytes(content)
 
 
 def remove_grid(grid: Path) -> None:

@@ -229,6 +229,7 @@ function showPrompt(text) {
 
 function drawPlayer() {
   part("player").hidden = !player.films.length;
+  if (player.films.length) document.body.dataset.clips = "";
   part("play-word").textContent = player.playing ? words.pause : words.play;
   board.querySelector('[data-do="slow"]').setAttribute("aria-pressed", String(player.slow));
 }
