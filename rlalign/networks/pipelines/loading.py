@@ -73,7 +73,18 @@ def load_pipeline(
                 str(folder), local_files_only=True, **networks, **given
             )
         except Exception as error:
-            raise broken(rule, error) from error
+            others = {part: kind for part, kind in index.items() if part not in networks | given}
+            raise broken(rule, error, _find_broken(folder, others)) from error
+
+
+def _find_broken(folder: Path, parts: Mapping[str, list[Any]]) -> str:
+    """The first of these parts that does not load alone; empty where all do."""
+    for part, kind in parts.items():
+        try:
+            class_of(kind).from_pretrained(str(folder / part), local_files_only=True)
+        except Exception:
+            return part
+    return ""
 
 
 def find_folder(path: str) -> Path:
