@@ -74,17 +74,17 @@ def load_pipeline(
             )
         except Exception as error:
             others = {part: kind for part, kind in index.items() if part not in networks | given}
-            raise broken(rule, error, _find_broken(folder, others)) from error
+            _refuse_broken(folder, others, rule)
+            raise broken(rule, error) from error
 
 
-def _find_broken(folder: Path, parts: Mapping[str, list[Any]]) -> str:
-    """The first of these parts that does not load alone; empty where all do."""
+def _refuse_broken(folder: Path, parts: Mapping[str, list[Any]], rule: str) -> None:
+    """Raises UserError naming the first of these parts that does not load alone."""
     for part, kind in parts.items():
         try:
             class_of(kind).from_pretrained(str(folder / part), local_files_only=True)
-        except Exception:
-            return part
-    return ""
+        except Exception as error:
+            raise broken(rule, error, part) from error
 
 
 def find_folder(path: str) -> Path:
