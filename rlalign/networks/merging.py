@@ -18,6 +18,7 @@ from rlalign.networks.pipelines.loading import (
     empty_copy,
     find_folder,
     one_file,
+    quiet_libraries,
     weight_files,
 )
 
@@ -73,7 +74,9 @@ def save_pipeline(pipeline: Any, folder: Path, reads: Mapping[str, Read]) -> Non
     other = copy.copy(pipeline)
     for part, read in reads.items():
         setattr(other, part, _stand_in(getattr(pipeline, part), read))
-    other.save_pretrained(folder, safe_serialization=True)
+    # parts that a pipeline may lack are no news
+    with quiet_libraries():
+        other.save_pretrained(folder, safe_serialization=True)
 
 
 def _stand_in(network: Any, read: Read) -> Any:

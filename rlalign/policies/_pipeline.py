@@ -339,7 +339,7 @@ class PipelineFamily(Family):
         for part in adapted:
             lora.save(self.pipeline, part, folder)
         if not adapted:
-            self._whole_pipeline().save_pretrained(folder, safe_serialization=True)
+            merging.save_pipeline(self._whole_pipeline(), folder, {})
 
     def _whole_pipeline(self) -> Any:
         """The pipeline; with the parts that this process lacks read for it, on the CPU."""

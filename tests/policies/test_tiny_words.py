@@ -3,6 +3,8 @@ leaves something to learn."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,13 @@ def test_a_letter_of_the_caption_changes_the_picture_where_it_stands(policy: Pol
     change_HW = np.abs(media[0, 0].astype(float) - media[1, 0].astype(float)).sum(axis=0)
     left, right = change_HW[:, :15].mean(), change_HW[:, 17:25].mean()
     assert right > 2 * left
+
+
+def test_a_saved_policy_says_nothing_of_the_parts_that_it_lacks(
+    policy: Policy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """T5, which diffusers would name on the user's screen."""
+    policy.save(tmp_path / "policy")
+    assert (tmp_path / "policy" / "model_index.json").is_file()
+    said = capfd.readouterr()
+    assert said.out + said.err == ""

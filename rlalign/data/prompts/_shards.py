@@ -39,7 +39,8 @@ def shards_of(path: str, place: str) -> list[Path]:
         found = _below(folder)
         _refuse_splits(found, folder, place)
     elif glob.has_magic(path) and not folder.exists():
-        found = sorted(Path(one) for one in glob.glob(path, recursive=True))  # noqa: PTH207 - as LocalPattern has them: absolute, escapes kept
+        # as LocalPattern has them: absolute, escapes kept
+        found = sorted(Path(one) for one in glob.glob(path, recursive=True))  # noqa: PTH207
         found = [file for file in found if file.is_file() and not file.name.startswith(".")]
     else:
         return [folder]
