@@ -34,7 +34,7 @@ FIRST = {
     "z_image": "diffusion_model.context_refiner.0.attention.to_k.lora_A.weight",
 }
 """Family -> the first of its keys in the order of the alphabet."""
-KEYLESS = {"cogvideox", "hunyuan_video", "pixart", "sana", "wan"}
+KEYLESS = {"cogvideox", "hunyuan_video", "pixart", "sana", "wan", "wan_i2v"}
 """Families of which ComfyUI and diffusers share no keys."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "flux": {"embedded_guidance": 3.5},
