@@ -9,7 +9,8 @@ finite.py    what is not a number is refused where it arises
 locations.py settings that name files, and what a relative path means
 files.py     text files that a user gives; files and folders that are written whole
 media.py     uint8, floats, images; pictures that a user gives
-pictures.py  grids of pictures with captions and scores
+clips.py     clips as files, and clips that a user gives
+pictures.py  grids of pictures or clips with captions and scores
 garbage.py   Python's search for garbage, out of the way while much is loaded
 progress.py  bars on a terminal, plain lines elsewhere
 moved.py     the modules' names before they were in rooms

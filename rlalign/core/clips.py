@@ -27,6 +27,7 @@ from rlalign.core.media import (
     encode_image,
     open_picture,
     picture_at,
+    read_tag,
     to_image,
 )
 
@@ -120,30 +121,24 @@ def decode_clip(source: bytes | Path) -> Clip:
 def read_frames(source: bytes | Path) -> tuple[list[Image], float]:
     """The same frames as Pillow images of mode RGB; equal neighbours may be one object."""
     with open_picture(source) as opened:
-        # a picture; animations of one picture may stand for a frozen clip
-        # (a PNG without EXIF would be loaded here, and its packing be gone)
-        has_exif = opened.format in _ANIMATED and "exif" in opened.info
-        description = opened.getexif().get(_DESCRIPTION) if has_exif else None
-        said = _said_by(description)
         count = int(getattr(opened, "n_frames", 1)) if opened.format in _ANIMATED else 1
-        if count == 1 and said is None:
-            return [picture_at(opened)], RATE
+        _refuse_many(count, opened.size)
 
         # of PNG the first picture may be one for readers that play none
-        skipped = 1 if opened.info.get("default_image") and count > 1 else 0
-        _refuse_many(count - skipped, opened.size)
+        first = 1 if opened.info.get("default_image") and count > 1 else 0
         pictures: list[Image] = []
         durations: list[float] = []
-        for number in range(skipped, count):
-            opened.seek(number)
+        for number in range(first, count):
+            if count > 1:
+                opened.seek(number)
             pictures.append(picture_at(opened))
             durations.append(float(opened.info.get("duration") or 0.0))
 
-        # what the file says itself counts where it fits its pictures
+        # what the file says itself counts where it fits its pictures; one may be a frozen clip
+        said = _said_by(read_tag(opened, _DESCRIPTION)) if opened.format in _ANIMATED else None
+        held, rate = _timed(durations)
         if said is not None and len(said[0]) == len(pictures):
             held, rate = said
-        else:
-            held, rate = _timed(durations)
         _refuse_many(sum(held), opened.size)
         each = zip(pictures, held, strict=True)
         return [picture for picture, times in each for _ in range(times)], rate

@@ -223,14 +223,20 @@ def _from_pixels(values_HWC: np.ndarray) -> Image:
     return Image.fromarray(np.ascontiguousarray(pixels_HWC))
 
 
+def read_tag(opened: Image, tag: int) -> Any:
+    """A tag of an open file's EXIF or XMP, once its pixels are there; None where it has none, or
+    one that cannot be read."""
+    try:
+        return opened.getexif().get(tag)
+    except _BROKEN:
+        return None
+
+
 def _upright(picture: Image, opened: Image) -> Image:
     """The picture turned as the file's EXIF or XMP says; as it lies where they cannot be read."""
     from PIL.Image import Transpose
 
-    try:
-        orientation = opened.getexif().get(_ORIENTATION)
-    except _BROKEN:
-        return picture
+    orientation = read_tag(opened, _ORIENTATION)
     turns = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,

@@ -10,10 +10,12 @@ import numpy as np
 from rlalign.core.clips import read_clip
 from rlalign.core.pictures import clip_files, read_grid
 from rlalign.diffusion.rollout import rollout
+from rlalign.engine.local import LiveRewards, LocalEngine
 from rlalign.sampling.compare import sample_local
 from rlalign.sampling.output import remove_so_far, write_so_far
 from rlalign.sampling.settings import parse_sample
 from rlalign.voting.sources.files import find_pictures, find_samples
+from rlalign.voting.sources.policy import draw_rows, redraw
 from tests.made_clips import made_clips
 from tests.report.test_clips import films_of
 from tests.runs import quiet
@@ -47,6 +49,15 @@ def test_one_clip_has_the_same_frames_at_every_exit(tmp_path: Path) -> None:
         assert np.array_equal(films[number], clip)
         (voted,) = shown[str(sample.unit.prompts[number])]
         assert np.array_equal(read_clip(voted.read()), clip)
+    # a page that draws for people as they come gives them the same, and can draw it again
+    engine = LocalEngine.with_lanes(
+        sample.model.load("cpu"), lambda: LiveRewards(()), workers=1, rows=2, threads=1
+    )
+    drawn = draw_rows(engine, sample.unit)
+    for made, clip in zip(drawn, media, strict=True):
+        assert np.array_equal(read_clip(made.content), clip)
+        assert (made.picture.frames, made.picture.media_type) == (5, "image/webp")
+        assert redraw(made.picture, engine) == made.content
     # the folder is a source of clips by itself, with a caption for each
     for file, prompt in zip(files, sample.unit.prompts, strict=True):
         file.with_suffix(".txt").write_text(prompt)

@@ -1,4 +1,4 @@
-"""Sets of preference pairs: a caption, two pictures, and how a judge liked them.
+"""Sets of preference pairs: a caption, two pictures or clips, and how a judge liked them.
 
 columns.py  the Parquet columns of Pick-a-Pic: written whole or not at all, read in row batches
 listed.py   lists in JSON: HPD v2's, and pairs of chosen and rejected
