@@ -1,12 +1,13 @@
 """Which of the guard's triggers sees gaming first, and how often each stops an honest run.
 
-    python benchmarks/guard_study.py            the triggers
-    python benchmarks/guard_study.py actions    what stop, halve and raise_kl give
+    python benchmarks/guard_study.py [SEEDS]            the triggers
+    python benchmarks/guard_study.py actions [SEEDS]    what stop, halve and raise_kl give
 
 Trains every task without a guard, evaluated every other round, into runs/guard/; what is there
 already is not run again. Then every trigger's rule (rlalign.learning.guard itself) reads the
 evaluations of those runs at several thresholds: until a guard acts, a run with one is the run
-without, so one run serves all of them. Prints the tables of docs/canon.md.
+without, so one run serves all of them. Prints the tables of docs/canon.md; SEEDS is for every task
+in place of its own number.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.two_rewards import place
+from rlalign.core.registry import build
 from rlalign.learning.guard import Guard, GuardSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +118,6 @@ PICTURES = (
     "evaluate.every=2",
     "evaluate.prompts=32",
     "learner.shards=1",
-    "guard={}",
 )
 FITTED = {"name": "bradley_terry", "label": "fitted"}
 SHAPES = {"name": "shapes"}
@@ -164,27 +165,17 @@ TASKS = {
     "captions": Task(
         title="pictures, as their captions say",
         file="quickstart.yaml",
-        settings=(*rewarded(SHAPES, FITTED), *PICTURES, "rounds=12", "learner.lr=2e-4"),
+        settings=(*rewarded(SHAPES, FITTED), *PICTURES, "rounds=6", "learner.lr=2e-4"),
         held_out=("fitted",),
-        seeds=2,
-    ),
-    "gradient": Task(
-        title="pictures, a fitted reward's gradient",
-        file="tiny_draft.yaml",
-        settings=(
-            *rewarded(FITTED, SHAPES),
-            *PICTURES,
-            "rounds=12",
-            "learner.lr=3e-4",
-            "algorithm.kl_weight=0",
-        ),
-        held_out=("shapes",),
         seeds=2,
     ),
 }
 ACTED_ON = "too_far"
 """The task whose guard acts: its algorithm has a KL weight to raise."""
-ACTING = {"held_out": "centroid", "drop": 0.02, "patience": 1}
+ACTING: dict[str, Any] = {
+    "limits": [{"name": "held_out", "reward": "centroid", "drop": 0.02}],
+    "patience": 1,
+}
 """Its rule: settings of a guard."""
 
 
@@ -205,6 +196,15 @@ def train(name: str, file: str, settings: Sequence[str], seed: int) -> list[dict
         print(f"{folder.name}: {spent:.0f} s of CPU", file=sys.stderr, flush=True)
     text = (folder / "evaluations.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def train_acted(action: str, seed: int) -> list[dict[str, float]]:
+    """The evaluations of a run whose guard acts; "none" is the run without one."""
+    task = TASKS[ACTED_ON]
+    if action == "none":
+        return train(ACTED_ON, task.file, task.settings, seed)
+    settings = (*task.settings, f"guard={guard_of(action).model_dump_json()}")
+    return train(f"{ACTED_ON}-{action}", task.file, settings, seed)
 
 
 def fires_at(settings: GuardSettings, evaluations: Evaluations) -> int | None:
@@ -233,16 +233,22 @@ def lost_at(evaluations: Evaluations, title: str) -> int | None:
     return found
 
 
+def watching(limit: str, **settings: Any) -> GuardSettings:
+    """A guard with one limit."""
+    return GuardSettings.model_validate({"limits": [build("limits", {"name": limit, **settings})]})
+
+
 def triggers(first: Mapping[str, float], title: str) -> Iterator[tuple[str, str, GuardSettings]]:
     """(trigger, threshold, settings) of every rule that is tried on a run with this first
     evaluation."""
     scale = first[f"held_out/{title}/std"]
     for share in DROPS:
-        yield "held-out reward", f"{share:g} std", GuardSettings(held_out=title, drop=share * scale)
+        rule = watching("held_out", reward=title, drop=share * scale)
+        yield "held-out reward", f"{share:g} std", rule
     for most in KLS:
-        yield "KL", f"{most:g}", GuardSettings(kl_most=most)
+        yield "KL", f"{most:g}", watching("kl", most=most)
     for least in DIVERSITIES:
-        yield "diversity", f"{least:g}", GuardSettings(diversity_least=least)
+        yield "diversity", f"{least:g}", watching("diversity", least=least)
 
 
 def replay(recorded: Mapping[str, Sequence[Evaluations]], patience: int) -> Replays:
@@ -256,7 +262,7 @@ def replay(recorded: Mapping[str, Sequence[Evaluations]], patience: int) -> Repl
         for number, title in enumerate(TASKS[name].held_out):
             for run in runs:
                 for trigger, threshold, settings in triggers(run[0], title):
-                    if number and not settings.held_out:
+                    if number and trigger != "held-out reward":
                         continue
                     fired = fires_at(settings.model_copy(update={"patience": patience}), run)
                     row = found.setdefault((trigger, threshold), {})
@@ -339,7 +345,8 @@ def actions_table(free: Sequence[Evaluations], acted: Mapping[str, Sequence[Eval
 
 def guard_of(action: str) -> GuardSettings:
     """The guard of the runs that are acted on."""
-    return GuardSettings.model_validate({**ACTING, "action": action})
+    limits = [build("limits", one) for one in ACTING["limits"]]
+    return GuardSettings.model_validate({**ACTING, "limits": limits, "action": action})
 
 
 def joined(runs: Sequence[Evaluations], say: Callable[[Evaluations], str]) -> str:
@@ -364,24 +371,22 @@ def said(round: int | None) -> str:
 
 def main() -> None:
     """The tables, as Markdown; each run on stderr as it ends."""
-    if sys.argv[1:] == ["actions"]:
-        task = TASKS[ACTED_ON]
-        acted = {}
-        for action in ("none", "halve", "raise_kl"):
-            more = () if action == "none" else (f"guard={guard_of(action).model_dump_json()}",)
-            name = ACTED_ON if action == "none" else f"{ACTED_ON}-{action}"
-            acted[action] = [
-                train(name, task.file, (*task.settings, *more), seed) for seed in range(task.seeds)
-            ]
-        print(actions_table(acted.pop("none"), acted))
+    numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    seeds = {name: range(numbers[0] if numbers else task.seeds) for name, task in TASKS.items()}
+    if "actions" in sys.argv[1:]:
+        recorded = {
+            action: [train_acted(action, seed) for seed in seeds[ACTED_ON]]
+            for action in ("none", "halve", "raise_kl")
+        }
+        print(actions_table(recorded.pop("none"), recorded))
         return
-    recorded = {
-        name: [train(name, task.file, task.settings, seed) for seed in range(task.seeds)]
+    found = {
+        name: [train(name, task.file, task.settings, seed) for seed in seeds[name]]
         for name, task in TASKS.items()
     }
-    print(runs_table(recorded))
+    print(runs_table(found))
     for patience in PATIENCES:
-        print(f"\n{triggers_table(recorded, patience)}")
+        print(f"\n{triggers_table(found, patience)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import guard_study as study
 from benchmarks.guard_study import DIVERSITY, KL, Evaluations
+from rlalign.core.registry import build
 from rlalign.learning.guard import GuardSettings
 
 TITLE = "ahead"
@@ -31,23 +32,27 @@ def made(held_out: list[float], *, std: float = 1.0) -> Evaluations:
 FALLING = made([0.0, 0.4, 0.2, -0.2, 0.0])
 
 
+HELD_OUT = {"name": "held_out", "reward": TITLE}
+
+
 @pytest.mark.parametrize(
-    ("settings", "round"),
+    ("limit", "patience", "round"),
     [
-        ({"held_out": TITLE, "drop": 0.1}, 4),
-        ({"held_out": TITLE, "drop": 0.25}, 6),
-        ({"held_out": TITLE, "drop": 0.1, "patience": 2}, 6),
-        ({"held_out": TITLE, "drop": 0.7}, None),
-        ({"kl_most": 0.3}, 4),
-        ({"kl_most": 0.3, "patience": 3}, 8),
-        ({"kl_most": 0.9}, None),
-        ({"diversity_least": 0.75}, 6),
-        ({"diversity_least": 0.75, "patience": 2}, 8),
-        ({"diversity_least": 0.5}, None),
+        ({**HELD_OUT, "drop": 0.1}, 1, 4),
+        ({**HELD_OUT, "drop": 0.25}, 1, 6),
+        ({**HELD_OUT, "drop": 0.1}, 2, 6),
+        ({**HELD_OUT, "drop": 0.7}, 1, None),
+        ({"name": "kl", "most": 0.3}, 1, 4),
+        ({"name": "kl", "most": 0.3}, 3, 8),
+        ({"name": "kl", "most": 0.9}, 1, None),
+        ({"name": "diversity", "least": 0.75}, 1, 6),
+        ({"name": "diversity", "least": 0.75}, 2, 8),
+        ({"name": "diversity", "least": 0.5}, 1, None),
     ],
 )
-def test_each_trigger_fires_at_the_round_that_breaks_its_rule(settings, round):
-    assert study.fires_at(GuardSettings(**{"patience": 1, **settings}), FALLING) == round
+def test_each_trigger_fires_at_the_round_that_breaks_its_rule(limit, patience, round):
+    guard = GuardSettings.model_validate({"limits": [build("limits", limit)], "patience": patience})
+    assert study.fires_at(guard, FALLING) == round
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ def test_the_tables_count_late_and_false_alarms():
 
 def test_a_run_that_stops_ends_where_its_guard_fires(monkeypatch):
     monkeypatch.setattr(study, "ACTED_ON", "one_place")
-    monkeypatch.setattr(study, "ACTING", {"held_out": TITLE, "drop": 0.25, "patience": 1})
+    monkeypatch.setattr(study, "ACTING", {"limits": [{**HELD_OUT, "drop": 0.25}], "patience": 1})
     rows = study.actions_table([FALLING], {"halve": [FALLING]}).splitlines()[2:]
     cells = [[cell.strip() for cell in row.split("|")[1:4]] for row in rows]
     assert cells == [
