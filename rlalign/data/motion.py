@@ -130,7 +130,9 @@ Scene = Move | Turn | Pass
 
 def kind_of(scene: Scene) -> Kind:
     """Which of the three kinds a scene is."""
-    return {Move: KINDS[0], Turn: KINDS[1], Pass: KINDS[2]}[type(scene)]
+    if isinstance(scene, Move):
+        return "move"
+    return "turn" if isinstance(scene, Turn) else "pass"
 
 
 def parse_caption(text: str) -> Scene:

@@ -45,7 +45,8 @@ class FramesScorer:
         self._frames = frames
 
     def __call__(self, media_BFCHW: torch.Tensor, prompts: Sequence[str], /) -> torch.Tensor:
-        if self._frames == "first":
+        how = self._frames
+        if how == "first":
             return self._scorer(media_BFCHW[:, :1], prompts)
         batch, frames = media_BFCHW.shape[:2]
         pictures_N1CHW = media_BFCHW.flatten(0, 1)[:, None]
@@ -55,18 +56,11 @@ class FramesScorer:
                 f"rewards.{self._title} must return shape ({batch * frames},) of as many frames,"
                 f" got {tuple(score_N.shape)}"
             )
-        return _reduced(score_N.unflatten(0, (batch, frames)), self._frames)
+        score_BF = score_N.unflatten(0, (batch, frames))
+        if isinstance(how, Quantile):
+            return score_BF.float().quantile(how.quantile, dim=1)
+        return score_BF.mean(dim=1) if how == "mean" else score_BF.amin(dim=1)
 
     def set_weights(self, tensors: Mapping[str, torch.Tensor], /) -> None:
         """Takes over weights, where the other scorer does."""
         self._scorer.set_weights(tensors)
-
-
-def _reduced(score_BF: torch.Tensor, frames: Frames) -> torch.Tensor:
-    """(B,) of (B, F) scores."""
-    if frames == "mean":
-        return score_BF.mean(dim=1)
-    if frames == "min":
-        return score_BF.amin(dim=1)
-    assert isinstance(frames, Quantile), frames
-    return score_BF.float().quantile(frames.quantile, dim=1)

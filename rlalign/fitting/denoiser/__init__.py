@@ -5,8 +5,8 @@ denoiser and text encoder.
     encoder -> pipeline folder
 
 The denoiser is a UNet that predicts noise (Stable Diffusion's format, ``pipeline.py`` and
-``stages.py``) or a flow-matching transformer (Stable Diffusion 3's, ``flow.py``); the autoencoder
-may be taken from a pipeline that is there already.
+``stages.py``) or a flow-matching transformer (Stable Diffusion 3's, ``flow.py``; of clips Wan's,
+``video.py``); the autoencoder may be taken from a pipeline that is there already.
 
 Everything random is keyed by (seed, purpose, update), nothing depends on a generator's state: a run
 that was stopped anywhere resumes from its checkpoint and ends in the same weights, bit for bit, as

@@ -78,12 +78,13 @@ def _ease(vae: Any) -> None:
     from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
     for module in vae.modules():
+        last = None
         if isinstance(module, wan.WanResidualBlock):
-            module.conv2.weight.zero_()
-            module.conv2.bias.zero_()
-        if isinstance(module, wan.WanAttentionBlock):
-            module.proj.weight.zero_()
-            module.proj.bias.zero_()
+            last = module.conv2
+        elif isinstance(module, wan.WanAttentionBlock):
+            last = module.proj
+        for parameter in last.parameters() if last else ():
+            parameter.zero_()
     vae.quant_conv.bias[LATENT_CHANNELS:] = _FIRST_LOG_VARIANCE
 
 
