@@ -115,4 +115,4 @@ def test_every_task_is_a_run_whose_held_out_rewards_are_measured(name):
     task = study.TASKS[name]
     run = load_run(study.ROOT / "configs" / task.file, list(task.settings))
     assert {r.title for r in run.evaluate.rewards} == set(task.held_out)
-    assert not run.guard.watches
+    assert not run.guard.limits
