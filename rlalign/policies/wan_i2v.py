@@ -86,7 +86,7 @@ class WanImageToVideoFamily(WanFamily):
 
     @property
     def lora_targets(self) -> tuple[str, ...]:  # type: ignore[override]  # 2.1's have two more
-        plain = WanFamily.lora_targets
+        plain = tuple(WanFamily.lora_targets)
         return (*plain, "add_k_proj", "add_v_proj") if self.sees_words_of_pictures else plain
 
     def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rlalign.core.clips import Clip, encode_animation
 from rlalign.core.pictures import clip_files, join_clips, read_grid
@@ -48,10 +49,12 @@ class _Writer:
 
     def _play(self, name: str, clip: Clip, round: int) -> None:
         """An image as TensorBoard takes it, encoded: a browser plays it."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto import summary_pb2
 
+        # its classes are made when it is imported
+        made: Any = summary_pb2
         _, _, height, width = clip.media_FCHW.shape
-        image = Summary.Image(
+        image = made.Summary.Image(
             height=height,
             width=width,
             colorspace=3,
@@ -59,7 +62,7 @@ class _Writer:
         )
         assert self._board.file_writer is not None, "something was written before"
         self._board.file_writer.add_summary(
-            Summary(value=[Summary.Value(tag=name, image=image)]), round
+            made.Summary(value=[made.Summary.Value(tag=name, image=image)]), round
         )
 
     def keep(self, file: Path) -> None:
