@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
 
 # Ray and OpenMP read these when they are first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -21,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is wrong
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,10 @@ shares_ray: set[Path] = set()
 """Files whose every test of Ray asks for ``ray_cluster``."""
 
 
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+"""Of a Chromium in which tests look at pages."""
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Global generators start the same in every test; code under test draws from keyed ones."""
@@ -43,6 +49,20 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests of a process."""
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from rlalign.report import write_report
 from rlalign.report.gallery import film_uri, still_uri
 from tests.made_clips import FRAMES, made_clips, scored_clips
 from tests.report.test_report import CONFIG, Page, evaluation_record, round_record
-from tests.web.vote.conftest import browser  # noqa: F401
 
 
 def films_of(text: str, width: int = 24) -> list[np.ndarray]:
@@ -88,7 +87,7 @@ def test_large_clips_are_shrunk_in_a_page() -> None:
 
 
 @pytest.mark.promise
-def test_all_clips_of_a_page_run_on_one_clock(run: Path, browser: Any) -> None:  # noqa: F811
+def test_all_clips_of_a_page_run_on_one_clock(run: Path, browser: Any) -> None:
     page = write_report(run).resolve().as_uri()
     tab = browser.new_page()
     tab.goto(page)
@@ -126,7 +125,7 @@ def test_all_clips_of_a_page_run_on_one_clock(run: Path, browser: Any) -> None: 
 
 
 @pytest.mark.promise
-def test_who_wants_less_motion_starts_clips_themselves(run: Path, browser: Any) -> None:  # noqa: F811
+def test_who_wants_less_motion_starts_clips_themselves(run: Path, browser: Any) -> None:
     tab = browser.new_page(reduced_motion="reduce")
     tab.goto(write_report(run).resolve().as_uri())
     states = "[...new Set(document.getAnimations().map((one) => one.playState))]"

@@ -251,6 +251,9 @@ def load_network(
     ``rule`` begins the message of a UserError: the setting, and what cannot be done.
     """
     _refuse_no_folder(folder, rule)
+    # transformers would make one of its class's usual size, perhaps too large for the machine
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{rule}: {folder.name}: it has no config.json; name a complete folder")
 
     # the weights as they are stored
     try:

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from rlalign.ballots.store import Store
-from tests.web.vote.conftest import FLAGS
+from tests.conftest import FLAGS
 from tests.web.vote.made_desk import fill, served
 from tests.web.vote.person import Person
 from tests.web.vote.visitor import TELEPHONE, Visitor
