@@ -52,8 +52,10 @@ endef
 IMPORTED := accelerate diffusers huggingface_hub matplotlib mpmath numpy pandas peft pydantic ray scipy sympy torch torchvision transformers
 UNUSED := /(tests?|testing)/|transformers/models/(?!auto/|clip/|__)|diffusers/pipelines/(?!stable_diffusion/|\w*\.py)|ray/(rllib|serve|llm|tune)/
 define compile
-	@cd $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-	  $(abspath $(BIN)/python) -m compileall -q -j 0 -x '$(UNUSED)' $(IMPORTED) || true
+	@echo "compiling what a run imports"
+	@cd $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && { \
+	  $(abspath $(BIN)/python) -m compileall -q -j 0 -x '$(UNUSED)' $(IMPORTED) & \
+	  while kill -0 $$! 2>/dev/null; do printf .; sleep 2; done; echo; } || true
 endef
 
 # Stamps: what is installed is renewed when, and only when, what it was installed from has changed.
