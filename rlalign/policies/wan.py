@@ -12,16 +12,15 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.diffusion.condition import Words
 from rlalign.networks.pipelines.fitting import check_patches
+from rlalign.policies._clips import ClipFamily
 from rlalign.policies._experts import ExpertsFamily, ExpertsRecipe
 from rlalign.policies.base import ATTENTION_TARGETS
 
-OWN_SIZE = (480, 832)
-"""Pixels that a pipeline's call draws when it is not told."""
 CHUNK = 4
 """Frames that the autoencoder encodes at once, after the first, whatever its factor is."""
 
 
-class WanFamily(ExpertsFamily):
+class WanFamily(ExpertsFamily, ClipFamily):
     """A live Wan pipeline: a flow's transformer of clips that is told one text encoder's words.
 
     Latents are (C, F', H', W') with F' = (F - 1) / 4 + 1: the first frame has a latent of its own.
@@ -35,7 +34,7 @@ class WanFamily(ExpertsFamily):
         "tokenizer": (),
         "text_encoder": (),
     }
-    draws_clips: ClassVar[bool] = True
+    own_pixels: ClassVar[tuple[int, int]] = (480, 832)
     lora_targets = ATTENTION_TARGETS
 
     recipe: Wan
@@ -44,10 +43,6 @@ class WanFamily(ExpertsFamily):
     def check(cls, pipeline: Any, path: str) -> None:
         super().check(pipeline, path)
         check_patches(pipeline, path, cls.part)
-
-    @property
-    def factor(self) -> int:
-        return self.pipeline.vae_scale_factor_spatial
 
     @property
     def channels(self) -> int:
@@ -59,22 +54,10 @@ class WanFamily(ExpertsFamily):
 
     @property
     def frame_unit(self) -> int:
-        """Frames between two numbers of frames that can be drawn."""
-        return max(CHUNK, self.pipeline.vae_scale_factor_temporal)
-
-    def own_size(self) -> tuple[int, int]:
-        return OWN_SIZE
+        return max(CHUNK, self.frame_factor)
 
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
-        channels, height, width = super().latent_shape(plan.model_copy(update={"frames": 1}))
-        unit = self.frame_unit
-        if plan.frames % unit != 1:
-            below = max(plan.frames - 1, 0) // unit * unit + 1
-            raise UserError(
-                f"plan.frames must be {unit}n + 1 for {self.folder!r} (1, {unit + 1},"
-                f" {2 * unit + 1} and so on), got {plan.frames}; take {below} or {below + unit}"
-            )
-        frames = (plan.frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
+        channels, frames, height, width = super().latent_shape(plan)
         self._refuse_beyond_positions(frames, height, width)
         return (channels, frames, height, width)
 

@@ -13,6 +13,7 @@ from rlalign.core.finite import refuse
 from rlalign.core.registry import UserError
 from rlalign.data.motion import DIRECTIONS, FRAMES, Move, Pass, Scene, Turn, parse_caption
 from rlalign.data.shapes import SIZE
+from rlalign.rewards._claims import read_scene, share
 from rlalign.rewards._tracks import CONTACT, Track, follow
 from rlalign.rewards.base import Reward, Scorer
 from rlalign.rewards.shapes import DetectedObject, detect_all
@@ -67,7 +68,7 @@ class Motion(Reward):
         """The scorer; it works on the CPU wherever the media are."""
 
         def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-            scenes = [_scene(prompt) for prompt in prompts]
+            scenes = [read_scene(parse_caption, one, self.name, "moving shapes") for one in prompts]
             refuse(media_BFCHW, "the policy's decoder")
             clips_BFHWC = media_BFCHW.detach().float().permute(0, 1, 3, 4, 2).cpu().numpy()
             scores = [
@@ -77,20 +78,6 @@ class Motion(Reward):
             return torch.tensor(scores, dtype=torch.float32)
 
         return scorer
-
-
-def _scene(prompt: str) -> Scene:
-    try:
-        return parse_caption(prompt)
-    except UserError as error:
-        raise UserError(
-            f"rewards.motion: prompt {prompt!r} is not a caption of moving shapes: {error}"
-        ) from error
-
-
-def share(found: dict[str, float]) -> float:
-    """The mean of the components, 0 to 1."""
-    return sum(found.values()) / len(found)
 
 
 def components(scene: Scene, clip_FHWC: np.ndarray) -> dict[str, float]:

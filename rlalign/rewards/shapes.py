@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from rlalign.core.finite import refuse
-from rlalign.core.registry import UserError
 from rlalign.data.shapes import PALETTE, PLURALS, SIZE, Scene, coverage, parse_caption
+from rlalign.rewards._claims import read_scene, share
 from rlalign.rewards.base import Reward, Scorer
 
 _BRIGHT = 0.45
@@ -65,7 +65,7 @@ class Shapes(Reward):
         its frames."""
 
         def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-            scenes = [_scene(prompt) for prompt in prompts]
+            scenes = [read_scene(parse_caption, one, self.name, "shapes") for one in prompts]
             frames = media_BFCHW.shape[1]
             refuse(media_BFCHW, "the policy's decoder")
             images_NHWC = (
@@ -79,20 +79,6 @@ class Shapes(Reward):
             return torch.tensor(score_N, dtype=torch.float32).reshape(-1, frames).mean(dim=1)
 
         return scorer
-
-
-def _scene(prompt: str) -> Scene:
-    try:
-        return parse_caption(prompt)
-    except UserError as error:
-        raise UserError(
-            f"rewards.shapes: prompt {prompt!r} is not a caption of shapes: {error}"
-        ) from error
-
-
-def share(found: dict[str, bool]) -> float:
-    """Fraction of the facts that hold, 0 to 1."""
-    return sum(found.values()) / len(found)
 
 
 def facts(
