@@ -95,6 +95,10 @@ def test_a_model_of_words_is_a_pipeline_that_draws_words(tmp_path: Path) -> None
     [
         ({"misspelt": 0.1}, "misspelt has no meaning where the task is shapes"),
         (
+            {"autoencoder": {"still_updates": 1}},
+            "autoencoder.still_updates has no meaning where the task is shapes",
+        ),
+        (
             {"task": "words", "autoencoder": {"source": "tiny"}, "classifier": {}},
             "classifier must be trained on shapes, whose facts it tells, got task words",
         ),

@@ -21,6 +21,7 @@ from rlalign.fitting.denoiser.corpus import clips
 from rlalign.fitting.denoiser.video import (
     LATENT_CHANNELS,
     clip_autoencoder,
+    clip_autoencoder_loss,
     clip_tokenizer,
     clip_tokens,
     decode_unclamped,
@@ -34,7 +35,7 @@ SMALL: dict[str, Any] = {
     "seed": 3,
     "task": "motion",
     "images": 6,
-    "autoencoder": {"updates": 2, "batch": 2, "channels": (4, 8)},
+    "autoencoder": {"updates": 2, "still_updates": 1, "batch": 2, "channels": (4, 8)},
     "denoiser": {
         "family": "transformer",
         "updates": 3,
@@ -132,7 +133,7 @@ def test_the_loss_is_what_the_pipelines_own_parts_give(whole):
     config = Pretrain.model_validate({**SMALL, "denoiser": denoiser})
     parts, tokenizer = video_components(config), clip_tokenizer()
     captions = list(motion.captions("train", ["turn"])[:6])
-    latents = torch.randn(6, LATENT_CHANNELS, 3, 4, 4)
+    latents = torch.randn(6, LATENT_CHANNELS, 5, 8, 8)
     words = clip_tokens(tokenizer, captions), clip_tokens(tokenizer, [""])
     standard = parts.transformer.blocks[0].attn2.processor
     found = video_loss(parts.module().eval(), latents, *words, config)(3)
@@ -163,12 +164,31 @@ def test_the_loss_is_what_the_pipelines_own_parts_give(whole):
     torch.testing.assert_close(found, torch.stack(errors).mean(), rtol=1e-5, atol=1e-5)
 
 
+def test_an_autoencoder_sees_single_frames_first(monkeypatch):
+    """Of two updates the first takes six frames in place of each of two clips, the second whole
+    clips; every frame is one of the corpus."""
+    config = Pretrain.model_validate(SMALL)
+    vae = clip_autoencoder(config)
+    clips_NCFHW, _ = clips(config)
+    seen = []
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda x: (seen.append(x), encode(x))[1])
+    loss = clip_autoencoder_loss(vae, clips_NCFHW, config)
+    assert loss(0).isfinite() and loss(1).isfinite()
+    stills, whole = ((127.5 * (x + 1.0)).round().to(torch.uint8) for x in seen)
+    assert stills.shape == (12, 3, 1, 32, 32) and whole.shape == (2, 3, 9, 32, 32)
+    frames = clips_NCFHW.transpose(1, 2).flatten(0, 1)
+    assert all((frames == still[:, 0]).flatten(1).all(dim=1).any() for still in stills)
+    assert len({still.numpy().tobytes() for still in stills}) > 6
+    assert all((clips_NCFHW == clip).flatten(1).all(dim=1).any() for clip in whole)
+
+
 def test_latents_are_standardised_by_numbers_in_the_autoencoders_config():
     config = Pretrain.model_validate(SMALL)
     vae = clip_autoencoder(config).eval()
     clips_NCFHW, _ = clips(config)
     latents = standardised_clips(vae, clips_NCFHW, measure=True)
-    assert latents.shape == (6, LATENT_CHANNELS, 3, 4, 4)
+    assert latents.shape == (6, LATENT_CHANNELS, 5, 8, 8)
     zero, one = torch.zeros(LATENT_CHANNELS), torch.ones(LATENT_CHANNELS)
     torch.testing.assert_close(latents.mean(dim=(0, 2, 3, 4)), zero, rtol=0.0, atol=1e-4)
     torch.testing.assert_close(latents.std(dim=(0, 2, 3, 4)), one, rtol=0.0, atol=1e-3)

@@ -44,6 +44,11 @@ class Autoencoder(Optimisation):
             "pipeline folder whose autoencoder is taken as it is, or tiny; empty trains one"
         ),
     )
+    still_updates: int = Field(
+        default=0,
+        ge=0,
+        description="clips: of the updates, how many of the first see single frames",
+    )
     kl: float = Field(
         default=1.0e-4, ge=0.0, description="weight of the KL to N(0, 1), nats per latent element"
     )
@@ -173,6 +178,11 @@ class Pretrain(_Settings):
                     f"{field} has no meaning where the task is {self.task}; leave it out"
                 )
         clips = self.task == "motion"
+        if not clips and self.autoencoder.still_updates:
+            raise ValueError(
+                f"autoencoder.still_updates has no meaning where the task is {self.task}; leave it"
+                " out"
+            )
         if clips and self.denoiser.family != "transformer":
             raise ValueError(
                 "denoiser.family must be transformer where the task is motion, got"

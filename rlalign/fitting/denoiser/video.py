@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlalign.core.registry import UserError
@@ -28,7 +29,11 @@ PIPELINE_ROWS = 512
 
 _HEAD = 24
 _SHIFT = 3.0  # as Wan's own checkpoints ship it
-_FOLD = 4  # a patch of 2 before the network, and two levels of halving
+_FOLD = 4  # pixels of a latent's side: a patch of 2 before the network, and one level of halving
+_STRIDE = 2  # frames of a latent
+_PATCH = (1, 2, 2)  # latents of a token
+_STILLS = 6
+"""Single frames in place of a clip, while an autoencoder learns from stills."""
 _EXTRA_ROWS = 0.5
 """Share of samples that are told as many rows as a call of the pipeline; the others ``TOKENS``."""
 _FIRST_LOG_VARIANCE = -6.0
@@ -41,7 +46,7 @@ _WORD_START = "\u2581"
 
 def clip_autoencoder(config: Pretrain) -> Any:
     """A causal autoencoder of clips with fresh weights, which depend on the seed alone: F frames of
-    H x W to 1 + (F - 1) / 4 latents of a eighth of each side."""
+    H x W to 1 + (F - 1) / 2 latents of a quarter of each side."""
     from diffusers import AutoencoderKLWan
 
     narrow, wide = config.autoencoder.channels
@@ -55,16 +60,16 @@ def clip_autoencoder(config: Pretrain) -> Any:
         vae = AutoencoderKLWan(
             base_dim=narrow,
             z_dim=LATENT_CHANNELS,
-            dim_mult=[1, wide // narrow, wide // narrow],
+            dim_mult=[1, wide // narrow],
             num_res_blocks=1,
-            temperal_downsample=[True, True],
+            temperal_downsample=[True],
             latents_mean=[0.0] * LATENT_CHANNELS,
             latents_std=[1.0] * LATENT_CHANNELS,
             in_channels=12,
             out_channels=12,
             patch_size=2,
-            scale_factor_temporal=4,
-            scale_factor_spatial=2 * _FOLD,
+            scale_factor_temporal=_STRIDE,
+            scale_factor_spatial=_FOLD,
         )
     _ease(vae)
     return vae
@@ -93,14 +98,29 @@ def clip_autoencoder_loss(
 ) -> Callable[[int], torch.Tensor]:
     """Update -> L1 + L2 of the reconstruction + KL of the posterior, as for pictures, in which a
     pixel of an object counts five times: an object covers a twentieth of a clip, and the median
-    that L1 looks for is the ground."""
+    that L1 looks for is the ground.
+
+    The first ``still_updates`` see six single frames in place of each clip, which vary more than
+    the frames of one: the layers learn there what they need in space, with their newest tap in
+    time (as Wan's autoencoder, arXiv:2503.20314, section 4.1, begins with pictures).
+    """
     settings = config.autoencoder
+    frames = clips_NCFHW.shape[2]
+
+    def draw(update: int, rng: np.random.Generator) -> torch.Tensor:
+        if update >= settings.still_updates:
+            rows_B = torch.from_numpy(rng.integers(len(clips_NCFHW), size=settings.batch))
+            return clips_NCFHW[rows_B]
+        rows_B, frame_B = (
+            torch.from_numpy(rng.integers(most, size=_STILLS * settings.batch))
+            for most in (len(clips_NCFHW), frames)
+        )
+        return clips_NCFHW[rows_B, :, frame_B, None]
 
     def loss(update: int) -> torch.Tensor:
         # which clips, and how much each of their pixels counts
         key = ("pretrain", config.seed, "autoencoder", update)
-        rows_B = generator(*key, "rows").integers(len(clips_NCFHW), size=settings.batch)
-        pixels = clips_NCFHW[torch.from_numpy(rows_B)].float() / 127.5 - 1.0
+        pixels = draw(update, generator(*key, "rows")).float() / 127.5 - 1.0
         ground_BC = pixels.flatten(2).median(dim=2).values
         apart_BFHW = (pixels - ground_BC[:, :, None, None, None]).abs().amax(dim=1)
         weight_B1FHW = 1.0 + _OBJECT_WEIGHT * (apart_BFHW > _APART).float()[:, None]
@@ -152,10 +172,11 @@ def load_clip_autoencoder(source: str) -> Any:
         rule = f"autoencoder.source: cannot load {source!r}"
         vae: Any = load_network(folder / "vae", ["diffusers", "AutoencoderKLWan"], rule)
     shape = (vae.config.z_dim, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal)
-    if shape != (LATENT_CHANNELS, 2 * _FOLD, 4):
+    if shape != (LATENT_CHANNELS, _FOLD, _STRIDE):
         raise UserError(
-            f"autoencoder.source must have {LATENT_CHANNELS} latent channels, {2 * _FOLD} pixels"
-            f" and 4 frames a latent, got {', '.join(map(str, shape))} in {source!r}; name another"
+            f"autoencoder.source must have {LATENT_CHANNELS} latent channels, {_FOLD} pixels"
+            f" and {_STRIDE} frames a latent, got {', '.join(map(str, shape))} in {source!r}; name"
+            " another"
         )
     return vae.eval().requires_grad_(False)
 
@@ -220,7 +241,7 @@ def video_components(config: Pretrain) -> VideoComponents:
         torch.manual_seed(config.seed)
         return VideoComponents(
             transformer=WanTransformer3DModel(
-                patch_size=(1, 1, 1),
+                patch_size=_PATCH,
                 num_attention_heads=settings.width // _HEAD,
                 attention_head_dim=_HEAD,
                 in_channels=LATENT_CHANNELS,
