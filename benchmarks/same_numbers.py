@@ -46,8 +46,9 @@ def main() -> None:
     given = parser.parse_args()
     names = given.names or training_files()
     with tempfile.TemporaryDirectory() as scratch:
-        pairs = Path(scratch) / "pairs.parquet"
-        draw_pairs(pairs)
+        pairs = Path(scratch)
+        for kind in ("pictures", "clips"):
+            draw_pairs(pairs / f"{kind}.parquet", clips=kind == "clips")
         differ = 0
         for name in names:
             folders = []
@@ -69,20 +70,23 @@ def training_files() -> list[str]:
     )
 
 
-def draw_pairs(path: Path) -> None:
-    """Writes sixteen drawn pairs: each caption's picture against another's."""
+def draw_pairs(path: Path, *, clips: bool) -> None:
+    """Writes sixteen drawn pairs: each caption's picture, or clip, against another's."""
+    from rlalign.core.clips import encode_clip
+    from rlalign.data import motion, shapes
     from rlalign.data.pairs.columns import write_pairs
-    from rlalign.data.pairs.ranking import encode
-    from rlalign.data.shapes import draw, random_scene
     from rlalign.diffusion.noise import generator
 
     rows = []
     for number in range(16):
         rng = generator("drawn pairs", number)
-        right = random_scene(rng, "train")
-        wrong = random_scene(rng, "train")
-        first = encode(draw(right, rng).transpose(2, 0, 1))
-        second = encode(draw(wrong, rng).transpose(2, 0, 1))
+        if clips:
+            right, wrong = motion.random_scene(rng), motion.random_scene(rng)
+            media = [motion.draw(scene, rng) for scene in (right, wrong)]
+        else:
+            right, wrong = (shapes.random_scene(rng, "train") for _ in range(2))
+            media = [shapes.draw(scene, rng)[None] for scene in (right, wrong)]
+        first, second = (encode_clip(one.transpose(0, 3, 1, 2))[0] for one in media)
         labels = {"label_0": 1.0, "label_1": 0.0}
         rows.append({"caption": right.caption, "jpg_0": first, "jpg_1": second, **labels})
     write_pairs(path, rows)
@@ -93,9 +97,12 @@ def run(checkout: Path, name: str, folder: Path, pairs: Path, *, whole: bool) ->
     config = checkout / "configs" / f"{name}.yaml"
     text = config.read_text()
     overrides = [*ROUNDS, *(() if whole else SMALL)]
+    if "window:" in text and not whole:
+        overrides.append("plan.window=2")
     if "\npreferences:" in text:
         overrides += ["preferences.ballots=null"] if "ballots:" in text else []
-        overrides.append(f"preferences.path={pairs}")
+        kind = "clips" if "frames:" in text else "pictures"
+        overrides.append(f"preferences.path={pairs / kind}.parquet")
         overrides += OF_PAIRS
     if "\nrefit:" in text:
         overrides += ["refit=null", "rewards=[{name: bradley_terry}]"]

@@ -3,7 +3,7 @@ steps."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from rlalign.algorithms import _objectives as objectives
 from rlalign.algorithms.base import Algorithm, Loss
 from rlalign.core.batches import PromptBatch, PromptPass
 from rlalign.core.records import Unit
+from rlalign.core.registry import Before
 from rlalign.diffusion.noise import generator, normal, unit_noise
 from rlalign.diffusion.paths import coefficients
 from rlalign.diffusion.rollout import advance, denoised, schedule_of
@@ -53,6 +54,11 @@ class RewardBackprop(Algorithm):
         description="refl: reward above which there is no gradient",
     )
     refl_weight: float = Field(default=1e-3, gt=0, description="refl: factor of the loss")
+    frames: Annotated[int, Before(0)] = Field(
+        default=0,
+        ge=0,
+        description="clips: only the first so many frames are decoded and scored; 0 is all",
+    )
     kl_weight: float = Field(
         default=0.0,
         ge=0,
@@ -91,7 +97,10 @@ class RewardBackprop(Algorithm):
             x, found = self._noised_again(policy, batch, condition, x)
 
         # the reward of the decoded sample
-        scores = batch.scorer(policy.decode(found[-1].clean if self.form == "refl" else x), prompts)
+        drawn = found[-1].clean if self.form == "refl" else x
+        if self.frames:
+            drawn = policy.family.first_frames(drawn, self.frames)
+        scores = batch.scorer(policy.decode(drawn), prompts)
         total = scores["total"]
         value = (
             self.refl_weight * torch.relu(self.hinge - total).mean()

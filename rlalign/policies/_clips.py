@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
+
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.diffusion.paths import NoisePath, RectifiedFlow
@@ -64,3 +66,7 @@ class ClipFamily(PipelineFamily):
     def latent_frames(self, frames: int) -> int:
         """F' of F frames."""
         return (frames - 1) // self.frame_factor + 1
+
+    def first_frames(self, latents: torch.Tensor, frames: int) -> torch.Tensor:
+        """A causal autoencoder decodes them as it does within the whole clip."""
+        return latents[:, :, : self.latent_frames(frames)]

@@ -77,6 +77,11 @@ class Family(ABC):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Clean latents (B, *latent) -> media (B, F, 3, H, W) float32 in [0, 1]."""
 
+    def first_frames(self, latents: torch.Tensor, frames: int) -> torch.Tensor:
+        """The part of clean latents that tells at most the first ``frames`` of a clip; a picture's
+        latents whole."""
+        return latents
+
     @abstractmethod
     def encode_media(self, media_BFCHW: torch.Tensor) -> torch.Tensor:
         """Media in [0, 1] -> clean latents: the mean of the encoder's posterior."""

@@ -51,18 +51,20 @@ REFITTED = ["refit=null", "rewards=[{name: bradley_terry}]", "evaluate.rewards=[
 
 
 def small(name: str, pairs: Path) -> Run:
-    """The config, cut down; where it learns from a set of preferences, from ``pairs``."""
-    run = load_run(CONFIGS / f"{name}.yaml", [*SMALL, "learner.updates_per_round=1"])
-    whole = load_run(CONFIGS / f"{name}.yaml").learner
-    more = [
-        f"learner.updates_per_round={min(whole.updates_per_round, 2)}",
-        f"learner.epochs={min(whole.epochs, 2)}",
+    """The config, cut down; where it learns from a set of preferences, from one of ``pairs``."""
+    whole = load_run(CONFIGS / f"{name}.yaml")
+    more = [f"plan.window={min(whole.plan.window, 2)}"]
+    run = load_run(CONFIGS / f"{name}.yaml", [*SMALL, *more, "learner.updates_per_round=1"])
+    more += [
+        f"learner.updates_per_round={min(whole.learner.updates_per_round, 2)}",
+        f"learner.epochs={min(whole.learner.epochs, 2)}",
     ]
     more += ["algorithm.draws=2"] if "draws" in type(run.algorithm).model_fields else []
     if run.preferences is not None:
+        kind = "clips" if run.plan.frames > 1 else "pictures"
         more += [
             "preferences.ballots=null",
-            f"preferences.path={pairs}",
+            f"preferences.path={pairs / kind}.parquet",
             "preferences.pairs_per_round=8",
             "preferences.pairs_per_pass=4",
         ]
@@ -72,29 +74,35 @@ def small(name: str, pairs: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen drawn pairs: each caption's picture against another's."""
+    """A folder of sixteen drawn pairs, each caption's picture against another's, and of four pairs
+    of clips."""
+    from rlalign.core.clips import encode_clip
+    from rlalign.data import motion, shapes
     from rlalign.data.pairs.columns import write_pairs
     from rlalign.data.pairs.ranking import encode
-    from rlalign.data.shapes import draw, random_scene
     from rlalign.diffusion.noise import generator
 
-    rows = []
-    for number in range(16):
-        rng = generator("drawn pairs", number)
-        scene, other = random_scene(rng, "train"), random_scene(rng, "train")
-        first, second = (encode(draw(s, rng).transpose(2, 0, 1)) for s in (scene, other))
-        rows.append(
-            {
-                "caption": scene.caption,
-                "jpg_0": first,
-                "jpg_1": second,
-                "label_0": 1.0,
-                "label_1": 0.0,
-            }
-        )
-    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
-    write_pairs(path, rows)
-    return path
+    def rows_of(count: int, scene_of: Any, draw: Any) -> list[dict[str, Any]]:
+        rows = []
+        for number in range(count):
+            rng = generator("drawn pairs", number)
+            scene, other = scene_of(rng), scene_of(rng)
+            first, second = draw(scene, rng), draw(other, rng)
+            labels = {"label_0": 1.0, "label_1": 0.0}
+            rows.append({"caption": scene.caption, "jpg_0": first, "jpg_1": second, **labels})
+        return rows
+
+    def picture(scene: shapes.Scene, rng: Any) -> bytes:
+        return encode(shapes.draw(scene, rng).transpose(2, 0, 1))
+
+    def clip(scene: motion.Scene, rng: Any) -> bytes:
+        return encode_clip(motion.draw(scene, rng).transpose(0, 3, 1, 2))[0]
+
+    folder = tmp_path_factory.mktemp("pairs")
+    pictures = rows_of(16, lambda rng: shapes.random_scene(rng, "train"), picture)
+    write_pairs(folder / "pictures.parquet", pictures)
+    write_pairs(folder / "clips.parquet", rows_of(4, motion.random_scene, clip))
+    return folder
 
 
 class Renewed(Coordinator):
@@ -170,9 +178,10 @@ PROMISED = (
     "tiny_draft",
     "tiny_flow_grpo",
     "tiny_ocr",
+    "tiny_video_grpo",
 )
 """One of each kind: points, the embedded models, given pairs, gradients through the reward, engines
-that are no torch. The others are slow tests."""
+that are no torch, clips. The others are slow tests."""
 
 
 @pytest.mark.parametrize(
