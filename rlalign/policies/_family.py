@@ -49,6 +49,8 @@ class Family(ABC):
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
     """Classes of diffusers' pipelines whose folders this family reads, as model_index.json names
     them."""
+    classes_by_name: ClassVar[tuple[str, ...]] = ()
+    """Further ones, which another family reads, that this one reads where its policy is named."""
     lora_targets: Sequence[str] = ()
     """Endings of the names of layers that a LoRA adapts; none where it takes no adapter."""
     reads_adapters: ClassVar[bool] = False
@@ -193,6 +195,11 @@ class Family(ABC):
         """Raises UserError where the parts do not fit, by one small pass; here nothing is tried."""
 
     # --- files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def readable_classes(cls) -> tuple[str, ...]:
+        """Every class of pipelines whose folders this family reads."""
+        return (*cls.pipeline_classes, *cls.classes_by_name)
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -17,15 +17,24 @@ from PIL import Image
 
 from rlalign.alignment.models import find_model
 from rlalign.core.prompts import Prompt
-from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.data.prompts.file import FilePrompts
+from rlalign.diffusion.rollout import denoised
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.base import LATENTS
+from rlalign.policies.wan import Wan
 from rlalign.policies.wan_i2v import WanI2V
-from tests.policies.acceptance import PROMPTS, Acceptance, Case, asked
+from tests.policies.acceptance import (
+    PROMPTS,
+    Acceptance,
+    Case,
+    asked,
+    stochastic,
+    with_prompts,
+)
 from tests.policies.family_runs import ALGORITHMS, PATHS, run_of, train_two_rounds
 from tests.policies.test_wan import FRAMES, load_second, step_once
+from tests.toy import collect, make_units
 
 TEXT_TOKENS = 512
 """2.1's transformer looks for an image encoder's words before so many."""
@@ -71,7 +80,20 @@ def wan22(folder: Path) -> Case:
     )
 
 
-CASES: dict[str, Callable[[Path], Case]] = {"wan_i2v": wan21, "wan22_i2v": wan22}
+def wan22_5b(folder: Path) -> Case:
+    """The picture is held in the first latent frame."""
+    case = wan21(folder)
+    place = folder / "held"
+    write_pipeline(place, replace(FAMILIES["wan22_5b"], pipeline="WanImageToVideoPipeline"))
+    recipe = WanI2V(path=str(place), text_tokens=TEXT_TOKENS)
+    return replace(case, recipe=recipe, adapted=16, sizes=((32, 32), (64, 32)))
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "wan_i2v": wan21,
+    "wan22_i2v": wan22,
+    "wan22_5b": wan22_5b,
+}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -89,11 +111,11 @@ def test_each_prompt_has_its_own_picture(case: Case, tmp_path: Path) -> None:
     first, other = (draw_picture(tmp_path / f"{seed}.png", seed) for seed in (1, 2))
     data = f"data:image/png;base64,{base64.b64encode(first.read_bytes()).decode()}"
     prompts = [Prompt("a", {"image": image}) for image in (str(first), str(other), data)]
-    plan = Plan(height=16, width=16, frames=FRAMES)
+    plan = case.plan(case.sizes[0])
     policy = case.varied(negative_prompt="grey")
     found = policy.encode(prompts, plan)
     seen = [name for name in found.caption.tensors if name.startswith("picture")]
-    assert len(seen) == (1 if case.adapted == 32 else 2)
+    assert len(seen) == (2 if case.policy.family.sees_words_of_pictures else 1)  # type: ignore[attr-defined]
     assert found.against is not None
     for name in seen:
         alone = case.policy.encode(prompts[1:2], plan).caption[name][0]
@@ -107,7 +129,7 @@ def test_a_learner_reads_pictures_and_decodes_nothing(case: Case) -> None:
     """Its autoencoder is loaded for the prompts."""
     family: Any = case.recipe.build_parts("cpu", LATENTS)
     assert {"transformer", "vae", "text_encoder"} <= set(family.parts())
-    plan = Plan(height=16, width=16, frames=FRAMES)
+    plan = case.plan(case.sizes[0])
     mine = family.encode(case.prompts, plan).caption
     for name, tensor in case.policy.encode(case.prompts, plan).caption.tensors.items():
         assert torch.equal(mine[name], tensor)
@@ -139,11 +161,62 @@ def test_settings_that_do_not_fit_are_refused(old: Case) -> None:
         old.varied(embeddings="actor")
 
 
-def test_a_pipeline_that_holds_its_first_frame_is_refused(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return wan22_5b(tmp_path_factory.mktemp("held"))
+
+
+def test_the_held_frame_ends_on_the_picture_and_no_weight_moves_it(held: Case) -> None:
+    """Its latent in the chain has as much noise as the others', its last one is the picture's; its
+    prediction, its Gaussian and its gradient are the same under any weights, guided too, and the
+    frames after it are not."""
+    plan = stochastic(held.policy, held).model_copy(update={"guidance": 3.0})
+    units = [with_prompts(make_units(1, per_unit=2, plan=plan)[0], held.prompts)]
+    trajectory = collect(held.policy, units)[0].trajectory
+    latents_BK1 = torch.from_numpy(trajectory.latents_BK1)
+    picture = held.policy.encode(held.prompts, plan).caption["picture_BCFHW"]
+    assert ((latents_BK1[:, :2, :, :1] - picture[:, None]).abs().flatten(2).mean(2) > 0.3).all()
+    told = plan.model_dump(include={"steps", "guidance", "eta", "height", "width", "frames"})
+    last = held.policy.sample(held.prompts, output="latents", **told)
+    torch.testing.assert_close(last[:, :, :1], picture, rtol=0, atol=2e-6)
+
+    # of two policies
+    other = held.trained()
+    levels = held.policy.path.at(plan).levels(plan.steps)
+    x = latents_BK1[:, 1]
+    found = [
+        denoised(one, x, levels[1], levels[2], one.encode(held.prompts, plan), plan, 0.7).gaussian
+        for one in (held.policy, other)
+    ]
+    mine, theirs = (one.mean for one in found)
+    assert torch.equal(mine[:, :, :1], theirs[:, :, :1])
+    assert (mine[:, :, 1:] - theirs[:, :, 1:]).abs().max() > 1e-3
+    other.network.zero_grad()
+    theirs[:, :, 0].square().sum().backward(retain_graph=True)
+    assert not any(p.grad is not None and p.grad.any() for p in other.trainable().values())
+    theirs[:, :, 1:].square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in other.trainable().values())
+
+
+def test_the_published_folder_of_the_5b_is_read_by_name(held: Case, tmp_path: Path) -> None:
+    """Whose index says WanPipeline: alone it is text to video."""
+    write_pipeline(tmp_path, FAMILIES["wan22_5b"])
+    assert type(find_model(str(tmp_path)).recipe) is Wan
+    named = WanI2V(path=str(tmp_path), text_tokens=TEXT_TOKENS).load("cpu")
+    with torch.no_grad():
+        found = named.family.predict(*asked(named, held))
+        wanted = held.policy.family.predict(*asked(held.policy, held))
+    assert torch.equal(found, wanted)
+    named.save(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert (index["_class_name"], index["expand_timesteps"]) == ("WanPipeline", True)
+
+
+def test_two_experts_with_a_held_frame_are_refused(tmp_path: Path) -> None:
     write_pipeline(tmp_path, FAMILIES["wan22_i2v"])
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"expand_timesteps": True}))
-    with pytest.raises(UserError, match=r"expand_timesteps in model_index\.json must be false"):
+    with pytest.raises(UserError, match=r"boundary_ratio in model_index\.json must be null beside"):
         WanI2V(path=str(tmp_path)).load("cpu")
 
 
