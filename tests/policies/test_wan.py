@@ -17,6 +17,7 @@ from rlalign.core.registry import UserError
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.wan import Wan
 from tests.policies.acceptance import Acceptance, Case, asked
+from tests.policies.clip_acceptance import ClipAcceptance
 
 TEXT_TOKENS = 24
 FRAMES = 5
@@ -205,6 +206,14 @@ def test_clips_are_decoded_by_several_threads_at_once(case: Case) -> None:
         found = list(pool.map(decode, range(3)))
     for lane in range(3):
         assert all(torch.equal(media, wanted[lane]) for media in found[lane])
+
+
+def test_clips_are_decoded_in_tiles(case: Case) -> None:
+    """And one latent frame after the other by itself."""
+    shared = ClipAcceptance()
+    shared.test_tiles_are_as_large_as_asked(case)
+    shared.test_tiles_that_do_not_fit_are_refused(case)
+    shared.test_frames_are_decoded_in_runs(case)
 
 
 def test_bfloat16_keeps_the_parts_that_diffusers_keeps(case: Case) -> None:

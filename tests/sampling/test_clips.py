@@ -3,10 +3,13 @@ people would vote on."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from rlalign.cli import main
 from rlalign.core.clips import read_clip
 from rlalign.core.pictures import clip_files, read_grid
 from rlalign.diffusion.rollout import rollout
@@ -63,6 +66,21 @@ def test_one_clip_has_the_same_frames_at_every_exit(tmp_path: Path) -> None:
         file.with_suffix(".txt").write_text(prompt)
     found = find_pictures(str(tmp_path / "pictures"))
     assert np.array_equal(read_clip(found["a cube"][0].read()), media[1])
+
+
+def test_clips_are_lossy_videos_too_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "clips.yaml"
+    file.write_text(json.dumps({**SETTINGS, "compare": False}))
+    out = tmp_path / "out"
+    assert main(["sample", str(file), "--local", "--mp4", "--out", str(out)]) == 0
+    names = [f"0000{n}.{kind}" for n in (0, 1) for kind in ("mp4", "webp")]
+    assert sorted(one.name for one in (out / "pictures").iterdir()) == names
+    pictures = ["sample", str(file), "--local", "--mp4", "--out", str(tmp_path / "none")]
+    assert main([*pictures, "plan.frames=1"]) == 2
+    assert "--mp4 is for clips, and plan.frames must be above 1" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_a_failed_sampling_leaves_of_clips_is_taken_away(tmp_path: Path) -> None:

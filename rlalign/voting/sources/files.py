@@ -17,12 +17,14 @@ import numpy as np
 from rlalign.ballots.records import digest
 from rlalign.core.clips import encode_clip, read_clip
 from rlalign.core.files import UnreadableText, parse_strict_json, read_text, split_lines
+from rlalign.core.media import video_format
 from rlalign.core.registry import UserError, read_reason
 from rlalign.voting.pictures import Exhausted, PictureFile
 
 SHOWN = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 """Formats of Pillow that every browser shows -> their media types."""
 ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 CAPTIONS = ("caption", "text", "prompt")
 """Names of what says a picture's caption, in a table and in metadata.jsonl."""
 COLUMNS = ("jpg_0", "jpg_1", "image", "jpg", "picture")
@@ -146,6 +148,11 @@ def as_shown(content: bytes, name: str, **facts: Any) -> PictureFile:
     """
     from PIL import Image
 
+    if video := video_format(content):
+        raise UserError(
+            f"{name} must be a picture, or a clip as animated WebP, GIF or PNG, and is a lossy"
+            f" {video}: votes on it would be of other frames than those that were drawn"
+        )
     try:
         with Image.open(io.BytesIO(content)) as opened:
             kind = SHOWN.get(opened.format or "")
@@ -214,7 +221,9 @@ def find_pictures(path: str) -> dict[str, list[Location]]:
 
 
 def _in_folder(folder: Path) -> dict[str, list[Location]]:
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
+    there = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    files = [p for p in there if p.suffix.lower() in ENDINGS]
+    _refuse_videos(there, files)
     said = _metadata(folder)
     found: dict[str, list[Location]] = {}
     for file in files:
@@ -229,6 +238,17 @@ def _in_folder(folder: Path) -> dict[str, list[Location]]:
             " each caption (clips are animated WebP, GIF or PNG)"
         )
     return found
+
+
+def _refuse_videos(there: Sequence[Path], read: Sequence[Path]) -> None:
+    """Raises UserError for a video beside which there is no lossless clip of its name."""
+    stems = {file.with_suffix("") for file in read}
+    for file in there:
+        if file.suffix.lower() in VIDEOS and file.with_suffix("") not in stems:
+            raise UserError(
+                f"{file} is a lossy video and is not read: its frames are not those that were"
+                " drawn; save the clip as lossless animated WebP or PNG beside it or in its place"
+            )
 
 
 def _metadata(folder: Path) -> dict[str, str]:
