@@ -33,20 +33,21 @@ def refuse_missing_encoder(place: str) -> None:
 def encode_mp4(clip: Clip) -> bytes:
     """An MP4 file of H.264 that browsers and slides play, its colours at half resolution. Of odd
     sides the last row or column appears twice."""
-    import av
+    from av import VideoFrame
+    from av import open as open_container
 
     media_FCHW = clip.media_FCHW
     height, width = media_FCHW.shape[-2:]
     even_FCHW = np.pad(media_FCHW, ((0, 0), (0, 0), (0, height % 2), (0, width % 2)), mode="edge")
     buffer = io.BytesIO()
-    with av.open(buffer, mode="wb", format="mp4") as container:
+    with open_container(buffer, "w", format="mp4") as container:
         rate = Fraction(clip.rate).limit_denominator(1000)
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(QUALITY)})
         stream.height, stream.width = even_FCHW.shape[-2:]
         stream.pix_fmt = "yuv420p"
         for frame_CHW in even_FCHW:
             pixels_HWC = np.ascontiguousarray(frame_CHW.transpose(1, 2, 0))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
+            container.mux(stream.encode(VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
         container.mux(stream.encode())
     return buffer.getvalue()
 
