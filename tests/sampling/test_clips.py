@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlalign.cli import main
-from rlalign.core.clips import read_clip
+from rlalign.core.clips import RATE, read_clip
 from rlalign.core.pictures import clip_files, read_grid
 from rlalign.diffusion.rollout import rollout
 from rlalign.engine.local import LiveRewards, LocalEngine
@@ -60,6 +60,7 @@ def test_one_clip_has_the_same_frames_at_every_exit(tmp_path: Path) -> None:
     for made, clip in zip(drawn, media, strict=True):
         assert np.array_equal(read_clip(made.content), clip)
         assert (made.picture.frames, made.picture.media_type) == (5, "image/webp")
+        assert made.picture.rate == RATE
         assert redraw(made.picture, engine) == made.content
     # the folder is a source of clips by itself, with a caption for each
     for file, prompt in zip(files, sample.unit.prompts, strict=True):
