@@ -55,6 +55,8 @@ class Family(ABC):
     """Endings of the names of layers that a LoRA adapts; none where it takes no adapter."""
     reads_adapters: ClassVar[bool] = False
     """Whether training may start from a LoRA file (``attach_saved``)."""
+    reads_embeddings: ClassVar[bool] = True
+    """Whether its words may come from a file of ``rlalign encode``."""
     own_per_thread: tuple[str, ...] = ()
     """Attributes with frozen parts that write on themselves while they compute, as causal video
     autoencoders do, which keep the features of the frames before: each thread has a copy."""

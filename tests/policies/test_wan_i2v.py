@@ -16,6 +16,9 @@ import torch
 from PIL import Image
 
 from rlalign.alignment.models import find_model
+from rlalign.cli import main
+from rlalign.cli.check import memory
+from rlalign.config import dump
 from rlalign.core.prompts import Prompt
 from rlalign.core.registry import UserError
 from rlalign.data.prompts.file import FilePrompts
@@ -225,6 +228,22 @@ def test_a_transformer_of_texts_alone_is_refused(tmp_path: Path) -> None:
     write_pipeline(tmp_path, replace(family, pipeline="WanImageToVideoPipeline"))
     with pytest.raises(UserError, match=r"transformer: in_channels must be 10, .*, got 4"):
         WanI2V(path=str(tmp_path)).load("cpu")
+
+
+def test_no_file_of_embeddings_is_suggested_or_written(
+    old: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = old.recipe.model_dump(mode="json", exclude_defaults=True) | {"name": "wan_i2v"}
+    run = run_of(policy, {**PATHS["flow"], "frames": FRAMES}, ALGORITHMS["grpo"])
+    monkeypatch.setattr(memory, "WORTH_LEAVING_OUT", 1)
+    assert memory.encoder_rows(run, old.policy) == {}
+    with monkeypatch.context() as other:
+        other.setattr(type(old.policy.family), "reads_embeddings", True)
+        assert "rlalign encode" in memory.encoder_rows(run, old.policy)["text encoders"]
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(run))
+    assert main(["encode", str(file), str(tmp_path / "words.safetensors")]) == 2
+    assert "policy wan_i2v reads no file of embeddings" in capsys.readouterr().err
 
 
 def test_the_picture_is_heard_at_every_step(old: Case) -> None:
