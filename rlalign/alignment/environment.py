@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
+from rlalign.core.clips import lay_out
 from rlalign.core.finite import watching
 from rlalign.core.media import as_uint8
 from rlalign.core.records import Plan
@@ -95,11 +96,18 @@ class Chain:
         return latent
 
 
+SHEET_WIDTH = 1024
+"""Pixels, at most, of a sheet with the frames of a clip."""
+
+
 class Denoising(gymnasium.Env[np.ndarray, np.ndarray]):
     """One trajectory an episode, as many steps as the plan has noisy ones; float32 vectors in,
     float32 vectors out."""
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 4}
+    metadata: ClassVar[dict[str, Any]] = {
+        "render_modes": ["rgb_array", "rgb_array_list"],
+        "render_fps": 4,
+    }
 
     def __init__(
         self,
@@ -164,12 +172,16 @@ class Denoising(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._observation(), value, True, False, {"latent": self._latent[0].numpy().copy()}
 
     @torch.no_grad()
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
-        """The picture of the latent as it is, (H, W, 3) uint8."""
-        if self.render_mode != "rgb_array":
+    def render(self) -> np.ndarray | list[np.ndarray] | None:  # type: ignore[override]
+        """The picture of the latent as it is, (H, W, 3) uint8; of a clip all frames on one sheet,
+        row by row. In the mode ``rgb_array_list`` the list of its frames."""
+        if self.render_mode not in self.metadata["render_modes"]:
             return None
         media = self.chain.policy.decode(self._latent.to(self.chain.policy.device))
-        return as_uint8(media)[0, 0].transpose(1, 2, 0)
+        media_FCHW = as_uint8(media)[0]
+        if self.render_mode == "rgb_array_list":
+            return list(media_FCHW.transpose(0, 2, 3, 1))
+        return lay_out(media_FCHW, SHEET_WIDTH)[0].transpose(1, 2, 0)
 
     def _observation(self) -> np.ndarray:
         return self.chain.observation(

@@ -61,6 +61,8 @@ OF_A_RUN = (
     "embeddings",
     "decode_rows",
     "vae_tiling",
+    "vae_tile",
+    "decode_frames",
 )
 """Settings of a policy that leave a run's weights what they are."""
 

@@ -100,12 +100,12 @@ def of_answer(answer: Answer) -> dict[str, Any]:
 
 
 def to_picture(row: Row) -> Picture:
-    names = ("uid", "caption", "policy", "seed", "plan", "frames", "media_type")
+    names = ("uid", "caption", "policy", "seed", "plan", "frames", "media_type", "rate")
     return Picture(**{name: row[name] for name in names})
 
 
 def of_picture(picture: Picture) -> dict[str, Any]:
-    names = ("uid", "caption", "policy", "seed", "frames", "media_type")
+    names = ("uid", "caption", "policy", "seed", "frames", "media_type", "rate")
     return {**{name: getattr(picture, name) for name in names}, "plan": dict(picture.plan)}
 
 

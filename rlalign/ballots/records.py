@@ -69,6 +69,8 @@ class Picture:
     """Settings of its making, and under ``record`` that of its prompt, where it has one."""
     frames: int = 1
     media_type: str = "image/png"
+    rate: float = 0.0
+    """Frames a second of a clip; 0 of a picture, and of a clip of an older store."""
 
     @property
     def prompt(self) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-REVISION = "0001"
+REVISION = "0002"
 """The newest migration: the schema of this file."""
 
 METADATA = sa.MetaData(
@@ -50,6 +50,7 @@ picture = sa.Table(
     sa.Column("plan", sa.JSON, nullable=False),
     sa.Column("frames", sa.Integer, nullable=False),
     sa.Column("media_type", sa.String(64), nullable=False),
+    sa.Column("rate", sa.Double, nullable=False, server_default=sa.text("0")),
 )
 
 content = sa.Table(

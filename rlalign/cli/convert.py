@@ -28,8 +28,9 @@ def convert(
 ) -> None:
     """Turn the published pickle of a reward into safetensors, which rewards read.
 
-    ImageReward, HPS v2 and v2.1, and the head of the aesthetic predictor; says which reward reads
-    what it found. Tensors are read and nothing else: a file that asks for code is refused.
+    ImageReward, HPS v2 and v2.1, VideoReward, and the head of the aesthetic predictor; says which
+    reward reads what it found. Tensors are read and nothing else: a file that asks for code is
+    refused.
     """
     from rlalign.learning.checkpoint import disk_errors
     from rlalign.networks import pickles

@@ -86,7 +86,13 @@ def _read_config(
 
 
 def _choose_file(named: list[str], recipe: Any) -> Path:
-    """The file that is to be written. Raises UserError where none is named, or something else."""
+    """The file that is to be written. Raises UserError where none is named, or something else, or
+    where the policy could not read it."""
+    if not recipe.family.reads_embeddings:
+        raise UserError(
+            f"policy {recipe.name} reads no file of embeddings: its words are those of a prompt and"
+            " of the picture that it carries"
+        )
     own = getattr(recipe, "embeddings", "")
     given = [*named, *([own] if own.endswith(SUFFIX) else [])]
     if not given or len(named) > 1:

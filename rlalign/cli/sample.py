@@ -21,12 +21,18 @@ def sample(
     ] = False,
     address: ClusterAddress = None,
     out: Annotated[Path | None, folder_option("The folder; runs/NAME when left out.")] = None,
+    mp4: Annotated[
+        bool,
+        typer.Option("--mp4", help="Clips as lossy MP4 too, to show; needs rlalign\\[video]."),
+    ] = False,
 ) -> None:
     """Sample with a test-time method.
 
     Writes pictures, scores and cost, and a page that shows the method beside plain sampling and
     best-of-N at the same cost.
     """
+    from rlalign.core.mp4 import write_mp4s
+    from rlalign.learning.checkpoint import disk_errors
     from rlalign.learning.folders import holds_only, refuse_what_is_there
     from rlalign.sampling import SO_FAR, load_sample
 
@@ -37,6 +43,8 @@ def sample(
     if not (folder.is_dir() and holds_only(folder, SO_FAR)):
         refuse_what_is_there(folder, "name another with --out DIR")
     settings.sampler.check(settings.unit)
+    if mp4:
+        _refuse_no_clips(settings)
     if local:
         from rlalign.sampling import sample_local as work
     else:
@@ -47,7 +55,20 @@ def sample(
     with common.exit_when_stopped("stopped"), common.exit_when_run_fails(local):
         result = work(settings, folder, _print_note)
     _print_table(result)
+    if mp4:
+        with disk_errors(folder):
+            write_mp4s(folder / "pictures")
     print(f"pictures: {folder / 'pictures'}\nreport: {folder / 'report.html'}")
+
+
+def _refuse_no_clips(settings: Any) -> None:
+    """Raises UserError where no MP4 can be written."""
+    from rlalign.core.mp4 import refuse_missing_encoder
+    from rlalign.core.registry import UserError
+
+    if settings.plan.frames == 1:
+        raise UserError("--mp4 is for clips, and plan.frames must be above 1 for them, got 1")
+    refuse_missing_encoder("--mp4")
 
 
 def _print_note(record: dict[str, Any]) -> None:

@@ -35,6 +35,8 @@ _WHITE_IS_ZERO = 0
 """Tags of TIFF, and a value of the second."""
 _GREY_LEVELS = {"L;2": 3, "L;4": 15}
 """Pillow's name for packed grey -> its largest value."""
+_STILLS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+"""Brands of pictures in MP4's container."""
 _RUNS_A_PROGRAM = ("EPS",)
 """Formats that Pillow hands to another program."""
 
@@ -104,6 +106,15 @@ def read_picture(source: bytes | Path) -> Image:
         return picture_at(opened)
 
 
+def video_format(blob: bytes) -> str:
+    """The name of a video format that these bytes of a file begin with; "" for others."""
+    if blob[4:8] == b"ftyp" and blob[8:12] not in _STILLS:
+        return "MP4"
+    if blob[:4] == b"\x1aE\xdf\xa3":
+        return "WebM"
+    return "AVI" if blob[:4] == b"RIFF" and blob[8:12] == b"AVI " else ""
+
+
 @contextmanager
 def open_picture(source: bytes | Path) -> Iterator[Image]:
     """A picture's file, open in Pillow. Whatever is raised of it inside becomes
@@ -113,6 +124,11 @@ def open_picture(source: bytes | Path) -> Iterator[Image]:
     blob = _content(source) if isinstance(source, Path) else source
     if not blob:
         raise UnreadablePicture("the file is empty")
+    if video := video_format(blob):
+        raise UnreadablePicture(
+            f"{video} is a lossy video, whose frames are not those that were drawn; save the clip"
+            " as lossless animated WebP or PNG"
+        )
     # one reason in a few words, whatever Pillow raises
     try:
         with Image.open(io.BytesIO(blob)) as opened:

@@ -22,6 +22,7 @@ import numpy as np
 from rlalign.core.clips import RATE, Clip, decode_clip, encode_animation, spread
 from rlalign.core.files import replacing
 from rlalign.core.media import UnreadablePicture, to_image
+from rlalign.core.prompts import Prompt, record_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,6 +53,7 @@ class Cell:
     media_FCHW: np.ndarray
     """(F, 3, H, W) uint8, as it was given, or shrunk to the cell where it was larger."""
     caption: str
+    """With its record, where it has one."""
     score: float | None
     """None where the score was missing."""
     rate: float = RATE
@@ -104,11 +106,13 @@ def write_grid(
     facts: dict[str, Any] = {
         "factor": max(1, own // side),
         "boxes": [strip[0] for strip in boxes],
-        "captions": list(captions),
+        "captions": [str(caption) for caption in captions],
         "scores": [float(s) if np.isfinite(s) else None for s in scores],
     }
     if frames > 1:
         facts |= {"frames": frames, "shown": shown, "strips": boxes, "rate": rate}
+    if any(record_of(caption) for caption in captions):
+        facts["records"] = [dict(record_of(caption)) for caption in captions]
     words = PngInfo()
     words.add_text(_KEY, json.dumps(facts))
     with replacing(path) as scratch:
@@ -268,8 +272,10 @@ def read_grid(path: Path) -> list[Cell]:
             return []
         cells = []
         strips = facts.get("strips") or [[box] for box in facts["boxes"]]
-        rows = zip(strips, facts["captions"], facts["scores"], strict=True)
-        for number, (strip, caption, score) in enumerate(rows):
+        records = facts.get("records") or [{}] * len(strips)
+        rows = zip(strips, facts["captions"], records, facts["scores"], strict=True)
+        for number, (strip, text, record, score) in enumerate(rows):
+            caption = Prompt(text, record) if record else text
             clip = _read_beside(path, number) if len(strip) > 1 else None
             if clip is None:
                 clip = _read_strip(sheet, strip, facts)

@@ -27,7 +27,7 @@ _HPS_PATCHES = (1280, 3, 14, 14)
 _LAID_OUT = (
     "ImageReward.pt (blip.* and mlp.layers.*), HPS_v2_compressed.pt and HPS_v2.1_compressed.pt"
     " (an open_clip model under state_dict), sac+logos+ava1-l14-linearMSE.pth (layers.0 to"
-    " layers.7)"
+    " layers.7), VideoReward's model.pth (base_model.model.* with rm_head)"
 )
 
 
@@ -66,6 +66,16 @@ LAYOUTS = (
         reward="aesthetic",
         setting="head",
         needs=tuple(f"layers.{n}.{kind}" for n in (0, 2, 4, 6, 7) for kind in ("weight", "bias")),
+    ),
+    Layout(
+        title="VideoReward: Qwen2-VL with a LoRA and a head",
+        reward="videoalign",
+        setting="weights",
+        needs=(
+            "base_model.model.rm_head.weight",
+            "base_model.model.model.embed_tokens.weight",
+            "base_model.model.visual.patch_embed.proj.weight",
+        ),
     ),
 )
 
@@ -150,6 +160,8 @@ def settings_for(layout: Layout, tensors: Mapping[str, torch.Tensor], out: Path)
     more = ""
     if layout.reward == "hpsv2" and tuple(tensors["visual.conv1.weight"].shape) != _HPS_PATCHES:
         more = ", architecture: NAME"
+    if layout.reward == "videoalign":
+        more = ", instruction: VideoAlign/prompt_template.py"
     return f"{{name: {layout.reward}, {layout.setting}: {out}{more}}}"
 
 

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
 
 import torch
 
 from rlalign.core.records import Plan
-from rlalign.core.registry import UserError
+from rlalign.core.registry import Before, UserError
 from rlalign.diffusion.paths import NoisePath, RectifiedFlow
 from rlalign.diffusion.predictions import PredictionType
 from rlalign.policies._pipeline import PipelineFamily
+from rlalign.policies._pipeline_recipe import PipelineRecipe
+
+
+class ClipRecipe(PipelineRecipe):
+    """Base of the settings of a family of clips: how its autoencoder decodes them."""
+
+    vae_tile: Annotated[int, Before(0)] = Field(
+        default=0,
+        ge=0,
+        description=(
+            "pixels of a tile's side under vae_tiling, of which neighbours share a quarter; 0 is"
+            " diffusers' own size"
+        ),
+    )
+    decode_frames: Annotated[int, Before(0)] = Field(
+        default=0,
+        ge=0,
+        description=(
+            "frames decoded at once, in runs that blend, of ltx and hunyuan_video: less memory, and"
+            " other pixels; 0 is as the pipeline does it"
+        ),
+    )
+
+    @property
+    def word_settings(self) -> Mapping[str, str]:
+        beside = {f"policy.{name}" for name in ("vae_tile", "decode_frames")}
+        return {name: said for name, said in super().word_settings.items() if name not in beside}
 
 
 class ClipFamily(PipelineFamily):
@@ -21,6 +52,47 @@ class ClipFamily(PipelineFamily):
     draws_clips: ClassVar[bool] = True
     own_pixels: ClassVar[tuple[int, int]] = (0, 0)
     """(height, width) that a pipeline's call draws when it is not told."""
+
+    recipe: ClipRecipe
+
+    def __init__(self, recipe: ClipRecipe, pipeline: Any, device: str) -> None:
+        super().__init__(recipe, pipeline, device)
+        if recipe.vae_tile:
+            self._set_tiles(recipe)
+        if recipe.decode_frames:
+            self._set_runs(recipe)
+
+    def _set_tiles(self, recipe: ClipRecipe) -> None:
+        """Tells the autoencoder how large its tiles are. Raises UserError."""
+        unit, side = 4 * self.factor, recipe.vae_tile
+        if side % unit or not recipe.vae_tiling:
+            raise UserError(
+                f"policy.vae_tile must be a multiple of {unit} for {self.folder!r}, beside"
+                f" policy.vae_tiling: true, got {side} and {str(recipe.vae_tiling).lower()}"
+            )
+        # autoencoders say the shared part as a stride or as a share
+        told = {"tile_sample_min": side, "tile_sample_stride": side - side // 4}
+        told |= {"tile_overlap_factor": 0.25}
+        known = inspect.signature(self.vae.enable_tiling).parameters
+        both = {f"{n}_{way}": v for n, v in told.items() for way in ("height", "width")}
+        self.vae.enable_tiling(**{name: value for name, value in both.items() if name in known})
+
+    def _set_runs(self, recipe: ClipRecipe) -> None:
+        """Tells the autoencoder how many frames it decodes at once. Raises UserError."""
+        unit, frames = self.frame_factor, recipe.decode_frames
+        if not hasattr(self.vae, "use_framewise_decoding"):
+            raise UserError(
+                f"policy.decode_frames must be 0 for {self.folder!r}, got {frames}: its autoencoder"
+                " decodes a few frames after the others by itself, with the same pixels"
+            )
+        if frames % unit or frames < 2 * unit:
+            raise UserError(
+                f"policy.decode_frames must be a multiple of {unit}, of {2 * unit} or more, for"
+                f" {self.folder!r}, got {frames}"
+            )
+        self.vae.use_framewise_decoding = True
+        self.vae.tile_sample_min_num_frames = frames
+        self.vae.tile_sample_stride_num_frames = frames - unit
 
     @property
     def factor(self) -> int:

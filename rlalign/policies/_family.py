@@ -49,10 +49,14 @@ class Family(ABC):
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
     """Classes of diffusers' pipelines whose folders this family reads, as model_index.json names
     them."""
+    classes_by_name: ClassVar[tuple[str, ...]] = ()
+    """Further ones, which another family reads, that this one reads where its policy is named."""
     lora_targets: Sequence[str] = ()
     """Endings of the names of layers that a LoRA adapts; none where it takes no adapter."""
     reads_adapters: ClassVar[bool] = False
     """Whether training may start from a LoRA file (``attach_saved``)."""
+    reads_embeddings: ClassVar[bool] = True
+    """Whether its words may come from a file of ``rlalign encode``."""
     own_per_thread: tuple[str, ...] = ()
     """Attributes with frozen parts that write on themselves while they compute, as causal video
     autoencoders do, which keep the features of the frames before: each thread has a copy."""
@@ -198,6 +202,11 @@ class Family(ABC):
         """Raises UserError where the parts do not fit, by one small pass; here nothing is tried."""
 
     # --- files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def readable_classes(cls) -> tuple[str, ...]:
+        """Every class of pipelines whose folders this family reads."""
+        return (*cls.pipeline_classes, *cls.classes_by_name)
 
     @abstractmethod
     def save(self, folder: Path) -> None:

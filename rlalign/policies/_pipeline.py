@@ -350,7 +350,7 @@ class PipelineFamily(Family):
         if len(held) == len(networks):
             return self.pipeline
         given = {**self.pipeline_settings, **held}
-        return load_checkpoint(self.recipe.location, self.pipeline_classes, **given)
+        return load_checkpoint(self.recipe.location, self.readable_classes(), **given)
 
     def save_merged(self, folder: Path) -> None:
         """A pipeline folder in float32 whose adapters are merged weight by weight: beside what is
@@ -390,6 +390,6 @@ class PipelineFamily(Family):
         path = self.recipe.location
         found: dict[str, merging.Read] = {}
         for part, network in self.denoisers.items():
-            exact = merging.exact_weights(network, path, self.pipeline_classes, part)
+            exact = merging.exact_weights(network, path, self.readable_classes(), part)
             found[part] = lora.merged_reader(network, exact)
         return found

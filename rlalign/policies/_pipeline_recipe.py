@@ -84,7 +84,7 @@ class PipelineRecipe(PolicyRecipe):
         held = parts - {"words"} if reader or from_file else parts
         pipeline = load_checkpoint(
             place,
-            family.pipeline_classes,
+            family.readable_classes(),
             self.dtypes,
             lambda part: family.role_of(part) in held,
             **family.pipeline_settings,
@@ -116,4 +116,4 @@ class PipelineRecipe(PolicyRecipe):
         """Refuses a folder whose files are damaged, or are not there."""
         family = self.family
         unread = family.pipeline_settings
-        check_files(self.location, family.pipeline_classes, family.part, unread)
+        check_files(self.location, family.readable_classes(), family.part, unread)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from rlalign.diffusion.condition import Condition as Condition
 from rlalign.diffusion.condition import Words as Words
-from rlalign.policies._clips import ClipFamily
+from rlalign.policies._clips import ClipFamily, ClipRecipe
 from rlalign.policies._family import LATENTS, OWN_SIZE, WHOLE, Family, Part, refuse_frames
 from rlalign.policies._pipeline import (
     ATTENTION_TARGETS,
@@ -26,6 +26,7 @@ __all__ = [
     "OWN_SIZE",
     "WHOLE",
     "ClipFamily",
+    "ClipRecipe",
     "Family",
     "Meter",
     "NegativePrompt",

@@ -16,7 +16,7 @@ from rlalign.networks.pipelines.schedulers import (
     check_variance_preserving,
     read_variance_preserving,
 )
-from rlalign.policies.base import ATTENTION_TARGETS, ClipFamily, PipelineRecipe
+from rlalign.policies.base import ATTENTION_TARGETS, ClipFamily, ClipRecipe
 
 LATENTS_AT_ONCE = 2
 """Frames of latents that the decoder takes at once, after the first: their number is odd."""
@@ -112,7 +112,7 @@ class CogVideoXFamily(ClipFamily):
         return torch.cat([first, latents], dim=2)
 
 
-class CogVideoX(PipelineRecipe):
+class CogVideoX(ClipRecipe):
     """A CogVideoX checkpoint (transformer of clips, v prediction), 2B, 5B or 1.5, from a folder or
     a hub id.
 

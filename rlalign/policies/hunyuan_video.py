@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rlalign.diffusion.condition import Words
 from rlalign.networks.pipelines.fitting import check_settings
-from rlalign.policies.base import JOINT_TARGETS, ClipFamily, PipelineRecipe
+from rlalign.policies.base import JOINT_TARGETS, ClipFamily, ClipRecipe
 
 
 class HunyuanVideoFamily(ClipFamily):
@@ -63,7 +63,7 @@ class HunyuanVideoFamily(ClipFamily):
         )[0]
 
 
-class HunyuanVideo(PipelineRecipe):
+class HunyuanVideo(ClipRecipe):
     """A HunyuanVideo checkpoint (transformer of clips, rectified flow) from a folder or a hub id.
 
     Source: Kong 2024, arXiv:2412.03603.

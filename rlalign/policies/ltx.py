@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rlalign.diffusion.condition import Words
 from rlalign.networks.pipelines.fitting import check_settings
-from rlalign.policies.base import ATTENTION_TARGETS, ClipFamily, PipelineRecipe
+from rlalign.policies.base import ATTENTION_TARGETS, ClipFamily, ClipRecipe
 
 NOISE_SEED = 0
 """Of the noise that a decoder of 0.9.1 adds."""
@@ -107,7 +107,7 @@ def _with_generator(layer: torch.nn.Module, asked: tuple[Any, ...]) -> tuple[Any
     return hidden, embedding, torch.Generator(hidden.device).manual_seed(NOISE_SEED)
 
 
-class LTX(PipelineRecipe):
+class LTX(ClipRecipe):
     """An LTX-Video checkpoint (transformer of clips, rectified flow) from a folder or a hub id.
 
     Source: HaCohen 2024, arXiv:2501.00103.

@@ -12,7 +12,7 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.diffusion.condition import Words
 from rlalign.networks.pipelines.fitting import check_patches
-from rlalign.policies._clips import ClipFamily
+from rlalign.policies._clips import ClipFamily, ClipRecipe
 from rlalign.policies._experts import ExpertsFamily, ExpertsRecipe
 from rlalign.policies.base import ATTENTION_TARGETS
 
@@ -102,7 +102,7 @@ def ask_one(
     )[0]
 
 
-class Wan(ExpertsRecipe):
+class Wan(ExpertsRecipe, ClipRecipe):
     """A Wan checkpoint (transformer of clips, rectified flow) from a folder or a hub id.
 
     Source: Wan Team 2025, arXiv:2503.20314.

@@ -1,5 +1,5 @@
 """Wan 2.1 and 2.2, image to video: any checkpoint in the format of diffusers'
-WanImageToVideoPipeline with a picture beside the latents."""
+WanImageToVideoPipeline, with a picture beside the latents or held in their first frame."""
 
 from __future__ import annotations
 
@@ -28,10 +28,19 @@ class WanImageToVideoFamily(WanFamily):
     Beside the latents the transformer is told the autoencoder's latents of the picture and of grey
     frames after it, with a mask of what is the picture; in 2.1 also an image encoder's words. The
     picture is a part of what guidance goes away from, and of the empty caption.
+
+    2.2's 5B (``expand_timesteps``) holds the picture in the first latent frame instead: there the
+    transformer sees the picture's latent at timestep 0, whatever the chain has. The chain has noise
+    there as everywhere, and the prediction is prescribed: the velocity (x - picture) / s that leads
+    to the picture. So its first frame ends on the picture's latent, as the pipeline's does, which
+    overwrites it, and every step is a Gaussian with a density of which the held part does not
+    depend on the weights: ratios, KL and gradients are those of the frames that follow.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
+    classes_by_name: ClassVar[tuple[str, ...]] = ("WanPipeline",)
     trial_prompt: ClassVar[str] = Prompt("", {FIELD: GREY})
+    reads_embeddings: ClassVar[bool] = False
 
     recipe: WanI2V
 
@@ -53,19 +62,21 @@ class WanImageToVideoFamily(WanFamily):
     def check(cls, pipeline: Any, path: str) -> None:
         super().check(pipeline, path)
         rule = f"policy.path: cannot read {path!r}: "
-        if pipeline.config.get("expand_timesteps"):
+        config, z_dim = pipeline.transformer.config, pipeline.vae.config.z_dim
+        held = bool(pipeline.config.get("expand_timesteps"))
+        if held and pipeline.config.get("boundary_ratio") is not None:
             raise UserError(
-                f"{rule}expand_timesteps in model_index.json must be false: a pipeline that holds"
-                " the first frame in the latents is not read; take wan for text to video"
+                f"{rule}boundary_ratio in model_index.json must be null beside expand_timesteps:"
+                " two denoisers with a held first frame are not read"
             )
-        config = pipeline.transformer.config
-        wanted = 2 * pipeline.vae.config.z_dim + pipeline.vae_scale_factor_temporal
+        wanted = z_dim if held else 2 * z_dim + pipeline.vae_scale_factor_temporal
         if config.in_channels != wanted:
+            kind = "latents alone" if held else "latents, a mask and a picture's latents"
             raise UserError(
-                f"{rule}transformer: in_channels must be {wanted}, latents, a mask and a picture's"
-                f" latents, got {config.in_channels}; name another folder"
+                f"{rule}transformer: in_channels must be {wanted}, {kind}, got"
+                f" {config.in_channels}; name another folder"
             )
-        if config.image_dim is not None and pipeline.image_encoder is None:
+        if config.image_dim is not None and getattr(pipeline, "image_encoder", None) is None:
             raise UserError(
                 f"{rule}it has no image_encoder, which its transformer's image_dim asks for; name a"
                 " complete folder"
@@ -78,6 +89,11 @@ class WanImageToVideoFamily(WanFamily):
 
     def has(self, role: Part) -> bool:
         return super().has("words" if role == "vae" else role)
+
+    @property
+    def holds_first_frame(self) -> bool:
+        """Whether the picture is the first latent frame, as in 2.2's 5B."""
+        return bool(self.pipeline.config.get("expand_timesteps"))
 
     @property
     def sees_words_of_pictures(self) -> bool:
@@ -115,6 +131,9 @@ class WanImageToVideoFamily(WanFamily):
         pixels_BCHW = self.pipeline.video_processor.preprocess(picture, height=height, width=width)
         device = self.vae.device
         first_BCFHW = pixels_BCHW[:, :, None].to(device)
+        if self.holds_first_frame:
+            held = self.vae.encode(first_BCFHW).latent_dist.mode()
+            return {"picture_BCFHW": self.from_autoencoder(held)}
         grey_BCFHW = first_BCFHW.new_zeros(1, 3, frames - 1, height, width)
         encoded = self.vae.encode(torch.cat([first_BCFHW, grey_BCFHW], dim=2))
         latents_BCFHW = self.from_autoencoder(encoded.latent_dist.mode())
@@ -129,9 +148,30 @@ class WanImageToVideoFamily(WanFamily):
         return found
 
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
+        if self.holds_first_frame:
+            return self._predict_held(x, timestep_B, words)
         told = torch.cat([x, words["picture_BCFHW"].to(x.dtype)], dim=1)
         picture_BLD = words.tensors.get("picture_BLD")
         return self.ask_experts(ask_one, timestep_B, told, words["embeds_BLD"], picture_BLD)
+
+    def _predict_held(
+        self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words
+    ) -> torch.Tensor:
+        """The velocity to the picture in the first latent frame, and what the transformer says of
+        the others."""
+        picture_BCFHW = words["picture_BCFHW"].to(x.dtype)
+        told = torch.cat([picture_BCFHW, x[:, :, 1:]], dim=2)
+        frames, height, width = x.shape[2:]
+        tokens = (height // self.patch) * (width // self.patch)
+        timestep_BN = timestep_B.float()[:, None].repeat(1, frames * tokens)
+        timestep_BN[:, :tokens] = 0.0
+        said = ask_one(self.network, timestep_BN, told, words["embeds_BLD"])
+
+        # at level 0 nothing is left to go
+        sigma = (timestep_B.double() / self.path.train_steps).to(x).reshape(-1, 1, 1, 1, 1)
+        safe = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+        held = torch.where(sigma > 0, (x[:, :, :1] - picture_BCFHW) / safe, 0.0)
+        return torch.cat([held, said[:, :, 1:].to(x.dtype)], dim=2)
 
 
 class WanI2V(Wan):

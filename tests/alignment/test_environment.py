@@ -12,12 +12,14 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from rlalign.alignment.environment import Denoising
+from rlalign.core.media import as_uint8
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import unit_noise
 from rlalign.diffusion.rollout import rollout
 from rlalign.policies.points import Points
 from rlalign.rewards.centroid import Centroid
+from tests.policies.clips import Clips
 from tests.toy import make_units
 
 PROMPTS = ("left", "right", "up", "down")
@@ -53,6 +55,25 @@ def test_it_draws_the_latent_as_it_is() -> None:
     row, column = np.unravel_index(picture[..., 0].argmax(), (16, 16))
     assert (row, column) == (6, 11), "up and to the right"
     assert environment().render() is None
+    frames = environment(render_mode="rgb_array_list")
+    frames.reset(options={"latent": np.array([1.2, 0.6], np.float32), "prompt": 1})
+    assert np.array_equal(frames.render(), [picture])
+
+
+def test_of_a_clip_it_draws_every_frame() -> None:
+    """On one sheet, or as a list, as gymnasium's modes say."""
+    policy = Clips().load("cpu")
+    plan = Plan(steps=3, rule="flow_sde", eta=0.7, height=16, width=24, frames=5)
+    latent = np.random.default_rng(0).standard_normal(policy.latent_shape(plan), dtype=np.float32)
+    drawn = as_uint8(policy.decode(torch.from_numpy(latent[None])))[0].transpose(0, 2, 3, 1)
+    found = {}
+    for mode in ("rgb_array", "rgb_array_list"):
+        env = Denoising(policy, lambda *_: np.zeros(1), ["a ball"], plan, render_mode=mode)
+        env.reset(options={"latent": latent, "prompt": 0})
+        found[mode] = env.render()
+    assert isinstance(found["rgb_array_list"], list) and len(found["rgb_array_list"]) == 5
+    assert np.array_equal(found["rgb_array_list"], drawn)
+    assert np.array_equal(found["rgb_array"], np.concatenate(drawn, axis=1))
 
 
 def test_the_same_seed_is_the_same_episode() -> None:

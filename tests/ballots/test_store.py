@@ -110,6 +110,23 @@ def test_the_migrations_make_the_schema_that_the_code_uses(empty: str) -> None:
     engine.dispose()
 
 
+def test_a_store_of_the_first_schema_is_brought_up_to_date(empty: str) -> None:
+    """A clip in it has no rate."""
+    engine = connect.connect(empty)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE picture DROP COLUMN rate")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+        connection.exec_driver_sql(
+            "INSERT INTO picture (uid, caption, policy, seed, plan, frames, media_type)"
+            " VALUES ('u', 'a ball', 'p', 0, '{}', 9, 'image/webp')"
+        )
+    engine.dispose()
+    store = Store.open(empty)
+    picture = store.picture("u")
+    assert picture is not None and (picture.frames, picture.rate) == (9, 0.0)
+    store.close()
+
+
 def open_and_close(place: str) -> None:
     Store.open(place).close()
 

@@ -40,6 +40,10 @@ REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
     ("rewards", "function"): {"call": "math:fsum"},
     ("rewards", "hpsv2"): {"weights": "hpsv2.safetensors"},
     ("rewards", "hpsv3"): {"instruction": "data_collator_qwen.py"},
+    ("rewards", "videoalign"): {
+        "instruction": "prompt_template.py",
+        "weights": "videoreward.safetensors",
+    },
     ("rewards", "imagereward"): {"weights": "ImageReward.safetensors"},
     ("rewards", "vlm_judge"): {"model": "a-judge"},
 }

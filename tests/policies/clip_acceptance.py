@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,19 @@ import torch
 from rlalign.algorithms._advantages import PromptStatistics
 from rlalign.algorithms.ddpo import DDPO
 from rlalign.core.registry import UserError
+from rlalign.policies.base import Policy
 from tests.policies.acceptance import RANK, Acceptance, Case, stochastic
 from tests.toy import collect, make_units
 
 LANES = 4
+
+
+def watch_decoder(policy: Policy) -> list[torch.Size]:
+    """Shapes of the latents that the autoencoder's decoder is asked about from now on."""
+    seen: list[torch.Size] = []
+    vae: Any = policy.family.vae  # type: ignore[attr-defined]
+    vae.decoder.register_forward_pre_hook(lambda _, asked: seen.append(asked[0].shape))
+    return seen
 
 
 class ClipAcceptance(Acceptance):
@@ -52,6 +62,58 @@ class ClipAcceptance(Acceptance):
             found = list(threads.map(decode, range(LANES)))
         for lane, media in enumerate(found):
             assert all(map(torch.equal, media, alone[lane::LANES]))
+
+    def test_tiles_are_as_large_as_asked(self, case: Case) -> None:
+        """The first three quarters of the first tile are what the tile is by itself, and no other
+        is larger; a replica has the same."""
+        plain = case.policy
+        side = 4 * plain.family.factor  # type: ignore[attr-defined]
+        policy = case.varied(vae_tiling=True, vae_tile=side).replica()
+        plan = case.plan((2 * side, 2 * side))
+        shape = (1, *policy.latent_shape(plan))
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        seen = watch_decoder(policy)
+        with torch.no_grad():
+            media = policy.decode(latents)
+            first = plain.decode(latents[..., :4, :4])
+        assert media.shape[-2:] == (2 * side, 2 * side)
+        kept = side - side // 4
+        found, wanted = media[..., :kept, :kept], first[..., :kept, :kept]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=case.pictures)
+        assert max(max(one[-2:]) for one in seen) == 4 and len(seen) > 1
+
+    def test_tiles_that_do_not_fit_are_refused(self, case: Case) -> None:
+        unit = 4 * case.policy.family.factor  # type: ignore[attr-defined]
+        rule = rf"policy\.vae_tile must be a multiple of {unit} for '.*', beside policy\.vae_tiling"
+        for settings in ({"vae_tile": unit + 1, "vae_tiling": True}, {"vae_tile": unit}):
+            with pytest.raises(UserError, match=rule):
+                case.varied(**settings)
+
+    def test_frames_are_decoded_in_runs(self, case: Case) -> None:
+        """The first run but its last latent frame is what it is by itself; or the autoencoder goes
+        in runs anyway, and the setting is refused."""
+        family = case.policy.family
+        unit = family.frame_factor  # type: ignore[attr-defined]
+        if not hasattr(family.vae, "use_framewise_decoding"):  # type: ignore[attr-defined]
+            with pytest.raises(UserError, match=r"decode_frames must be 0 for .* by itself, with"):
+                case.varied(decode_frames=2 * unit)
+            return
+        with pytest.raises(UserError, match=rf"decode_frames must be a multiple of {unit}, of"):
+            case.varied(decode_frames=unit)
+        policy = case.varied(decode_frames=2 * unit)
+        frames = 4 * unit + 1
+        plan = case.plan(case.sizes[0]).model_copy(update={"frames": frames})
+        shape = (1, *policy.latent_shape(plan))
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+        seen = watch_decoder(policy)
+        with torch.no_grad():
+            media = policy.decode(latents)
+            first = case.policy.decode(latents[:, :, :3])
+        assert media.shape[1] == frames
+        torch.testing.assert_close(
+            media[:, : unit + 1], first[:, : unit + 1], rtol=0, atol=case.pictures
+        )
+        assert max(one[2] for one in seen) == 3 and len(seen) > 1
 
     def test_the_ratio_is_exactly_one_in_bfloat16(self, case: Case) -> None:
         """Before the first update, of a LoRA beside rounded weights."""

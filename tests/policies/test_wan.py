@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +19,8 @@ from rlalign.core.registry import UserError
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.wan import Wan
 from tests.policies.acceptance import Acceptance, Case, asked
+from tests.policies.clip_acceptance import ClipAcceptance
+from tests.toy import collect, make_units
 
 TEXT_TOKENS = 24
 FRAMES = 5
@@ -205,6 +209,55 @@ def test_clips_are_decoded_by_several_threads_at_once(case: Case) -> None:
         found = list(pool.map(decode, range(3)))
     for lane in range(3):
         assert all(torch.equal(media, wanted[lane]) for media in found[lane])
+
+
+@pytest.mark.parametrize("window", [2, 0])
+def test_a_round_is_as_large_as_its_window(case: Case, window: int) -> None:
+    """What is handed on of twice as many steps, and what is alive while they are made: alike with a
+    window but for the log-probs, and twice without."""
+    sizes, alive = [], []
+    for steps in (8, 16):
+        plan = Plan(height=16, width=16, frames=FRAMES, steps=steps, rule="flow_sde", eta=0.7)
+        plan = plan.model_copy(update={"window": window})
+        (unit,) = make_units(1, per_unit=2, plan=plan)
+        counter = AtLastStep(steps, (2, *case.policy.latent_shape(plan)))
+        asked = case.policy.network.register_forward_pre_hook(counter)
+        (scored,) = collect(case.policy, [unit])
+        asked.remove()
+        assert counter.left == 0
+        sizes.append(len(pickle.dumps(scored.trajectory)))
+        alive.append(counter.alive)
+    latent = 4 * 2 * 4 * 3 * 4 * 4
+    per_step = 2 * 4 + 2 * 1
+    if window:
+        assert 0 <= sizes[1] - sizes[0] < 8 * 2 * per_step < latent
+        assert alive[0] == alive[1]
+    else:
+        assert sizes[1] - sizes[0] > 8 * latent
+        assert alive[1] - alive[0] == 8
+
+
+class AtLastStep:
+    """Counts the tensors of a shape that are alive when a network is asked for the last time."""
+
+    def __init__(self, steps: int, shape: tuple[int, ...]) -> None:
+        self.left = steps
+        self.shape = shape
+        self.alive = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            kinds = (one for one in gc.get_objects() if type(one) is torch.Tensor)
+            self.alive = sum(tuple(one.shape) == self.shape for one in kinds)
+
+
+def test_clips_are_decoded_in_tiles(case: Case) -> None:
+    """And one latent frame after the other by itself."""
+    shared = ClipAcceptance()
+    shared.test_tiles_are_as_large_as_asked(case)
+    shared.test_tiles_that_do_not_fit_are_refused(case)
+    shared.test_frames_are_decoded_in_runs(case)
 
 
 def test_bfloat16_keeps_the_parts_that_diffusers_keeps(case: Case) -> None:

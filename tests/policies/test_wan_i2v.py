@@ -16,16 +16,28 @@ import torch
 from PIL import Image
 
 from rlalign.alignment.models import find_model
+from rlalign.cli import main
+from rlalign.cli.check import memory
+from rlalign.config import dump
 from rlalign.core.prompts import Prompt
-from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.data.prompts.file import FilePrompts
+from rlalign.diffusion.rollout import denoised
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.base import LATENTS
+from rlalign.policies.wan import Wan
 from rlalign.policies.wan_i2v import WanI2V
-from tests.policies.acceptance import PROMPTS, Acceptance, Case, asked
+from tests.policies.acceptance import (
+    PROMPTS,
+    Acceptance,
+    Case,
+    asked,
+    stochastic,
+    with_prompts,
+)
 from tests.policies.family_runs import ALGORITHMS, PATHS, run_of, train_two_rounds
 from tests.policies.test_wan import FRAMES, load_second, step_once
+from tests.toy import collect, make_units
 
 TEXT_TOKENS = 512
 """2.1's transformer looks for an image encoder's words before so many."""
@@ -71,7 +83,20 @@ def wan22(folder: Path) -> Case:
     )
 
 
-CASES: dict[str, Callable[[Path], Case]] = {"wan_i2v": wan21, "wan22_i2v": wan22}
+def wan22_5b(folder: Path) -> Case:
+    """The picture is held in the first latent frame."""
+    case = wan21(folder)
+    place = folder / "held"
+    write_pipeline(place, replace(FAMILIES["wan22_5b"], pipeline="WanImageToVideoPipeline"))
+    recipe = WanI2V(path=str(place), text_tokens=TEXT_TOKENS)
+    return replace(case, recipe=recipe, adapted=16, sizes=((32, 32), (64, 32)))
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "wan_i2v": wan21,
+    "wan22_i2v": wan22,
+    "wan22_5b": wan22_5b,
+}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -89,11 +114,11 @@ def test_each_prompt_has_its_own_picture(case: Case, tmp_path: Path) -> None:
     first, other = (draw_picture(tmp_path / f"{seed}.png", seed) for seed in (1, 2))
     data = f"data:image/png;base64,{base64.b64encode(first.read_bytes()).decode()}"
     prompts = [Prompt("a", {"image": image}) for image in (str(first), str(other), data)]
-    plan = Plan(height=16, width=16, frames=FRAMES)
+    plan = case.plan(case.sizes[0])
     policy = case.varied(negative_prompt="grey")
     found = policy.encode(prompts, plan)
     seen = [name for name in found.caption.tensors if name.startswith("picture")]
-    assert len(seen) == (1 if case.adapted == 32 else 2)
+    assert len(seen) == (2 if case.policy.family.sees_words_of_pictures else 1)  # type: ignore[attr-defined]
     assert found.against is not None
     for name in seen:
         alone = case.policy.encode(prompts[1:2], plan).caption[name][0]
@@ -107,7 +132,7 @@ def test_a_learner_reads_pictures_and_decodes_nothing(case: Case) -> None:
     """Its autoencoder is loaded for the prompts."""
     family: Any = case.recipe.build_parts("cpu", LATENTS)
     assert {"transformer", "vae", "text_encoder"} <= set(family.parts())
-    plan = Plan(height=16, width=16, frames=FRAMES)
+    plan = case.plan(case.sizes[0])
     mine = family.encode(case.prompts, plan).caption
     for name, tensor in case.policy.encode(case.prompts, plan).caption.tensors.items():
         assert torch.equal(mine[name], tensor)
@@ -139,11 +164,62 @@ def test_settings_that_do_not_fit_are_refused(old: Case) -> None:
         old.varied(embeddings="actor")
 
 
-def test_a_pipeline_that_holds_its_first_frame_is_refused(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return wan22_5b(tmp_path_factory.mktemp("held"))
+
+
+def test_the_held_frame_ends_on_the_picture_and_no_weight_moves_it(held: Case) -> None:
+    """Its latent in the chain has as much noise as the others', its last one is the picture's; its
+    prediction, its Gaussian and its gradient are the same under any weights, guided too, and the
+    frames after it are not."""
+    plan = stochastic(held.policy, held).model_copy(update={"guidance": 3.0})
+    units = [with_prompts(make_units(1, per_unit=2, plan=plan)[0], held.prompts)]
+    trajectory = collect(held.policy, units)[0].trajectory
+    latents_BK1 = torch.from_numpy(trajectory.latents_BK1)
+    picture = held.policy.encode(held.prompts, plan).caption["picture_BCFHW"]
+    assert ((latents_BK1[:, :2, :, :1] - picture[:, None]).abs().flatten(2).mean(2) > 0.3).all()
+    told = plan.model_dump(include={"steps", "guidance", "eta", "height", "width", "frames"})
+    last = held.policy.sample(held.prompts, output="latents", **told)
+    torch.testing.assert_close(last[:, :, :1], picture, rtol=0, atol=2e-6)
+
+    # of two policies
+    other = held.trained()
+    levels = held.policy.path.at(plan).levels(plan.steps)
+    x = latents_BK1[:, 1]
+    found = [
+        denoised(one, x, levels[1], levels[2], one.encode(held.prompts, plan), plan, 0.7).gaussian
+        for one in (held.policy, other)
+    ]
+    mine, theirs = (one.mean for one in found)
+    assert torch.equal(mine[:, :, :1], theirs[:, :, :1])
+    assert (mine[:, :, 1:] - theirs[:, :, 1:]).abs().max() > 1e-3
+    other.network.zero_grad()
+    theirs[:, :, 0].square().sum().backward(retain_graph=True)
+    assert not any(p.grad is not None and p.grad.any() for p in other.trainable().values())
+    theirs[:, :, 1:].square().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in other.trainable().values())
+
+
+def test_the_published_folder_of_the_5b_is_read_by_name(held: Case, tmp_path: Path) -> None:
+    """Whose index says WanPipeline: alone it is text to video."""
+    write_pipeline(tmp_path, FAMILIES["wan22_5b"])
+    assert type(find_model(str(tmp_path)).recipe) is Wan
+    named = WanI2V(path=str(tmp_path), text_tokens=TEXT_TOKENS).load("cpu")
+    with torch.no_grad():
+        found = named.family.predict(*asked(named, held))
+        wanted = held.policy.family.predict(*asked(held.policy, held))
+    assert torch.equal(found, wanted)
+    named.save(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert (index["_class_name"], index["expand_timesteps"]) == ("WanPipeline", True)
+
+
+def test_two_experts_with_a_held_frame_are_refused(tmp_path: Path) -> None:
     write_pipeline(tmp_path, FAMILIES["wan22_i2v"])
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"expand_timesteps": True}))
-    with pytest.raises(UserError, match=r"expand_timesteps in model_index\.json must be false"):
+    with pytest.raises(UserError, match=r"boundary_ratio in model_index\.json must be null beside"):
         WanI2V(path=str(tmp_path)).load("cpu")
 
 
@@ -152,6 +228,22 @@ def test_a_transformer_of_texts_alone_is_refused(tmp_path: Path) -> None:
     write_pipeline(tmp_path, replace(family, pipeline="WanImageToVideoPipeline"))
     with pytest.raises(UserError, match=r"transformer: in_channels must be 10, .*, got 4"):
         WanI2V(path=str(tmp_path)).load("cpu")
+
+
+def test_no_file_of_embeddings_is_suggested_or_written(
+    old: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = old.recipe.model_dump(mode="json", exclude_defaults=True) | {"name": "wan_i2v"}
+    run = run_of(policy, {**PATHS["flow"], "frames": FRAMES}, ALGORITHMS["grpo"])
+    monkeypatch.setattr(memory, "WORTH_LEAVING_OUT", 1)
+    assert memory.encoder_rows(run, old.policy) == {}
+    with monkeypatch.context() as other:
+        other.setattr(type(old.policy.family), "reads_embeddings", True)
+        assert "rlalign encode" in memory.encoder_rows(run, old.policy)["text encoders"]
+    file = tmp_path / "run.yaml"
+    file.write_text(dump(run))
+    assert main(["encode", str(file), str(tmp_path / "words.safetensors")]) == 2
+    assert "policy wan_i2v reads no file of embeddings" in capsys.readouterr().err
 
 
 def test_the_picture_is_heard_at_every_step(old: Case) -> None:

@@ -95,7 +95,7 @@ def test_all_clips_of_a_page_run_on_one_clock(run: Path, browser: Any) -> None:
     started = f"[...new Set({films}.map((one) => one.startTime))]"
     assert tab.evaluate(f"{films}.length") == 14
     assert tab.evaluate(f"{films}.every((one) => one.playState === 'running')")
-    assert tab.evaluate(started) == [0]
+    assert len(tab.evaluate(started)) == 1
     # the button stops all at one moment, and lets all go on from there
     assert tab.inner_text(".player") == "Pause clips"
     tab.click(".player")

@@ -31,6 +31,7 @@ OWN = {
     "safety": ("test_safety.py", "test_one_picture_alone_scores_as_among_others"),
     "smoothness": ("test_clips.py", "test_a_clip_alone_scores_as_among_others"),
     "tesseract": ("test_tesseract.py", "test_a_score_does_not_depend_on_its_batch"),
+    "videoalign": ("test_videoalign.py", "test_alone_among_others_and_in_which_order"),
     "vlm_judge": ("test_vlm_judge.py", "test_many_pictures_are_each_given_their_own_score"),
 }
 RANGES: dict[str, tuple[float, float]] = {

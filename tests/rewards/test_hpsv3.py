@@ -12,85 +12,21 @@ from safetensors.torch import load_file, save_file
 from rlalign.core.registry import UserError, build
 from rlalign.rewards._hpsv3_network import PIXELS, TOKEN
 from rlalign.rewards.base import score
+from tests.rewards.small_qwen2_vl import build_model, old_names, save_base
 
 INSTRUCTION = "\nRate it from 0 to 10.\nTextual prompt - {text_prompt}\n\n\n"
 ENDING = f"\nThe rating of this picture: {TOKEN}\n\nEND\n"
 PROMPTS = ["a red circle", "two blue squares", "a {braces} <|Reward|> b"]
 
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def small_tokenizer():
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    special = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|vision_start|>"]
-    special += ["<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    words = [*sorted(ByteLevel.alphabet()), *special]
-    return Qwen2Tokenizer(
-        vocab={word: i for i, word in enumerate(words)},
-        merges=[],
-        unk_token=None,
-        pad_token=special[0],
-        eos_token=special[1],
-        additional_special_tokens=special[2:],
-    )
-
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """(settings, the whole model, its head, its processor): the base's folder, a checkpoint with
-    the published names, and the authors' two strings in a Python file."""
-    from transformers import (
-        Qwen2VLConfig,
-        Qwen2VLForConditionalGeneration,
-        Qwen2VLImageProcessor,
-        Qwen2VLProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
+    """(settings, the whole model, its head): the base's folder, a checkpoint with the published
+    names, and the authors' two strings in a Python file."""
     folder = tmp_path_factory.mktemp("hpsv3")
-    tokenizer = small_tokenizer()
-    ids = {n: tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in ("image_pad", "video_pad")}
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [2, 3, 3],
-            },
-        },
-        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-    )
-    config.save_pretrained(folder / "base")
-    size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
-    Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder / "base")
+    config = save_base(folder / "base", PIXELS)
     # as it was fine-tuned: a token more, and a head
-    torch.manual_seed(0)
-    config.text_config.vocab_size += 1
-    model = Qwen2VLForConditionalGeneration(config).eval()
-    for name, tensor in model.named_parameters():
-        usual = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        torch.nn.init.normal_(tensor, mean=usual, std=0.3)
+    model = build_model(config, 1)
     head = torch.nn.Sequential(
         torch.nn.Linear(32, 24),
         torch.nn.ReLU(),
@@ -101,10 +37,7 @@ def published(tmp_path_factory):
     ).eval()
     for tensor in head.parameters():
         torch.nn.init.normal_(tensor, std=0.3)
-    old = {}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-        old[name] = tensor.contiguous().clone()
+    old = old_names(model)
     old |= {f"rm_head.{n}": t.contiguous() for n, t in head.state_dict().items()}
     save_file(old, folder / "HPSv3.safetensors")
     said = "import os\nraise RuntimeError('it was run')\n"

@@ -285,7 +285,7 @@ def encoder_rows(run: Run, policy: Policy) -> dict[str, str]:
     family = policy.family
     names = [n for n in loaded_parts(ROLLOUT, run, policy) if family.role_of(n) == "words"]
     held = sum(weights_of(policy, names).values())
-    if held < WORTH_LEAVING_OUT:
+    if held < WORTH_LEAVING_OUT or not family.reads_embeddings:
         return {}
     return {
         "text encoders": (

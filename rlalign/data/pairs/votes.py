@@ -107,10 +107,10 @@ def _why_not(vote: Vote, people: Mapping[str, str], filters: Filters) -> str:
 def rows_of_votes(store: Store, votes: Sequence[Vote]) -> Iterator[dict[str, Any]]:
     """Rows for ``write_pairs`` with ``EXTRAS``, in the order of the votes; a ranking gives a row
     for each two of its pictures, with one ``ranking_id``. Where any caption has a record, each row
-    has its caption's. Where clips are among them, each row says its frames, of which two that
-    differ have none."""
-    frames = _frames_of(store, votes)
-    has_clips = any(count > 1 for count in frames.values())
+    has its caption's. Where clips are among them, each row says its frames and their rate,
+    of which two that differ have none."""
+    clips = _clips_of(store, votes)
+    has_clips = any(count > 1 for count, _ in clips.values())
     numbers = {one.id: number for number, one in enumerate(store.annotators())}
     examples = Counter(vote.ballot.item.caption for vote in votes for _ in vote.pairs)
     items = {vote.ballot.item.id: vote.ballot.item for vote in votes}
@@ -123,7 +123,7 @@ def rows_of_votes(store: Store, votes: Sequence[Vote]) -> Iterator[dict[str, Any
             best = {"left": left, "right": right, "tie": "none"}[outcome]
             yield {
                 **_sides(store, left, right),
-                **({"frames": _same(frames[left], frames[right])} if has_clips else {}),
+                **(_of_clips(clips[left], clips[right]) if has_clips else {}),
                 "caption": item.caption,
                 "label_0": LABELS[outcome],
                 "label_1": 1.0 - LABELS[outcome],
@@ -181,20 +181,22 @@ def export_votes(
     return count
 
 
-def _frames_of(store: Store, votes: Iterable[Vote]) -> dict[str, int]:
-    """Picture -> its frames, of all that votes compare."""
+def _clips_of(store: Store, votes: Iterable[Vote]) -> dict[str, tuple[int, float]]:
+    """Picture -> its frames and how many of them a second, of all that votes compare."""
     uids = dict.fromkeys(uid for vote in votes for uid in vote.ballot.shown)
     pictures = {uid: store.picture(uid) for uid in uids}
-    return {uid: picture.frames if picture else 1 for uid, picture in pictures.items()}
+    return {uid: (one.frames, one.rate) if one else (1, 0.0) for uid, one in pictures.items()}
 
 
-def _same(first: int, second: int) -> int | None:
-    return first if first == second else None
+def _of_clips(left: tuple[int, float], right: tuple[int, float]) -> dict[str, Any]:
+    """The columns of two clips; None where they differ, or where the rate is not known."""
+    frames, rate = (a if a == b else None for a, b in zip(left, right, strict=True))
+    return {"frames": frames, "rate": rate or None}
 
 
 def _on_clips(store: Store, votes: Sequence[Vote]) -> str:
     """What a card says of clips; empty where there are none."""
-    frames = _frames_of(store, votes)
+    frames = {uid: count for uid, (count, _) in _clips_of(store, votes).items()}
     clips = {uid for uid, count in frames.items() if count > 1}
     count = sum(not clips.isdisjoint(vote.ballot.shown) for vote in votes)
     if not count:

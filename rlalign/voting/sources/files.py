@@ -7,26 +7,33 @@ Torch is not imported here: people can vote on a laptop that has none.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlalign.ballots.records import digest
-from rlalign.core.clips import encode_clip, read_clip
+from rlalign.core.clips import decode_clip, encode_clip
 from rlalign.core.files import UnreadableText, parse_strict_json, read_text, split_lines
+from rlalign.core.media import video_format
+from rlalign.core.prompts import Prompt, record_of, with_record
 from rlalign.core.registry import UserError, read_reason
 from rlalign.voting.pictures import Exhausted, PictureFile
 
 SHOWN = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 """Formats of Pillow that every browser shows -> their media types."""
 ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 CAPTIONS = ("caption", "text", "prompt")
 """Names of what says a picture's caption, in a table and in metadata.jsonl."""
 COLUMNS = ("jpg_0", "jpg_1", "image", "jpg", "picture")
 """Columns of a Parquet set that hold pictures."""
+RECORD = "record"
+"""Name of a caption's record in both: a JSON object."""
 _BATCH = 16
 """Captions of a batch."""
 
@@ -39,6 +46,33 @@ class Location:
     policy: str
     name: str
     """For messages."""
+    caption: str
+    """With its record, where it has one."""
+
+
+Found = dict[str, list[Location]]
+"""What there is of each caption, by ``key_of``: pictures of one text with different records are not
+compared."""
+
+
+def key_of(caption: str) -> str:
+    """A caption's text; where it has a record, with that behind it."""
+    record = record_of(caption)
+    return f"{caption}\0{json.dumps(dict(record), sort_keys=True)}" if record else str(caption)
+
+
+def _collect(places: Iterable[Location]) -> Found:
+    found: Found = {}
+    for one in places:
+        found.setdefault(key_of(one.caption), []).append(one)
+    return found
+
+
+def _by_text(side: Mapping[str, Sequence[Location]]) -> Found:
+    found: Found = {}
+    for key, places in side.items():
+        found.setdefault(key.split("\0")[0], []).extend(places)
+    return found
 
 
 class FileSource:
@@ -53,11 +87,13 @@ class FileSource:
     def __init__(
         self, sides: Sequence[Mapping[str, Sequence[Location]]], *, seed: int, count: int
     ) -> None:
-        """``sides`` are caption -> pictures: one, or two that are compared blind. ``count``
-        pictures of a caption make a group.
+        """``sides`` are key of a caption -> pictures: one, or two that are compared blind, by their
+        texts alone where one of them has no records. ``count`` pictures of a caption make a group.
 
         Raises UserError where no caption has enough.
         """
+        if any(all(key == key.split("\0")[0] for key in side) for side in sides):
+            sides = [_by_text(side) for side in sides]
         self._sides = sides
         self._seed = seed
         self._of_side = count if len(sides) == 1 else 1
@@ -73,7 +109,7 @@ class FileSource:
 
     def prompts(self) -> Sequence[str]:
         """See ``PictureSource``."""
-        return self._captions
+        return [self._sides[0][key][0].caption for key in self._captions]
 
     def take_up(self, plans: Iterator[Mapping[str, Any]]) -> None:
         """See ``PictureSource``."""
@@ -97,7 +133,9 @@ class FileSource:
 
     def of_prompt(self, prompt: str, number: int) -> list[PictureFile]:
         """See ``PictureSource``."""
-        group = self._group(prompt, number, {}) if prompt in self._sides[0] else []
+        keys = [key_of(prompt), *(key for key in self._captions if key.split("\0")[0] == prompt)]
+        key = next((key for key in keys if key in self._sides[0]), None)
+        group = [] if key is None else self._group(key, number, {})
         if not group:
             raise Exhausted
         return group
@@ -125,16 +163,17 @@ class FileSource:
             if len(mine) < self._of_side:
                 return []
             chosen += [there[int(i)] for i in mine]
-        return [_read(caption, found, self._seed, facts) for found in chosen]
+        return [_read(found, self._seed, facts) for found in chosen]
 
 
 def _rng(*key: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(int(digest("files", *key), 16)))
 
 
-def _read(caption: str, found: Location, seed: int, facts: Mapping[str, Any]) -> PictureFile:
-    plan = {"file": found.name, **facts}
-    known = {"caption": caption, "policy": found.policy, "seed": seed, "plan": plan}
+def _read(found: Location, seed: int, facts: Mapping[str, Any]) -> PictureFile:
+    record = dict(record_of(found.caption))
+    plan = {"file": found.name, **facts, **({"record": record} if record else {})}
+    known = {"caption": found.caption, "policy": found.policy, "seed": seed, "plan": plan}
     return as_shown(found.read(), found.name, **known)
 
 
@@ -146,6 +185,11 @@ def as_shown(content: bytes, name: str, **facts: Any) -> PictureFile:
     """
     from PIL import Image
 
+    if video := video_format(content):
+        raise UserError(
+            f"{name} must be a picture, or a clip as animated WebP, GIF or PNG, and is a lossy"
+            f" {video}: votes on it would be of other frames than those that were drawn"
+        )
     try:
         with Image.open(io.BytesIO(content)) as opened:
             kind = SHOWN.get(opened.format or "")
@@ -153,7 +197,9 @@ def as_shown(content: bytes, name: str, **facts: Any) -> PictureFile:
             if kind is not None:
                 opened.verify()
                 if kind != "image/jpeg":
-                    frames = len(read_clip(content))  # a still clip has one picture
+                    clip = decode_clip(content)  # a still clip has one picture
+                    frames = len(clip.media_FCHW)
+                    facts["rate"] = clip.rate if frames > 1 else 0.0
                 return PictureFile.of(content, media_type=kind, frames=frames, **facts)
             if frames == 1:
                 buffer = io.BytesIO()
@@ -172,7 +218,7 @@ def as_shown(content: bytes, name: str, **facts: Any) -> PictureFile:
 # --- what is there -------------------------------------------------------------------------------
 
 
-def find_samples(folder: Path) -> dict[str, list[Location]]:
+def find_samples(folder: Path) -> Found:
     """The pictures of a run's grids (``samples/``), or of what ``rlalign sample`` wrote."""
     grids = sorted(folder.glob("samples/round-*.png")) or sorted(folder.glob("samples*.png"))
     if not grids:
@@ -180,12 +226,11 @@ def find_samples(folder: Path) -> dict[str, list[Location]]:
             f"source.samples must be a folder of a run or of rlalign sample, got {str(folder)!r},"
             " which has no samples/round-*.png and no samples.png"
         )
-    found: dict[str, list[Location]] = {}
-    for grid in grids:
-        for caption, content in _cells(grid):
-            name = f"{folder.name}/{grid.stem}"
-            found.setdefault(caption, []).append(_bytes(content, name, f"{grid}: {caption}"))
-    return found
+    return _collect(
+        _bytes(content, f"{folder.name}/{grid.stem}", f"{grid}: {caption}", caption)
+        for grid in grids
+        for caption, content in _cells(grid)
+    )
 
 
 def _cells(grid: Path) -> Iterator[tuple[str, bytes]]:
@@ -195,33 +240,34 @@ def _cells(grid: Path) -> Iterator[tuple[str, bytes]]:
         yield cell.caption, encode_clip(cell.media_FCHW, cell.rate)[0]
 
 
-def _bytes(content: bytes, policy: str, name: str) -> Location:
-    return Location(read=lambda: content, policy=policy, name=name)
+def _bytes(content: bytes, policy: str, name: str, caption: str) -> Location:
+    return Location(read=lambda: content, policy=policy, name=name, caption=caption)
 
 
-def find_pictures(path: str) -> dict[str, list[Location]]:
+def find_pictures(path: str) -> Found:
     """The pictures of a Parquet set, or of a folder. Raises UserError where there is none."""
     folder = Path(path)
     if folder.is_dir() and not any(folder.rglob("*.parquet")):
         return _in_folder(folder)
     from rlalign.data.pairs.columns import pair_files
 
-    found: dict[str, list[Location]] = {}
-    for file in pair_files(path, "source.pictures"):
-        for caption, one in _in_table(file):
-            found.setdefault(caption, []).append(one)
-    return found
+    files = pair_files(path, "source.pictures")
+    return _collect(chain.from_iterable(map(_in_table, files)))
 
 
-def _in_folder(folder: Path) -> dict[str, list[Location]]:
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in ENDINGS and p.is_file()]
+def _in_folder(folder: Path) -> Found:
+    there = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    files = [p for p in there if p.suffix.lower() in ENDINGS]
+    _refuse_videos(there, files)
     said = _metadata(folder)
-    found: dict[str, list[Location]] = {}
-    for file in files:
-        caption = said.get(str(file.relative_to(folder))) or _caption_of(file, folder)
-        if caption:
-            one = Location(read=file.read_bytes, policy=folder.name, name=str(file))
-            found.setdefault(caption, []).append(one)
+    captions = {
+        file: said.get(str(file.relative_to(folder))) or _caption_of(file, folder) for file in files
+    }
+    found = _collect(
+        Location(read=file.read_bytes, policy=folder.name, name=str(file), caption=caption)
+        for file, caption in captions.items()
+        if caption
+    )
     if not found:
         raise UserError(
             f"source.pictures must have pictures with captions, got {str(folder)!r}: a"
@@ -231,8 +277,20 @@ def _in_folder(folder: Path) -> dict[str, list[Location]]:
     return found
 
 
+def _refuse_videos(there: Sequence[Path], read: Sequence[Path]) -> None:
+    """Raises UserError for a video beside which there is no lossless clip of its name."""
+    stems = {file.with_suffix("") for file in read}
+    for file in there:
+        if file.suffix.lower() in VIDEOS and file.with_suffix("") not in stems:
+            raise UserError(
+                f"{file} is a lossy video and is not read: its frames are not those that were"
+                " drawn; save the clip as lossless animated WebP or PNG beside it or in its place"
+            )
+
+
 def _metadata(folder: Path) -> dict[str, str]:
-    """File -> caption, as ``metadata.jsonl`` says it (Hugging Face's imagefolder)."""
+    """File -> caption, as ``metadata.jsonl`` says it (Hugging Face's imagefolder); its record is
+    the object under ``record``."""
     file = folder / "metadata.jsonl"
     if not file.is_file():
         return {}
@@ -251,7 +309,10 @@ def _metadata(folder: Path) -> dict[str, str]:
             or not caption
         ):
             raise UserError(f"{file} line {number} must have file_name and text")
-        said[entry["file_name"]] = caption
+        record = entry.get(RECORD)
+        said[entry["file_name"]] = (
+            Prompt(caption, record) if isinstance(record, dict) and record else caption
+        )
     return said
 
 
@@ -279,8 +340,8 @@ def _first(entry: Any, names: Sequence[str]) -> str:
 # --- a Parquet set -------------------------------------------------------------------------------
 
 
-def _in_table(file: Path) -> Iterator[tuple[str, Location]]:
-    """(caption, picture) of every row; bytes are read when they are asked for."""
+def _in_table(file: Path) -> Iterator[Location]:
+    """The pictures of every row; bytes are read when they are asked for."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -298,18 +359,19 @@ def _in_table(file: Path) -> Iterator[tuple[str, Location]]:
         )
     with parquet:
         for group in range(parquet.metadata.num_row_groups):
-            models = [name for name in ("model_0", "model_1") if name in names]
-            table = parquet.read_row_group(group, columns=[caption, *models])
+            more = [name for name in ("model_0", "model_1", RECORD) if name in names]
+            table = parquet.read_row_group(group, columns=[caption, *more])
             for row, words in enumerate(table.to_pylist()):
                 text = words[caption]
                 if not isinstance(text, str) or not text.strip():
                     continue
+                prompt = with_record(text, words.get(RECORD))
                 for column in columns:
                     made_by = words.get(column.replace("jpg", "model")) or file.stem
-                    yield text, _cell((file, group, row, column), str(made_by))
+                    yield _cell((file, group, row, column), str(made_by), prompt)
 
 
-def _cell(place: tuple[Path, int, int, str], made_by: str) -> Location:
+def _cell(place: tuple[Path, int, int, str], made_by: str, caption: str) -> Location:
     file, group, row, column = place
 
     def read() -> bytes:
@@ -322,4 +384,5 @@ def _cell(place: tuple[Path, int, int, str], made_by: str) -> Location:
             value = value.get("bytes") or (beside.read_bytes() if beside else b"")
         return value or b""
 
-    return Location(read=read, policy=made_by, name=f"{file}:{group}:{row} {column}")
+    name = f"{file}:{group}:{row} {column}"
+    return Location(read=read, policy=made_by, name=name, caption=caption)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlalign.ballots.records import Picture
-from rlalign.core.clips import encode_clip
+from rlalign.core.clips import RATE, encode_clip
 from rlalign.core.prompts import record_of
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.data.prompts.base import Prompts, prompt_id
@@ -162,6 +162,7 @@ def draw_rows(
                     plan={**said, "row": row, **({"record": record} if record else {})},
                     frames=len(media_FCHW),
                     media_type=kind,
+                    rate=RATE if len(media_FCHW) > 1 else 0.0,
                 )
             )
     return found

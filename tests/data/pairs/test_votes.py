@@ -141,7 +141,7 @@ def test_votes_on_clips_are_written_and_read_with_all_frames(tmp_path: Path) -> 
         frames = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in (shade, 200)]
         frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
         contents.append(file.getvalue())
-        picture = Picture(uid=picture_uid(contents[-1]), caption="x", frames=2)
+        picture = Picture(uid=picture_uid(contents[-1]), caption="x", frames=2, rate=12.0)
         store.add_picture(picture, contents[-1])
     uids = tuple(picture_uid(content) for content in contents)
     store.add_items([Item(id="i", campaign="c", caption="x", uids=uids)])
@@ -154,7 +154,7 @@ def test_votes_on_clips_are_written_and_read_with_all_frames(tmp_path: Path) -> 
     assert "1 votes are on clips, whose files the columns hold whole (`frames` of each).\n" in card
     (row,) = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
     assert {row["jpg_0"], row["jpg_1"]} == set(contents)
-    assert row["frames"] == 2
+    assert (row["frames"], row["rate"]) == (2, 12.0)
     reds = {tuple(decode(row[f"jpg_{side}"])[:, 0, 0, 0].tolist()) for side in (0, 1)}
     assert reds == {(10, 200), (20, 200)}
 

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from rlalign.core.clips import encode_clip, read_clip
 from rlalign.core.pictures import write_grid
+from rlalign.core.prompts import Prompt, dump_record, record_of
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.columns import write_pairs
 from rlalign.voting.pictures import Exhausted
@@ -126,6 +128,55 @@ def test_the_grids_of_a_run_are_its_pictures(tmp_path: Path) -> None:
         find_samples(tmp_path / "samples")
 
 
+def test_records_stay_with_their_captions(tmp_path: Path) -> None:
+    """Of a run's grids, a table and a folder; pictures of one text with other records are not
+    compared, and a text that is typed takes the first."""
+    records = [{"text": "A"}, {"text": "A"}, {"text": "B"}, {"text": "B"}, {}, {}]
+    contents = [png(number) for number in range(6)]
+    media = np.stack([read_clip(content) for content in contents])
+    captions = [Prompt("a sign", record) if record else "a dog" for record in records]
+    write_grid(tmp_path / "samples.png", media, captions, [0.0] * 6)
+    rows = [
+        {"caption": str(captions[at]), "jpg_0": contents[at], "jpg_1": contents[at + 1]}
+        | {"label_0": 1.0, "label_1": 0.0, "record": dump_record(captions[at])}
+        for at in (0, 2, 4)
+    ]
+    write_pairs(tmp_path / "pairs.parquet", rows)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = []
+    for number, (content, record) in enumerate(zip(contents, records, strict=True)):
+        (folder / f"{number}.png").write_bytes(content)
+        said = {"file_name": f"{number}.png", "text": str(captions[number]), "record": record}
+        lines.append(json.dumps(said))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for found in (
+        find_samples(tmp_path),
+        find_pictures(str(tmp_path / "pairs.parquet")),
+        find_pictures(str(folder)),
+    ):
+        source = FileSource([found], seed=0, count=2)
+        prompts = source.prompts()
+        assert [(str(p), dict(record_of(p))) for p in prompts] == [
+            ("a sign", {"text": "A"}),
+            ("a sign", {"text": "B"}),
+            ("a dog", {}),
+        ]
+        for group in source.batch():
+            (pair,) = {tuple(sorted(values([group])[0]))}
+            record = records[pair[0]]
+            assert pair in {(0, 1), (2, 3), (4, 5)}
+            assert all(dict(record_of(made.caption)) == record for made in group)
+            assert all(made.picture.prompt == made.caption for made in group)
+            assert all(dict(record_of(made.picture.prompt)) == record for made in group)
+        assert sorted(values([source.of_prompt(prompts[1], 0)])[0]) == [2, 3]
+        assert sorted(values([source.of_prompt("a sign", 0)])[0]) == [0, 1]
+    # a side without records is compared by the texts
+    bare = {"a sign": [replace(one, caption="a sign") for one in found["a dog"]]}
+    group = FileSource([found, bare], seed=0, count=2).batch()[0]
+    assert {str(made.caption) for made in group} == {"a sign"}
+
+
 def test_what_a_browser_does_not_show_is_a_png() -> None:
     picture = Image.new("RGB", (4, 4), (9, 8, 7))
     buffer = io.BytesIO()
@@ -148,6 +199,7 @@ def test_a_clip_is_shown_as_it_is(tmp_path: Path, format: str) -> None:
     (group,) = FileSource([find_pictures(str(tmp_path))], seed=0, count=2).batch()
     for made in group:
         assert (made.picture.frames, made.picture.media_type) == (3, f"image/{format}")
+        assert made.picture.rate == 10.0
         assert read_clip(made.content).shape == (3, 3, 8, 8)
 
 

@@ -61,6 +61,9 @@ def test_two_clips_play_on_one_clock(page: Shown, browser: Any) -> None:
         frames = "[...document.querySelectorAll('.film img')].map((one) => one.dataset.frame)"
         assert all("/film/" in source for source in visitor.pictures)
         assert tab.is_visible("#player")
+        assert tab.inner_text(".ask-line") == "Which clip fits this better?"
+        labels = [box.get_attribute("aria-label") for box in tab.query_selector_all(".picture")]
+        assert labels == ["Left clip: choose it", "Right clip: choose it"]
         tab.wait_for_selector(".film img:not([data-frame='0'])")  # they play by themselves
 
         # stopped, both stand at one moment, and each step is a frame of both

@@ -199,6 +199,7 @@ async function showBallot(found, heard) {
   showPrompt(found.prompt);
   pictures.show(images);
   player.show(images);
+  showQuestion(player.films.length > 0);
   pictures.zoom(false);
   pictures.mark(false);
   for (const button of board.querySelectorAll("[data-reason]")) button.setAttribute("aria-pressed", "false");
@@ -227,6 +228,15 @@ function showPrompt(text) {
   else prompt.removeAttribute("tabindex");
 }
 
+/** Clips are asked about as clips. */
+function showQuestion(ofClips) {
+  const ranked = page.mode === "rank";
+  const ofPictures = ranked ? words.question_rank : words.question;
+  const asked = ranked ? words.question_rank_clips : words.question_clips;
+  board.querySelector(".ask-line").textContent = ofClips ? asked : ofPictures;
+  board.setAttribute("aria-label", ofClips ? words.ballot_clips : words.ballot);
+}
+
 function drawPlayer() {
   part("player").hidden = !player.films.length;
   if (player.films.length) document.body.dataset.clips = "";
@@ -251,9 +261,14 @@ function drawState() {
 }
 
 function labelOf(place, rank) {
-  if (pictures.marking) return words.picture_mark;
-  if (page.mode === "rank") return rank ? words.picture_placed : words.picture_place;
-  return place === 0 ? words.picture_left : words.picture_right;
+  const ofClips = player.films.length > 0;
+  if (pictures.marking) return ofClips ? words.clip_mark : words.picture_mark;
+  if (page.mode === "rank") {
+    if (rank) return ofClips ? words.clip_placed : words.picture_placed;
+    return ofClips ? words.clip_place : words.picture_place;
+  }
+  if (place === 0) return ofClips ? words.clip_left : words.picture_left;
+  return ofClips ? words.clip_right : words.picture_right;
 }
 
 function drawRank(button, place, rank) {
