@@ -53,6 +53,8 @@ class Family(ABC):
     """Endings of the names of layers that a LoRA adapts; none where it takes no adapter."""
     reads_adapters: ClassVar[bool] = False
     """Whether training may start from a LoRA file (``attach_saved``)."""
+    can_spread: ClassVar[bool] = False
+    """Whether its frozen denoiser can be spread over processes, a block after the other."""
     own_per_thread: tuple[str, ...] = ()
     """Attributes with frozen parts that write on themselves while they compute, as causal video
     autoencoders do, which keep the features of the frames before: each thread has a copy."""
