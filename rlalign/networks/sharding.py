@@ -121,6 +121,38 @@ def is_spread(network: torch.nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in network.parameters())
 
 
+def asked_anywhere(wanted: Sequence[bool]) -> list[bool]:
+    """Which of several networks some process asks now; every process has to say which it does."""
+    flags = torch.tensor(wanted, dtype=torch.int32, device=_device_of_group())
+    group.all_reduce(flags, op=group.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def _device_of_group() -> str:
+    return "cuda" if group.get_backend() == "nccl" else "cpu"
+
+
+class _Beside(torch.autograd.Function):
+    """An answer, with a gradient of zeros to another one."""
+
+    @staticmethod
+    def forward(ctx: Any, answer: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        ctx.other = {"size": other.shape, "dtype": other.dtype, "device": other.device}
+        return answer.view_as(answer)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], torch.zeros(**ctx.other)
+
+
+def beside(answer: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The same numbers; the backward pass goes through ``other`` too, and leaves zeros there."""
+    if not other.requires_grad:
+        return answer
+    found: Any = _Beside.apply(answer, other)
+    return found
+
+
 def _fill(tensor: torch.Tensor, source: dict[str, torch.Tensor], name: str) -> None:
     """Gives a stand-in the numbers of the process that has read them, which lets them go."""
     with torch.no_grad():

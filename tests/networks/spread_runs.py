@@ -30,7 +30,8 @@ from tests.policies.family_runs import ODE, PATHS, policy_of, run_of
 GROUPS = (1, 2, 4)
 """Learner processes."""
 SHARDS = 4
-"""More than the passes of an update, of which there are three: some process has none."""
+"""More than the passes of an update, which are three, or no divisor of them: some process has fewer
+than others."""
 NARROW = {"precision": "bfloat16", "gradient_checkpointing": True}
 REFERENCE = {"name": "grpo", "kl_weight": 0.1}
 BEHAVIOUR = {"name": "diffusion_nft", "draws": 1}
@@ -39,6 +40,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen_image": ({}, REFERENCE),
     "sd35": ({}, BEHAVIOUR),
     "wan": ({"text_tokens": 24, **NARROW}, REFERENCE),
+    "wan22": ({**NARROW}, REFERENCE),
 }
 """Random model -> what its policy and its algorithm are told."""
 
@@ -48,7 +50,9 @@ def run_with(name: str, folder: Path, **learner: Any) -> Run:
     policy, algorithm = RUNS[name]
     base = policy_of(name, folder) if name != "wan" else {"name": name, "path": str(folder)}
     plan = {**ODE["flow"], "guidance": 1.0} if algorithm is BEHAVIOUR else PATHS["flow"]
-    run = run_of({**base, **policy}, plan, algorithm)
+    # the last step has no density; of two experts each is asked at one of the others
+    steps = 3 if name == "wan22" else 2
+    run = run_of({**base, **policy}, {"steps": steps, **plan}, algorithm)
     told = {"shards": SHARDS, "shard": "base", "updates_per_round": 1, "ema_decay": 0.9, **learner}
     return run.model_copy(
         update={
