@@ -1,9 +1,9 @@
 """Updates of learners that share one denoiser: of small random models, in groups of one, two and
 four processes over gloo.
 
-``python -m tests.networks.spread_runs FOLDER`` writes what every process of every group ends with.
-One process imports the libraries and forks the learners: each would take seconds to do so by
-itself.
+``python -m tests.networks.spread_runs FOLDER NAME...`` writes what every process of every group
+ends with. One process imports the libraries and forks the learners: each would take seconds to do
+so by itself.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rlalign.alignment.collect import LocalCollect
 from rlalign.config import Run
 from rlalign.core.records import Scored, Weights
 from rlalign.networks.random_models import FAMILIES, write_pipeline
-from rlalign.networks.sharding import bytes_of_share
-from tests.policies.family_runs import ODE, PATHS, policy_of, run_of
+from rlalign.networks.sharding import NotLoaded, bytes_of_share, load_together
+from tests.policies.family_runs import ODE, PATHS, SETTINGS, policy_of, run_of
 
 GROUPS = (1, 2, 4)
 """Learner processes."""
@@ -40,16 +40,26 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen_image": ({}, REFERENCE),
     "sd35": ({}, BEHAVIOUR),
     "wan": ({"text_tokens": 24, **NARROW}, REFERENCE),
-    "wan22": ({**NARROW}, REFERENCE),
+    "wan22": (NARROW, REFERENCE),
+    # exported with its adapter merged
+    "pixart": ({}, {"name": "ddpo"}),
 }
 """Random model -> what its policy and its algorithm are told."""
+ADAPTED = "sd35"
+"""The one whose training starts from a saved adapter."""
 
 
 def run_with(name: str, folder: Path, **learner: Any) -> Run:
     """A run of three units a round, whose learners share the denoiser."""
     policy, algorithm = RUNS[name]
-    base = policy_of(name, folder) if name != "wan" else {"name": name, "path": str(folder)}
+    base = {"name": name, "path": str(folder)}
+    if name in SETTINGS:
+        base = policy_of(name, folder)
+    if name == ADAPTED:
+        base["adapter"] = str(folder / "adapter")
     plan = {**ODE["flow"], "guidance": 1.0} if algorithm is BEHAVIOUR else PATHS["flow"]
+    if name == "pixart":
+        plan = PATHS["epsilon"]
     # the last step has no density; of two experts each is asked at one of the others
     steps = 3 if name == "wan22" else 2
     run = run_of({**base, **policy}, {"steps": steps, **plan}, algorithm)
@@ -69,15 +79,18 @@ def collect(run: Run) -> list[Scored]:
     return collected.gather(collected.order(run.prompts.units(run.seed, 1, run.plan), weights))
 
 
-def learn(run: Run, scored: Sequence[Scored]) -> dict[str, torch.Tensor]:
+def learn(run: Run, scored: Sequence[Scored], export: Path | None) -> dict[str, torch.Tensor]:
     """What a learner ends with after a round: weights and all other state, metrics, how far the
-    weights have gone; and the bytes of the denoiser that it holds, counted and as foretold."""
+    weights have gone; and the bytes of the denoiser that it holds, counted and as foretold. The
+    policy is exported to ``export``."""
     learner = build_learner(run)
     line = learner.update(run.algorithm.make_batch(scored, Memory()), round=1)
     found = {f"metrics/{name}": number(value) for name, value in line.items()}
     found["kl"] = number(learner.kl_to_pretrained(learner.weights(), scored[:1]))
     found |= {name: tensor.clone() for name, tensor in learner.state_dict().items()}
 
+    if export is not None:
+        learner.policy.save(export)
     network = learner.policy.network
     weights: list[Any] = [*network.parameters(), *network.buffers()]
     own = [one.to_local() if hasattr(one, "to_local") else one for one in weights]
@@ -102,6 +115,7 @@ def join(rank: int, count: int, store: Path) -> None:
 
 def fork_group(count: int, work: Callable[[int], None], folder: Path) -> list[int]:
     """Lets ``count`` processes work together; their exit codes."""
+    folder.mkdir(exist_ok=True)
     children = []
     for rank in range(count):
         child = os.fork()
@@ -120,23 +134,36 @@ def fork_group(count: int, work: Callable[[int], None], folder: Path) -> list[in
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, names: Sequence[str]) -> int:
     torch.set_num_threads(1)
     runs = {}
-    for name in RUNS:
+    for name in names:
         write_pipeline(folder / name, FAMILIES[name], seed=1)
+        if name == ADAPTED:
+            recipe = run_of(policy_of(name, folder / name), PATHS["flow"], REFERENCE).policy
+            recipe.load("cpu").save(folder / name / "adapter")
         runs[name] = run_with(name, folder / name)
     samples = {name: collect(run) for name, run in runs.items()}
     for count in GROUPS:
 
         def work(rank: int, count: int = count) -> None:
             for name, run in runs.items():
-                save_file(learn(run, samples[name]), folder / f"{name}-{count}-{rank}.safetensors")
+                export = folder / f"{name}-{count}-exported" if rank == 0 else None
+                found = learn(run, samples[name], export)
+                save_file(found, folder / f"{name}-{count}-{rank}.safetensors")
 
         if any(fork_group(count, work, folder)):
             return 1
-    return 0
+
+    # one of two cannot read what they share
+    def fail(rank: int) -> None:
+        try:
+            load_together(lambda: 1 / rank)
+        except NotLoaded as error:
+            (folder / f"said-{rank}").write_text(str(error), encoding="utf-8")
+
+    return max(fork_group(2, fail, folder / "failing"))
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
