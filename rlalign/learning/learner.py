@@ -143,11 +143,6 @@ class Learner:
         """Whether this process writes files and publishes weights."""
         return self.accelerator.is_main_process
 
-    @property
-    def measures(self) -> bool:
-        """Whether this process takes part in ``kl_to_pretrained``."""
-        return self.is_main or self.policy.is_spread
-
     def update(self, batch: Batch, *, round: int, tell: Tell = tell_nobody) -> dict[str, float]:
         """All updates of one round; tells how many are done.
 
@@ -195,8 +190,7 @@ class Learner:
             refuse_update(self.version, (first.loss_of(one, self.loss) for one in passes))
 
         # the step of the optimiser
-        for parameter, one in zip(self._parameters.values(), gradient, strict=True):
-            parameter.grad = one
+        self._place(gradient)
         norm = torch.nn.utils.clip_grad_norm_(self._own.values(), self.settings.max_grad_norm)
         self._set_rates()
         self.optimiser.step()
@@ -231,7 +225,8 @@ class Learner:
         measured."""
         own = [passes[shard :: self.settings.shards] for shard in shards]
         done = list(self._pool.map(self._shard, own, self._lanes))
-        self._keep_step(shards, passes)
+        if self.policy.is_spread:
+            self._keep_step(shards, passes)
         for shard, (gradients, _, _) in zip(shards, done, strict=True):
             total.add(shard, gradients)
         return [(means, maxima) for _, means, maxima in done]
@@ -264,12 +259,14 @@ class Learner:
     def _keep_step(self, shards: Sequence[int], passes: Sequence[Pass]) -> None:
         """Asks a denoiser that is spread over processes as often as those do whose shard has a pass
         more: a pass of which nothing is kept."""
-        if not self.policy.is_spread:
-            return
         count = self.settings.shards
         first = shards[0] - self.accelerator.process_index
         if len(passes[first::count]) > len(passes[shards[0] :: count]):
             list(self._pool.map(self._shard, [passes[:1]], self._lanes[:1]))
+
+    def _place(self, gradient: Sequence[torch.Tensor]) -> None:
+        for parameter, one in zip(self._parameters.values(), gradient, strict=True):
+            parameter.grad = one
 
     def _reduced(self, own: Sequence[Mapping[str, float]], how: str) -> dict[str, float]:
         from accelerate.utils import gather_object
