@@ -79,6 +79,12 @@ class Algorithm(Recipe):
         return False
 
     @property
+    def passes_are_even(self) -> bool:
+        """Whether every pass of an update asks the denoiser as often as any other, forwards and
+        backwards: learners that share one denoiser take their passes in step."""
+        return True
+
+    @property
     def times_noised(self) -> int:
         """Times that a sample is noised in an epoch, where it is not replayed step by step."""
         return 1

@@ -78,6 +78,10 @@ class RewardBackprop(Algorithm):
         return self
 
     @property
+    def passes_are_even(self) -> bool:
+        return self.form == "draft"  # others draw the step at which a chain is cut
+
+    @property
     def times_noised(self) -> int:
         return self.resamples or 1
 

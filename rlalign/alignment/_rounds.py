@@ -353,7 +353,7 @@ class Alignment:
         that is asked for."""
         scored = self.sample_fixed(weights)
         summary = evaluate.summarise(scored, self.trained, self.held_out, self.run.evaluate.by)
-        asked = distance and self.display is not None
+        asked = distance and (self.display is not None or self.learner.policy.is_spread)
         kl = self.learner.kl_to_pretrained(weights, scored) if asked else 0.0
         return _Shown(weights.tag, scored, summary, kl)
 

@@ -55,6 +55,7 @@ FREE = (
     "preferences.ballots.patience_seconds",
     "refit.preferences.ballots.patience_seconds",
     "policy.embeddings",
+    "learner.shard",
     *(path for path in paths_of(RuntimeSettings, "runtime.") if path not in REASONS),
 )
 """The settings that may change, by dotted path; ``_reason`` knows when one of them may not."""

@@ -130,6 +130,30 @@ class Run(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _can_shard(self) -> Run:
+        policy = self.policy
+        algorithm = self.algorithm
+        if self.learner.shard == "none":
+            return self
+        if not (policy.lora_rank or policy.adapter):
+            raise UserError(
+                "learner.shard base needs a frozen base under an adapter, and all weights are"
+                " trained here; set policy.lora_rank or policy.adapter, or take none"
+            )
+        if not policy.family.can_spread:
+            raise UserError(
+                f"learner.shard must be none for policy {policy.name}, whose denoiser is no row of"
+                " transformer blocks, got 'base'"
+            )
+        if not algorithm.passes_are_even:
+            raise UserError(
+                f"learner.shard must be none for {algorithm.name} as it is set, got 'base': its"
+                " passes ask the denoiser unequally often, and learners that share one take theirs"
+                " in step"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_refit(self) -> Run:
         if self.refit is None:
             return self

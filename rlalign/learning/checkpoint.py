@@ -72,8 +72,8 @@ def identity(resolved: Mapping[str, Any]) -> str:
     """A digest of what may not change between a checkpoint and the run that resumes it.
 
     ``rounds`` may be extended; names, placement, checkpoint and evaluation settings, sinks, what is
-    written beside or decoded by how many threads, and where the words of prompts come from do not
-    touch the weights.
+    written beside or decoded by how many threads, over which processes a denoiser is spread, and
+    where the words of prompts come from do not touch the weights.
     """
     kept = dict(resolved)
     if "write_pairs" in kept:
@@ -83,6 +83,8 @@ def identity(resolved: Mapping[str, Any]) -> str:
     if kept.get("refit"):
         refitted = _free_of_patience({**kept["refit"]["preferences"], "workers": 0})
         kept["refit"] = {**kept["refit"], "preferences": refitted}
+    if "shard" in kept.get("learner", {}):
+        kept["learner"] = {n: v for n, v in kept["learner"].items() if n != "shard"}
     if "embeddings" in kept.get("policy", {}):
         kept["policy"] = {n: v for n, v in kept["policy"].items() if n != "embeddings"}
     return plain_identity(kept)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from rlalign.core.copies import AtRoundStart, Copy, Decay, Every
 from rlalign.core.finite import refuse_update
 from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Scored, Weights
-from rlalign.core.registry import UserError
+from rlalign.core.registry import Before, UserError
 from rlalign.diffusion.noise import generator
 from rlalign.learning.evaluate import kl_of_unit, mean_kl
 from rlalign.learning.gradients import ShardSum, are_finite, take_gradients
@@ -57,6 +58,13 @@ class LearnerSettings(OptimiserSettings):
         default=1,
         ge=1,
         description="parts whose gradients are summed apart; they run side by side on a CPU",
+    )
+    shard: Annotated[Literal["none", "base"], Before("none")] = Field(
+        default="none",
+        description=(
+            "base spreads the frozen denoiser under a LoRA over the learner's workers (FSDP2): the"
+            " same numbers, and its memory divided by their number"
+        ),
     )
     ema_decay: float = Field(
         default=0.0, ge=0, lt=1, description="weight average used to evaluate and export; 0 is off"
@@ -124,7 +132,8 @@ class Learner:
         rank = self.accelerator.process_index
         _refuse_uneven(settings.shards, world)
         self._own_shards = range(rank, settings.shards, world)
-        lanes = len(self._own_shards) if policy.device == "cpu" else 1
+        # processes that share a denoiser gather its weights, one pass at a time
+        lanes = len(self._own_shards) if policy.device == "cpu" and not policy.is_spread else 1
         self._lanes = [first, *(first.replica() for _ in range(lanes - 1))]
         begin = (threads, here(policy.device))
         self._pool = ThreadPoolExecutor(lanes, "lane", initializer=start_thread, initargs=begin)
@@ -216,6 +225,8 @@ class Learner:
         measured."""
         own = [passes[shard :: self.settings.shards] for shard in shards]
         done = list(self._pool.map(self._shard, own, self._lanes))
+        if self.policy.is_spread:
+            self._keep_step(shards, passes)
         for shard, (gradients, _, _) in zip(shards, done, strict=True):
             total.add(shard, gradients)
         return [(means, maxima) for _, means, maxima in done]
@@ -244,6 +255,14 @@ class Learner:
 
         means["update_calls"] = float(lane.policy.meter.calls - calls)
         return take_gradients(parameters), means, maxima
+
+    def _keep_step(self, shards: Sequence[int], passes: Sequence[Pass]) -> None:
+        """Asks a denoiser that is spread over processes as often as those do whose shard has a pass
+        more: a pass of which nothing is kept."""
+        count = self.settings.shards
+        first = shards[0] - self.accelerator.process_index
+        if len(passes[first::count]) > len(passes[shards[0] :: count]):
+            list(self._pool.map(self._shard, [passes[:1]], self._lanes[:1]))
 
     def _place(self, gradient: Sequence[torch.Tensor]) -> None:
         for parameter, one in zip(self._parameters.values(), gradient, strict=True):

@@ -21,6 +21,7 @@ from rlalign.networks.pipelines.loading import (
     quiet_libraries,
     weight_files,
 )
+from rlalign.networks.sharding import is_spread
 
 SHARD_BYTES = 10_000_000_000
 """A file holds so many bytes at most, or one tensor, as diffusers writes them."""
@@ -34,9 +35,11 @@ Read = Callable[[str], torch.Tensor]
 
 def exact_weights(network: torch.nn.Module, path: str, pipelines: Any, part: str) -> Read:
     """How the plain weights of a network with adapters are read in float32: its own, or where it
-    keeps them rounded those of its checkpoint, ``part`` of the pipeline under ``path``."""
+    keeps them rounded, or in other processes too, those of its checkpoint, ``part`` of the pipeline
+    under ``path``."""
     own = lora.plain_state_dict(network)
-    if all(p.dtype == torch.float32 for p in network.parameters()):
+    exact = all(p.dtype == torch.float32 for p in network.parameters())
+    if exact and not is_spread(network):
         return own.__getitem__
 
     # the files of a folder are read tensor by tensor, one file of a whole checkpoint as it is

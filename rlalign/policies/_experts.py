@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from rlalign.core.registry import UserError
-from rlalign.networks import lora
+from rlalign.networks import lora, sharding
 from rlalign.policies._family import Part
 from rlalign.policies._pipeline import PipelineFamily
 from rlalign.policies._pipeline_recipe import PipelineRecipe
@@ -103,24 +103,40 @@ class ExpertsFamily(PipelineFamily):
         asked in two passes."""
         if not isinstance(self.network, Experts):
             return ask(self.network, timestep_B, *tensors)
-        high, low = self.network.transformer, self.network.transformer_2
+        if timestep_B.is_meta:  # a policy to count with has no numbers
+            return self._tied(ask(self.network.transformer, timestep_B, *tensors))
 
-        # a policy to count with has no numbers
+        # learners that share the denoisers ask those that any of them asks, in one order
         high_B = self.is_high(timestep_B)
-        if timestep_B.is_meta or bool(high_B.all()):
-            return self._tied(ask(high, timestep_B, *tensors))
-        if not bool(high_B.any()):
-            return self._tied(ask(low, timestep_B, *tensors))
+        asked = [bool(high_B.any()), not bool(high_B.all())]
+        if sharding.processes() > 1 and sharding.is_spread(self.network):
+            asked = sharding.asked_anywhere(asked)
 
-        # each row goes back to its place
+        # each row goes back to its place; of a denoiser that has none here one is asked
         answers: list[torch.Tensor] = []
         indices: list[torch.Tensor] = []
-        for network, rows_B in ((high, high_B), (low, ~high_B)):
+        others: list[torch.Tensor] = []
+        experts = zip(self.denoisers.values(), (high_B, ~high_B), asked, strict=True)
+        for network, rows_B, is_asked in experts:
+            if not is_asked:
+                continue
             index = rows_B.nonzero()[:, 0]
-            picked = (None if tensor is None else tensor[index] for tensor in tensors)
-            answers.append(ask(network, timestep_B[index], *picked))
-            indices.append(index)
-        return self._tied(torch.cat(answers)[torch.cat(indices).argsort()])
+            told = (timestep_B, *tensors)
+            if len(index) < len(rows_B):
+                rows = index if len(index) else slice(1)
+                told = tuple(None if tensor is None else tensor[rows] for tensor in told)
+            answer = ask(network, *told)
+            if len(index):
+                answers.append(answer)
+                indices.append(index)
+            else:
+                others.append(answer)
+        found = answers[0]
+        if len(answers) > 1:
+            found = torch.cat(answers)[torch.cat(indices).argsort()]
+        for other in others:
+            found = sharding.beside(found, other)
+        return self._tied(found)
 
     def _tied(self, answer: torch.Tensor) -> torch.Tensor:
         """The answer; where the denoiser that gave it is frozen, with a gradient of 0 to the other,

@@ -57,6 +57,8 @@ class Family(ABC):
     """Whether training may start from a LoRA file (``attach_saved``)."""
     reads_embeddings: ClassVar[bool] = True
     """Whether its words may come from a file of ``rlalign encode``."""
+    can_spread: ClassVar[bool] = False
+    """Whether its frozen denoiser can be spread over processes, a block after the other."""
     own_per_thread: tuple[str, ...] = ()
     """Attributes with frozen parts that write on themselves while they compute, as causal video
     autoencoders do, which keep the features of the frames before: each thread has a copy."""

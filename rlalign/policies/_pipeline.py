@@ -57,6 +57,7 @@ class PipelineFamily(Family):
     trial_prompt: ClassVar[str] = ""
     """With which it is."""
     reads_adapters: ClassVar[bool] = True
+    can_spread: ClassVar[bool] = True
     comfyui_keys: ClassVar[comfyui.Keys | None] = None
     """Under which keys ComfyUI reads a LoRA of this family, where plain diffusers reads them
     too."""

@@ -14,12 +14,15 @@ from pydantic import Field
 from rlalign.core.finite import refuse_weights
 from rlalign.core.locations import LocalPathOrHubId
 from rlalign.core.registry import Before
+from rlalign.networks import sharding
 from rlalign.networks.embeddings import EmbeddingsFile, Reader
+from rlalign.networks.pipelines.absent import is_absent
 from rlalign.networks.pipelines.checkpoints import load_checkpoint
 from rlalign.networks.pipelines.files import check_files
 from rlalign.networks.pipelines.schedulers import say_steps
-from rlalign.networks.precision import settle
+from rlalign.networks.precision import keep_frozen, settle
 from rlalign.policies._family import WHOLE, Part
+from rlalign.policies._policy import Policy
 from rlalign.policies._recipe import PolicyRecipe
 from rlalign.policies._words import ACTOR, Embeddings
 
@@ -76,12 +79,41 @@ class PipelineRecipe(PolicyRecipe):
         return self.build_parts(device, WHOLE)
 
     def build_parts(self, device: str, parts: frozenset[Part], reader: Reader | None = None) -> Any:
-        # text encoders are held where the words come from nowhere else
+        return self._around(self._read(parts, reader), device, parts, reader)
+
+    def load_spread(self, device: str, parts: frozenset[Part], reader: Reader | None) -> Policy:
+        # one process reads the denoiser, in the precision in which its frozen weights are kept
+        def read() -> Any:
+            held = parts if sharding.reads() else parts - {"denoiser"}
+            pipeline = self._read(held, reader)
+            for name, network in pipeline.components.items():
+                if isinstance(network, torch.nn.Module) and not is_absent(network):
+                    refuse_weights({name: network})
+                    if self.family.role_of(name) == "denoiser":
+                        keep_frozen(network.requires_grad_(False), self.precision)
+            return pipeline
+
+        pipeline = sharding.load_together(read)
+        denoisers = [n for n in pipeline.components if self.family.role_of(n) == "denoiser"]
+        networks = [n for n in denoisers if getattr(pipeline, n, None) is not None]
+
+        # adapters are added to stand-ins, which then get what was read
+        wholes = sharding.put_stand_ins(pipeline, networks, device)
+        family = self._around(pipeline, device, parts, reader)
+        settle(device, self.precision, deterministic=self.deterministic)
+        policy = self.assemble(family)
+        for part, network in family.denoisers.items():
+            sharding.spread(network, wholes.pop(part, None), device)
+        family.try_out(self.precision)
+        return policy
+
+    def _read(self, parts: frozenset[Part], reader: Reader | None) -> Any:
+        """The pipeline with the weights of ``parts``; text encoders are held where the words come
+        from nowhere else."""
         family = self.family
         place = self.location
         self._check_files()
-        from_file = self.embeddings not in ("", ACTOR) and "words" in parts
-        held = parts - {"words"} if reader or from_file else parts
+        held = parts - {"words"} if reader or self._reads_file(parts) else parts
         pipeline = load_checkpoint(
             place,
             family.readable_classes(),
@@ -91,13 +123,21 @@ class PipelineRecipe(PolicyRecipe):
         )
         family.check(pipeline, place)
         say_steps(place, Path(pipeline.config["_name_or_path"]))
+        return pipeline
 
-        # where the words come from instead
-        found = family(self, pipeline, device)
-        if reader is None and from_file:
+    def _around(
+        self, pipeline: Any, device: str, parts: frozenset[Part], reader: Reader | None
+    ) -> Any:
+        """The family around a pipeline, and where its words come from instead."""
+        found = self.family(self, pipeline, device)
+        if reader is None and self._reads_file(parts):
             reader = EmbeddingsFile(Path(self.embeddings), found.makers_of_words())
         found.reader = reader
         return found
+
+    def _reads_file(self, parts: frozenset[Part]) -> bool:
+        """Whether the words come from a file of embeddings."""
+        return self.embeddings not in ("", ACTOR) and "words" in parts
 
     def load_encoder(self, device: str) -> Any:
         """The family with its text encoders alone, for a process that encodes for others, as

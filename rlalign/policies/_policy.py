@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -18,7 +19,7 @@ from rlalign.core.records import Plan
 from rlalign.diffusion.condition import Condition, Words
 from rlalign.diffusion.paths import NoisePath, coefficients
 from rlalign.diffusion.predictions import PredictionType, target, to_clean_and_noise
-from rlalign.networks import lora
+from rlalign.networks import lora, sharding
 from rlalign.networks.precision import Precision, autocast
 from rlalign.networks.replicas import replicate
 from rlalign.policies._family import OWN_SIZE, Family
@@ -83,6 +84,11 @@ class Policy:
     def network(self) -> torch.nn.Module:
         """The denoiser: what is trained."""
         return self.family.network
+
+    @cached_property
+    def is_spread(self) -> bool:
+        """Whether other processes hold parts of the denoiser; all must ask it equally often."""
+        return sharding.is_spread(self.network)
 
     @property
     def path(self) -> NoisePath:

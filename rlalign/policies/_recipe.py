@@ -11,6 +11,7 @@ from rlalign.core.finite import refuse_weights
 from rlalign.core.locations import LocalPath
 from rlalign.core.records import Plan
 from rlalign.core.registry import Before, Recipe, UserError
+from rlalign.networks import sharding
 from rlalign.networks.embeddings import Reader
 from rlalign.networks.precision import Precision, keep_frozen, settle
 from rlalign.policies._family import WHOLE, Family, Part
@@ -77,16 +78,28 @@ class PolicyRecipe(Recipe):
         raise NotImplementedError
 
     def load(
-        self, device: str, parts: frozenset[Part] = WHOLE, reader: Reader | None = None
+        self,
+        device: str,
+        parts: frozenset[Part] = WHOLE,
+        reader: Reader | None = None,
+        *,
+        spread: bool = False,
     ) -> Policy:
         """The live policy on ``device``: the family, with its adapter, in its precision. ``parts``
-        and ``reader`` are as in ``build_parts``."""
+        and ``reader`` are as in ``build_parts``; with ``spread`` the frozen denoiser is spread over
+        the processes of torch's group, which all have to ask."""
         if self.adapter and not self.family.reads_adapters:
             raise UserError(
                 f"policy.adapter must be empty for {self.name}, which takes none, got"
                 f" {self.adapter!r}"
             )
+        if spread and sharding.processes() > 1:
+            return self.load_spread(device, parts, reader)
         return self.make_policy(self.build_parts(device, parts, reader))
+
+    def load_spread(self, device: str, parts: frozenset[Part], reader: Reader | None) -> Policy:
+        """The policy whose denoiser is spread over processes; where the family ``can_spread``."""
+        raise NotImplementedError
 
     def make_policy(self, family: Family) -> Policy:
         """The policy around a family that is loaded. Raises UserError for weights that are not

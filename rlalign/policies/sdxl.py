@@ -31,6 +31,7 @@ class StableDiffusionXLFamily(PipelineFamily):
     # a watermark would be in the picture of some machines and not of others
     pipeline_settings: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
     part: ClassVar[str] = "unet"
+    can_spread: ClassVar[bool] = False  # a UNet has no row of like blocks
     comfyui_keys = "lora_unet_"
     lora_targets = ATTENTION_TARGETS
 

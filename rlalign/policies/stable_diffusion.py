@@ -25,6 +25,7 @@ class StableDiffusionFamily(PipelineFamily):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     pipeline_settings: ClassVar[Mapping[str, Any]] = {"safety_checker": None}
     part: ClassVar[str] = "unet"
+    can_spread: ClassVar[bool] = False  # a UNet has no row of like blocks
     comfyui_keys = "lora_unet_"
     lora_targets = ATTENTION_TARGETS
 

@@ -285,6 +285,33 @@ def test_the_score_function_takes_no_stale_samples():
     assert "runtime.max_staleness must be 0, got 1" in refused(*once, "runtime.max_staleness=1")
 
 
+SPREAD = "learner.shard=base"
+FLUX = ("policy={name: flux, path: some/flux, lora_rank: 2}", SPREAD)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ((SPREAD,), "learner.shard base needs a frozen base under an adapter"),
+        ((*FLUX, "policy.lora_rank=0"), "learner.shard base needs a frozen base"),
+        ((SPREAD, "policy.lora_rank=2"), "learner.shard must be none for policy tiny, whose"),
+        (
+            (*FLUX, "algorithm={name: reward_backprop, form: refl}"),
+            "learner.shard must be none for reward_backprop as it is set",
+        ),
+        (("learner.shard=all",), "learner.shard must be "),
+    ],
+)
+def test_a_denoiser_is_spread_where_that_can_be(more, expected):
+    assert refused(*more).startswith(expected)
+
+
+def test_over_how_many_learners_a_denoiser_is_spread_changes_no_number():
+    assert identity_of(least(*FLUX)) == identity_of(least(FLUX[0]))
+    shared = least(*FLUX, "learner.shards=4", "runtime.learner.workers=4")
+    assert identity_of(shared) == identity_of(least(FLUX[0], "learner.shards=4"))
+
+
 def test_a_missing_setting_is_named():
     with pytest.raises(UserError, match=r"^rewards is required$"):
         parse_run({k: v for k, v in LEAST.items() if k != "rewards"})

@@ -84,10 +84,22 @@ def _of_learner(run: Run, policy: Policy, parts: Parts) -> list[str]:
     if run.policy.precision != "bfloat16":
         frozen = "" if full else " and of the frozen weights"
         found.append(f"policy.precision=bfloat16 (about half of a pass{frozen})")
+    if not full and run.learner.shard == "none" and policy.family.can_spread:
+        frozen = sum(parts.get(name, 0) for name in denoisers(policy))
+        found.append(
+            f"learner.shard=base (of {megabytes(frozen)} of denoiser each of"
+            " runtime.learner.workers holds a part)"
+        )
     if run.learner.shards > 1 and run.runtime.learner.workers == 1:
         each = trained(policy)
         found.append(f"learner.shards=1 ({megabytes(each)} of gradients)")
     return found
+
+
+def denoisers(policy: Policy) -> list[str]:
+    """Names of the family's parts that are denoisers."""
+    family = policy.family
+    return [name for name in family.parts() if family.role_of(name) == "denoiser"]
 
 
 def _state_of(run: Run, policy: Policy, optimizer: str) -> str:

@@ -10,12 +10,13 @@ import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from rlalign.core.records import kept_latents, moved_latents
 from rlalign.diffusion.noise import noise_masks
+from rlalign.networks.sharding import bytes_of_share
 from rlalign.policies.base import WHOLE
 from rlalign.runtime.roles import ENCODER, LEARNER, ROLLOUT, Role
 
@@ -34,6 +35,7 @@ Linux, torch 2.15)."""
 WORTH_LEAVING_OUT = 10**8
 """Bytes of text encoders that are worth a hint."""
 START = "start weights"
+GATHERED = "gathered blocks"
 PASS = "a pass"
 STEP = "the optimiser's step"
 
@@ -146,10 +148,7 @@ def needs_of(
     gpu = on_gpu(run.runtime)
 
     # the learner's worst moment is in a pass, or in the optimiser's step
-    learner = {
-        **weights_of(policy, loaded_parts(LEARNER, run, policy)),
-        **_own("other tensors", other),
-    }
+    learner = {**learner_weights(run, policy), **_own("other tensors", other)}
     if run.algorithm.eats.sampled_by_loss:
         learner |= {f"reward {r.title}": rewards[r.title] for r in run.rewards}
     learner |= learning(run, policy)
@@ -173,6 +172,24 @@ def needs_of(
         round=of_a_round(run, policy),
         on_gpu=gpu,
     )
+
+
+def shares_denoiser(run: Run) -> bool:
+    """Whether a learner holds a part of the denoiser, and others hold the rest."""
+    return run.learner.shard == "base" and run.runtime.learner.workers > 1
+
+
+def learner_weights(run: Run, policy: Policy) -> dict[str, int]:
+    """Part -> bytes of a learner's weights; of a denoiser that learners share its part, and what it
+    gathers of the others' while it computes."""
+    found = weights_of(policy, loaded_parts(LEARNER, run, policy))
+    if not shares_denoiser(run):
+        return found
+    family: Any = policy.family
+    workers = run.runtime.learner.workers
+    shares = {part: bytes_of_share(net, workers) for part, net in family.denoisers.items()}
+    found |= {part: kept for part, (kept, _) in shares.items()}
+    return found | _own(GATHERED, max(gathered for _, gathered in shares.values()))
 
 
 def _own(name: str, size: int) -> dict[str, int]:
@@ -202,6 +219,8 @@ def _critic(run: Run, policy: Policy) -> list[torch.Tensor]:
 def _lanes(run: Run) -> int:
     """Shards that a learner computes at once."""
     own = run.learner.shards // run.runtime.learner.workers
+    if shares_denoiser(run):
+        return 1
     return own if run.runtime.device == "cpu" else 1
 
 

@@ -161,6 +161,7 @@ def learn(config: dict[str, Any]) -> Failure | None:
     import torch
 
     from rlalign.alignment.assemble import build_learner
+    from rlalign.networks.sharding import NotLoaded
     from rlalign.runtime.training.collect import CoordinatorLost, ask_until_answered
     from rlalign.runtime.training.coordinator import failure_of
     from rlalign.runtime.words import reader_of
@@ -184,8 +185,10 @@ def learn(config: dict[str, Any]) -> Failure | None:
         # told to the driver in full; Ray Train would only try the same again
         failure = failure_of(error)
         ask_until_answered(lambda: coordinator.abort.remote(failure), 60)
-        if learner is not None and learner.accelerator.num_processes > 1:
-            raise  # the other learners wait in a collective: the whole group has to end
+        # the other learners wait in a collective: the whole group has to end
+        alone = learner is None and (run.learner.shard == "none" or isinstance(error, NotLoaded))
+        if not alone and run.runtime.learner.workers > 1:
+            raise
         return failure
 
 

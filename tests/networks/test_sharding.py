@@ -1,0 +1,100 @@
+"""A denoiser that is spread over processes: the numbers of the whole one, and a share of its
+memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.networks.spread_runs import BEHAVIOUR, GROUPS, RUNS
+
+ROOT = Path(__file__).parents[2]
+
+
+OTHERS = ("wan22", "pixart")
+"""Two experts, of which learners ask different ones at a time; and a model that is exported with
+its adapter merged."""
+CASES = [pytest.param(name, marks=pytest.mark.promise if name in OTHERS else ()) for name in RUNS]
+
+
+def run_groups(folder: Path, names: Sequence[str]) -> Path:
+    """Where every process of every group has written what it ended with."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.networks.spread_runs", str(folder), *names],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = [name for name in RUNS if name not in OTHERS]
+    return run_groups(tmp_path_factory.mktemp("spread"), names)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_groups(tmp_path_factory.mktemp("spread"), OTHERS)
+
+
+@pytest.fixture
+def ended(name: str, request: pytest.FixtureRequest) -> Path:
+    """The folder of a model's groups."""
+    found: Path = request.getfixturevalue("second" if name in OTHERS else "first")
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What was exported, by file."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert files
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_and_four_processes_end_as_one_to_the_last_bit(name: str, ended: Path) -> None:
+    """Weights, the optimiser's state, the average, the algorithm's copies, every metric and the
+    distance from the pretrained weights, in every process; and what is exported."""
+    whole = load_file(ended / f"{name}-1-0.safetensors")
+    apart = ("held", "foretold")
+    assert float(whole["metrics/grad_norm"]) > 0
+    assert (float(whole["kl"]) > 0) == (RUNS[name][1] is not BEHAVIOUR)
+    if name == "wan22":
+        assert 0 < float(whole["metrics/expert/high_share"]) < 1
+    for count in GROUPS[1:]:
+        for rank in range(count):
+            found = load_file(ended / f"{name}-{count}-{rank}.safetensors")
+            assert found.keys() == whole.keys()
+            assert [n for n in whole if n not in apart and not found[n].equal(whole[n])] == []
+        assert files_of(ended / f"{name}-{count}-exported") == files_of(
+            ended / f"{name}-1-exported"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_process_holds_the_share_that_was_foretold(name: str, ended: Path) -> None:
+    held = {}
+    for count in GROUPS:
+        for rank in range(count):
+            found = load_file(ended / f"{name}-{count}-{rank}.safetensors")
+            assert torch.equal(found["held"], found["foretold"])
+            held[count] = int(found["held"])
+    # beside the share are adapters and tables, which stay whole
+    assert held[1] - held[2] > 0.4 * held[1]
+    assert held[1] - held[4] > 0.6 * held[1]
+
+
+def test_what_one_process_cannot_read_ends_all_of_them(first: Path) -> None:
+    """The others would wait for it."""
+    said = [(first / f"said-{rank}").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert said == ["division by zero"] * 2
