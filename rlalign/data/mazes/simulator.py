@@ -101,9 +101,8 @@ def simulate(
             break
 
         # a step of the others
-        moved_B2, speed_B2, touches_B = advance(
-            maze, place_B2, velocity_B2, control(aim_B2, place_B2, velocity_B2)
-        )
+        action_B2 = control(aim_B2, place_B2, velocity_B2)
+        moved_B2, speed_B2, touches_B = advance(maze, place_B2, velocity_B2, action_B2)
         place_B2 = np.where(going_B[:, None], moved_B2, place_B2)
         velocity_B2 = np.where(going_B[:, None], speed_B2, velocity_B2)
         contact_B += going_B & touches_B
