@@ -51,12 +51,13 @@ def demonstrate(maze: Maze, rng: np.random.Generator, count: int, horizon: int) 
     return Demonstrations(points_BH2=np.stack(plans), route_B=np.array(taken))
 
 
-def random_ends(maze: Maze, rng: np.random.Generator, apart: int = 1) -> np.ndarray:
+def random_ends(maze: Maze, rng: np.random.Generator, apart: int = 1, ways: int = 1) -> np.ndarray:
     """(2, 2) metres: a start and a goal, off the middles of their cells as PointMaze has them.
 
-    Their cells are ``apart`` or more steps from each other on the shortest way.
+    Their cells are ``apart`` or more steps from each other on the shortest way, and ``ways`` or
+    more routes lead from one to the other.
     """
-    pairs = cell_pairs(maze.name, apart)
+    pairs = cell_pairs(maze.name, apart, ways)
     chosen = pairs[int(rng.integers(len(pairs)))]
     return centres(maze, chosen) + rng.uniform(-JITTER, JITTER, (2, 2))
 

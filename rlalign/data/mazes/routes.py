@@ -40,9 +40,9 @@ def routes(name: str, start: Cell, goal: Cell) -> tuple[tuple[Cell, ...], ...]:
 
 
 @functools.cache
-def cell_pairs(name: str, apart: int) -> tuple[tuple[Cell, Cell], ...]:
+def cell_pairs(name: str, apart: int, ways: int = 1) -> tuple[tuple[Cell, Cell], ...]:
     """Every (start, goal) of free cells that are ``apart`` or more steps from each other on the
-    shortest way. Raises UserError where there is none."""
+    shortest way, and ``ways`` or more routes. Raises UserError where there is none."""
     import networkx
 
     length = dict(networkx.all_pairs_shortest_path_length(_graph(MAZES[name], _STEPS, walls=False)))
@@ -50,6 +50,13 @@ def cell_pairs(name: str, apart: int) -> tuple[tuple[Cell, Cell], ...]:
     if not pairs:
         farthest = max(steps for to in length.values() for steps in to.values())
         raise UserError(f"apart must be <= {farthest} in the maze {name}, got {apart}")
+    if ways > 1:
+        pairs = [pair for pair in pairs if len(routes(name, *pair)) >= ways]
+    if not pairs:
+        raise UserError(
+            f"both_routes must be false in the maze {name}, where one way alone leads from any"
+            f" start to a goal {apart} cells away"
+        )
     return tuple(pairs)
 
 
