@@ -17,7 +17,7 @@ from rlalign.core.registry import UserError
 from rlalign.data.pairs.buckets import STEPS, buckets_of
 from rlalign.data.pairs.reader import Pairing, PreferenceSettings, first_pair
 from rlalign.diffusion.paths import RectifiedFlow
-from rlalign.diffusion.steps import is_stochastic
+from rlalign.diffusion.steps import is_stochastic, noise_of
 from rlalign.learning.learner import Learner
 from rlalign.networks.devices import usable
 from rlalign.networks.embeddings import Reader
@@ -150,7 +150,7 @@ def check_plan(run: Run, policy: Policy, *, learns: bool = True) -> None:
 
     # refuses more steps than the path has, and a rule that has no Gaussian on it
     levels = policy.path.at(run.plan).levels(run.plan.steps)
-    is_stochastic(policy.path, levels, rule=run.plan.rule, eta=run.plan.eta)
+    is_stochastic(policy.path, levels, **noise_of(run.plan))
 
     # the rest is of training alone
     if not learns:

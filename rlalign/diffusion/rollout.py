@@ -18,7 +18,7 @@ from rlalign.core.media import as_uint8
 from rlalign.core.records import Plan, Trajectory, Unit, kept_latents
 from rlalign.diffusion.noise import noisy_steps, unit_noise
 from rlalign.diffusion.paths import NoisePath
-from rlalign.diffusion.steps import Gaussian, is_stochastic, step
+from rlalign.diffusion.steps import Gaussian, is_stochastic, noise_of, step
 
 
 class Denoiser(Protocol):
@@ -139,7 +139,7 @@ def schedule_of(path: NoisePath, unit: Unit) -> Schedule:
     plan = unit.plan
     levels = path.at(plan).levels(plan.steps)
     noisy = noisy_steps(unit)
-    stochastic_K = is_stochastic(path, levels, rule=plan.rule, eta=plan.eta) & torch.tensor(noisy)
+    stochastic_K = is_stochastic(path, levels, **noise_of(plan)) & torch.tensor(noisy)
     return Schedule(levels, tuple(plan.eta if n else 0.0 for n in noisy), stochastic_K)
 
 
@@ -175,7 +175,8 @@ def denoised(
     """One step from ``level`` to ``level_next`` (scalars or (B,)) under the plan's rule and
     guidance, with noise ``eta``."""
     clean, noise = policy.denoise(x, level, condition, plan.guidance)
-    gaussian = step(x, clean, noise, policy.path, level, level_next, rule=plan.rule, eta=eta)
+    how = {**noise_of(plan), "eta": eta}
+    gaussian = step(x, clean, noise, policy.path, level, level_next, **how)
     return Denoised(gaussian, clean, noise)
 
 

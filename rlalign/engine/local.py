@@ -83,7 +83,7 @@ class LiveRewards:
         self, samples: Mapping[Space, torch.Tensor], prompts: Sequence[str]
     ) -> tuple[np.ndarray, dict[Space, torch.Tensor]]:
         total_B = np.zeros(len(prompts), dtype=np.float32)
-        pulls = {space: torch.zeros_like(values) for space, values in samples.items()}
+        pulls: dict[Space, torch.Tensor] = {s: torch.zeros_like(v) for s, v in samples.items()}
         for reward in self._rewards:
             value_B, gradient = self.gradient_of(reward, samples[reward.sees], prompts)
             total_B = total_B + np.float32(reward.weight) * value_B
