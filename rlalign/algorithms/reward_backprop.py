@@ -90,8 +90,9 @@ class RewardBackprop(Algorithm):
             condition = condition.rows(self.resamples)
             x, found = self._noised_again(policy, batch, condition, x)
 
-        # the reward of the decoded sample
-        scores = batch.scorer(policy.decode(found[-1].clean if self.form == "refl" else x), prompts)
+        # the reward of the sample, where it is seen
+        clean = found[-1].clean if self.form == "refl" else x
+        scores = batch.scorer(policy.show(clean, batch.scorer.spaces), prompts)
         total = scores["total"]
         value = (
             self.refl_weight * torch.relu(self.hinge - total).mean()

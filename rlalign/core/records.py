@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 StepRuleName = Literal["ddim", "ddpm", "flow_ode", "flow_sde", "flow_dance", "flow_cps"]
+Space = Literal["media", "latent"]
+"""Where samples are seen: decoded to media, or as the clean latents that they are."""
+MEDIA: frozenset[Space] = frozenset({"media"})
 
 
 class Plan(BaseModel):

@@ -41,12 +41,26 @@ class Denoiser(Protocol):
 def rollout(
     policy: Denoiser, unit: Unit, version: int, *, start: torch.Tensor | None = None
 ) -> tuple[Trajectory, np.ndarray]:
-    """Denoises one unit. Returns its trajectory and its media, uint8 of shape (B, F, 3, H, W).
-
-    The chain begins at ``start`` (B, *latent), or where none is given at the unit's own noise.
+    """``denoise_unit``, decoded: its trajectory and its media, uint8 of shape (B, F, 3, H, W).
 
     Raises NotFinite where the latents or the pictures are not finite, in the name of the part of
     the policy at fault.
+    """
+    trajectory, clean = denoise_unit(policy, unit, version, start=start)
+    return trajectory, as_uint8(policy.decode(clean))
+
+
+@torch.no_grad()
+def denoise_unit(
+    policy: Denoiser, unit: Unit, version: int, *, start: torch.Tensor | None = None
+) -> tuple[Trajectory, torch.Tensor]:
+    """Denoises one unit. Returns its trajectory and its clean latents (B, *latent), on the policy's
+    device.
+
+    The chain begins at ``start`` (B, *latent), or where none is given at the unit's own noise.
+
+    Raises NotFinite where the latents are not finite, in the name of the part of the policy at
+    fault.
 
     Latents are stored in float32; the log-prob is taken of, and the chain goes on from, what is
     stored.
@@ -80,7 +94,7 @@ def rollout(
     # it stays so to the chain's end
     if not np.isfinite(trajectory.latents_BK1[:, -1]).all():
         refuse_latents(policy, unit, schedule, first, condition)
-    return trajectory, as_uint8(policy.decode(x))
+    return trajectory, x
 
 
 def refuse_latents(

@@ -28,6 +28,10 @@ OWN = {
     "http": ("test_http.py", "test_scores_are_bitwise_those_of_the_reward_itself"),
     "motion": ("test_motion.py", "test_a_clip_alone_scores_as_among_others"),
     "ocr": ("test_ocr.py", "test_a_score_does_not_depend_on_its_batch"),
+    "quadratic": (
+        "test_quadratic.py",
+        "test_it_is_the_sum_over_channels_and_places_and_a_sample_alone_scores_as_among_others",
+    ),
     "safety": ("test_safety.py", "test_one_picture_alone_scores_as_among_others"),
     "smoothness": ("test_clips.py", "test_a_clip_alone_scores_as_among_others"),
     "tesseract": ("test_tesseract.py", "test_a_score_does_not_depend_on_its_batch"),
