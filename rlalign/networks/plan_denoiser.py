@@ -34,9 +34,9 @@ class PlanDenoiser(nn.Module):
     starts at zero.
     """
 
-    def __init__(self, *, width: int = 64, blocks: int = 8) -> None:
+    def __init__(self, *, horizon: int = 32, width: int = 64, blocks: int = 8) -> None:
         super().__init__()
-        self.settings = {"width": width, "blocks": blocks}
+        self.settings = {"horizon": horizon, "width": width, "blocks": blocks}
         told = 2 * width
         self.told = nn.Sequential(
             nn.Linear(2 * _TIMES + 8 * len(_PLACES), told),
@@ -106,7 +106,7 @@ class PlanDenoiser(nn.Module):
 
         try:
             facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            network = cls(width=int(facts["width"]), blocks=int(facts["blocks"]))
+            network = cls(**{name: int(facts[name]) for name in ("horizon", "width", "blocks")})
             network.load_state_dict(load_file(folder / WEIGHTS))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +22,8 @@ GOAL_RADIUS = 0.45
 
 JITTER = 0.25
 """Metres that a start or a goal lies off the middle of its cell, at most, each way."""
+
+MazeName = Literal["umaze", "medium", "large"]
 
 Cell = tuple[int, int]
 """Row from above and column from the left."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Literal
 
 from pydantic import Field, model_validator
 
 from rlalign.core.prompts import Prompt
 from rlalign.data.mazes.demonstrations import random_ends
-from rlalign.data.mazes.maps import MAZES
+from rlalign.data.mazes.maps import MAZES, MazeName
 from rlalign.data.mazes.routes import cell_pairs
 from rlalign.data.mazes.tasks import Task
 from rlalign.data.prompts.base import Prompts, first_of
@@ -31,9 +30,7 @@ class Mazes(Prompts):
     Source: PointMaze of Gymnasium-Robotics, ``rlalign/data/mazes/``.
     """
 
-    maze: Literal["umaze", "medium", "large"] = Field(
-        default="umaze", description="which of PointMaze's mazes"
-    )
+    maze: MazeName = Field(default="umaze", description="which of PointMaze's mazes")
     apart: int = Field(
         default=3, ge=1, description="cells that lie between a start and its goal, at least"
     )
