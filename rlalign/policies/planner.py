@@ -21,7 +21,7 @@ from rlalign.policies.base import OWN_SIZE, Condition, Family, PolicyRecipe, Wor
 
 SIZE = 64
 """Pixels of a drawn map's longer side."""
-_SPOTS = 4  # a segment's, drawn
+_SPOTS = 2  # a segment's, drawn
 _SPREAD = 0.8  # pixels: a drawn spot's standard deviation
 _WALL = 0.3
 
@@ -83,14 +83,16 @@ class PlannerFamily(Family):
         spots_BN2 = (places_BN2[:, :-1, None] + parts_P[:, None] * steps_BH12).flatten(1, 2)
         spots_BN2 = torch.cat([spots_BN2, places_BN2[:, -1:]], dim=1)
 
-        # where each spot shines, and in which colour
+        # each spot shines in a colour of its own, over those that are darker
         x_W, y_H, pixel = self._pixels(latents.device)
         across_BNW = torch.exp(-((x_W - spots_BN2[..., :1]) ** 2) / (2 * (_SPREAD * pixel) ** 2))
         along_BNH = torch.exp(-((y_H - spots_BN2[..., 1:]) ** 2) / (2 * (_SPREAD * pixel) ** 2))
-        light_BNHW = along_BNH[..., None] * across_BNW[:, :, None, :]
-        time_N = torch.linspace(0.0, 1.0, light_BNHW.shape[1], device=latents.device)
-        colour_3N = torch.stack([time_N, 0.35 + 0.65 * time_N, 1.0 - time_N])
-        plan_B3HW = (light_BNHW[:, None] * colour_3N[..., None, None]).amax(dim=2)
+        time_N = torch.linspace(0.0, 1.0, spots_BN2.shape[1], device=latents.device)
+        colour_N3 = torch.stack([time_N, 0.35 + 0.65 * time_N, 1.0 - time_N], dim=1)
+        plan_B3HW = latents.new_zeros(len(latents), 3, len(y_H), len(x_W), dtype=torch.float32)
+        for n, colour_3 in enumerate(colour_N3):
+            light_BHW = along_BNH[:, n, :, None] * across_BNW[:, n, None]
+            plan_B3HW = torch.maximum(plan_B3HW, colour_3[:, None, None] * light_BHW[:, None])
         walls_HW = torch.from_numpy(self._walls()).to(plan_B3HW) * _WALL
         return torch.maximum(plan_B3HW, walls_HW)[:, None]
 

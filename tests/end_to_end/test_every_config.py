@@ -164,6 +164,7 @@ def assert_learned(folder: Path) -> None:
 
 
 PROMISED = (
+    "plan_detour_grpo",
     "points",
     "quickstart",
     "tiny_dpo_offline",
@@ -171,7 +172,7 @@ PROMISED = (
     "tiny_flow_grpo",
     "tiny_ocr",
 )
-"""One of each kind: points, the embedded models, given pairs, gradients through the reward, engines
+"""One of each kind: plans, points, the embedded models, given pairs, gradients through the reward, engines
 that are no torch. The others are slow tests."""
 
 
