@@ -62,7 +62,7 @@ class SleepingRollout(Idler):
             time.sleep(self._seconds)
         rows = len(work.unit.prompts)
         media = np.zeros((rows, 1, 3, 8, 8), np.uint8)
-        return self._latents, media, ({"seconds": self._seconds}, "")
+        return self._latents, {"media": media}, ({"seconds": self._seconds}, "")
 
 
 class SleepingReward(Idler):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlalign.core.batches import StepBatch
-from rlalign.core.records import Plan, Scored, Unit, UnitKey
+from rlalign.core.records import MEDIA, Plan, Scored, Space, Unit, UnitKey
 from rlalign.diffusion.noise import generator
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.diffusion.rollout import rollout
@@ -159,6 +159,22 @@ def make_units(
 def first_number(final_BCHW: np.ndarray) -> np.ndarray:
     """(B,) the reward most toy tests use: the first number of the final latent."""
     return final_BCHW.reshape(len(final_BCHW), -1)[:, 0]
+
+
+class MediaScorer:
+    """A function of media as rewards with gradients: a ``DifferentiableScorer``."""
+
+    spaces = MEDIA
+
+    def __init__(
+        self, function: Callable[[torch.Tensor, Sequence[str]], Mapping[str, torch.Tensor]]
+    ) -> None:
+        self._function = function
+
+    def __call__(
+        self, samples: Mapping[Space, torch.Tensor], prompts: Sequence[str], /
+    ) -> Mapping[str, torch.Tensor]:
+        return self._function(samples["media"], prompts)
 
 
 def collect(

@@ -16,7 +16,7 @@ from rlalign.core.copies import Copy
 from rlalign.core.records import Plan, Scored, Trajectory, Unit, moved_latents, prompt_ids_of
 from rlalign.core.registry import Recipe, UserError
 from rlalign.diffusion.noise import generator, noise_masks, normal
-from rlalign.diffusion.steps import is_stochastic
+from rlalign.diffusion.steps import is_stochastic, noise_of
 from rlalign.policies.base import Policy
 
 
@@ -156,6 +156,14 @@ def _check_steps(name: str, given: Given) -> None:
             f"plan.steps must be >= 2 for {name}, got {plan.steps}: the step to the clean sample"
             " has no density"
         )
+    stochastic_K = _stochastic(given)
+    for mask in noise_masks(plan):
+        if not any(s and m for s, m in zip(stochastic_K, mask, strict=True)):
+            raise UserError(
+                f"plan.window must be > {plan.window} for {name} with window_place"
+                f" {plan.window_place}, got {plan.window}: a round may have no step with a density;"
+                " raise it, or set plan.min_std"
+            )
 
 
 def _stochastic(given: Given) -> list[bool]:
@@ -163,7 +171,7 @@ def _stochastic(given: Given) -> list[bool]:
     plan = given.plan
     path = given.policy.path
     levels = path.at(plan).levels(plan.steps)
-    return is_stochastic(path, levels, rule=plan.rule, eta=plan.eta).tolist()
+    return is_stochastic(path, levels, **noise_of(plan)).tolist()
 
 
 def _first_steps(given: Given) -> list[int]:

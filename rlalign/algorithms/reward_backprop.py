@@ -100,11 +100,11 @@ class RewardBackprop(Algorithm):
             condition = condition.rows(self.resamples)
             x, found = self._noised_again(policy, batch, condition, x)
 
-        # the reward of the decoded sample
-        drawn = found[-1].clean if self.form == "refl" else x
+        # the reward of the sample, or of a clip's first frames, where it is seen
+        clean = found[-1].clean if self.form == "refl" else x
         if self.frames:
-            drawn = policy.family.first_frames(drawn, self.frames)
-        scores = batch.scorer(policy.decode(drawn), prompts)
+            clean = policy.family.first_frames(clean, self.frames)
+        scores = batch.scorer(policy.show(clean, batch.scorer.spaces), prompts)
         total = scores["total"]
         value = (
             self.refl_weight * torch.relu(self.hinge - total).mean()

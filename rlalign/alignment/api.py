@@ -39,9 +39,11 @@ def load_reward(name: str, *, device: str = "cpu", **settings: Any) -> Score:
 
     ``name`` is a plug-in's (its file's, or ``package.module:Class``), ``settings`` are those that
     ``rlalign list rewards`` shows. Media are (B, F, 3, H, W): uint8, as a policy samples them, or
-    floating point in [0, 1], through which gradients pass where the reward has them. Scores are
-    raw, without the reward's ``weight``; one that fails is treated as its ``on_error`` says. Raises
-    UserError for media and prompts that do not belong together.
+    floating point in [0, 1], through which gradients pass where the reward has them. A reward that
+    sees latents takes those in place of media: (B, *latent) in floating point, as
+    ``sample(..., output="latents")`` gives them. Scores are raw, without the reward's ``weight``;
+    one that fails is treated as its ``on_error`` says. Raises UserError for media and prompts that
+    do not belong together.
     """
     import torch
 
@@ -54,25 +56,32 @@ def load_reward(name: str, *, device: str = "cpu", **settings: Any) -> Score:
 
     # floats keep their gradient, bytes are scored as a run scores them
     def of_media(media: torch.Tensor | np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
-        media_BFCHW = torch.as_tensor(media)
-        _check_media(media_BFCHW, prompts, reward.title)
-        if media_BFCHW.is_floating_point():
-            return scorer(media_BFCHW, prompts)
-        return torch.from_numpy(score(reward, scorer, media_BFCHW.cpu().numpy(), prompts))
+        samples_B = torch.as_tensor(media)
+        _check_samples(samples_B, prompts, reward)
+        if samples_B.is_floating_point():
+            return scorer(samples_B, prompts)
+        return torch.from_numpy(score(reward, scorer, samples_B.cpu().numpy(), prompts))
 
     return of_media
 
 
-def _check_media(media_BFCHW: torch.Tensor, prompts: Sequence[str], title: str) -> None:
-    shape = tuple(media_BFCHW.shape)
-    kind = str(media_BFCHW.dtype).removeprefix("torch.")
-    if len(shape) != 5 or shape[2] != 3 or not (kind == "uint8" or kind.startswith("float")):
+def _check_samples(samples_B: torch.Tensor, prompts: Sequence[str], reward: Reward) -> None:
+    shape = tuple(samples_B.shape)
+    kind = str(samples_B.dtype).removeprefix("torch.")
+    title = reward.title
+    if reward.sees == "latent":
+        if len(shape) < 2 or not kind.startswith("float"):
+            raise UserError(
+                f"{title}: latents must be floating point of shape (B, *latent), as sample with"
+                f" output='latents' gives them, got {kind} of shape {shape}"
+            )
+    elif len(shape) != 5 or shape[2] != 3 or not (kind == "uint8" or kind.startswith("float")):
         raise UserError(
             f"{title}: media must be uint8, or floating point in [0, 1], of shape (B, F, 3, H, W),"
             f" got {kind} of shape {shape}"
         )
     if isinstance(prompts, str) or len(prompts) != shape[0]:
         raise UserError(
-            f"{title}: prompts must be a list of {shape[0]} texts, one for each of the media, got"
-            f" {prompts!r}"
+            f"{title}: prompts must be a list of {shape[0]} texts, one for each of the"
+            f" {'media' if reward.sees == 'media' else 'latents'}, got {prompts!r}"
         )

@@ -12,16 +12,17 @@ import torch
 from rlalign.algorithms.base import Given
 from rlalign.config import Run
 from rlalign.core.batches import DifferentiableScorer, PairPass, Pairs
-from rlalign.core.records import Plan
+from rlalign.core.records import Plan, Space
 from rlalign.core.registry import UserError
 from rlalign.data.pairs.buckets import STEPS, buckets_of
 from rlalign.data.pairs.reader import Pairing, PreferenceSettings, first_pair
 from rlalign.diffusion.paths import RectifiedFlow
-from rlalign.diffusion.steps import is_stochastic
+from rlalign.diffusion.steps import is_stochastic, noise_of
 from rlalign.learning.learner import Learner
 from rlalign.networks.devices import usable
 from rlalign.networks.embeddings import Reader
 from rlalign.policies.base import WHOLE, Policy
+from rlalign.rewards.base import Reward, spaces_of
 
 
 def build_learner(run: Run, reader: Reader | None = None, *, whole: bool = False) -> Learner:
@@ -54,8 +55,8 @@ def build_learner(run: Run, reader: Reader | None = None, *, whole: bool = False
 
 
 def differentiable_scorer(run: Run, device: str) -> DifferentiableScorer:
-    """Media and prompts -> each reward's scores and their weighted total, on the learner's device
-    and with gradients."""
+    """Samples and prompts -> each reward's scores and their weighted total, on the learner's device
+    and with gradients. Raises UserError for a reward that has none."""
     blind = [r.title for r in run.rewards if not r.differentiable]
     if blind:
         raise UserError(
@@ -63,14 +64,27 @@ def differentiable_scorer(run: Run, device: str) -> DifferentiableScorer:
             " gives no gradient; use another reward, or an algorithm that takes any (ddpo, dpok,"
             " grpo)"
         )
-    scorers = {r.title: r.load_scorer(device) for r in run.rewards}
+    return _WeightedScorer(run.rewards, device)
 
-    def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        scores = {title: one(media_BFCHW, prompts) for title, one in scorers.items()}
-        parts = [r.weight * scores[r.title] for r in run.rewards]
+
+class _WeightedScorer:
+    """The scorers of rewards, and their weighted sum: a ``DifferentiableScorer``."""
+
+    def __init__(self, rewards: Sequence[Reward], device: str) -> None:
+        self._rewards = rewards
+        self._scorers = [reward.load_scorer(device) for reward in rewards]
+
+    @property
+    def spaces(self) -> frozenset[Space]:
+        return spaces_of(self._rewards)
+
+    def __call__(
+        self, samples: Mapping[Space, torch.Tensor], prompts: Sequence[str], /
+    ) -> Mapping[str, torch.Tensor]:
+        asked = list(zip(self._rewards, self._scorers, strict=True))
+        scores = {r.title: scorer(samples[r.sees], prompts) for r, scorer in asked}
+        parts = [r.weight * scores[r.title] for r in self._rewards]
         return {**scores, "total": torch.stack(parts).sum(0)}
-
-    return scorer
 
 
 def preference_pairs(reader: Pairing, round: int, plan: Plan) -> list[Pairs]:
@@ -137,7 +151,7 @@ def check_plan(run: Run, policy: Policy, *, learns: bool = True) -> None:
 
     # refuses more steps than the path has, and a rule that has no Gaussian on it
     levels = policy.path.at(run.plan).levels(run.plan.steps)
-    is_stochastic(policy.path, levels, rule=run.plan.rule, eta=run.plan.eta)
+    is_stochastic(policy.path, levels, **noise_of(run.plan))
 
     # the rest is of training alone
     if not learns:

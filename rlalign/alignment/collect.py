@@ -88,7 +88,14 @@ class LocalCollect:
             scorer.set_weights(reward.tensors)
             self._reward_tag = reward.tag
         ticket = max(self._tickets, default=0) + 1
-        works = [Produce(unit=unit, version=weights.version) for unit in units]
+        works = [
+            Produce(
+                unit=unit,
+                version=weights.version,
+                spaces=self._run.spaces_for(unit.key.stream),
+            )
+            for unit in units
+        ]
         self._tickets[ticket] = [(work, self._engine.submit(work)) for work in works]
         return ticket
 
@@ -117,6 +124,6 @@ class LocalCollect:
             raw=made.scores.raw,
             total_B=total(self._run.rewards, made.scores.raw, self._run.combine),
             trajectory=made.trajectory,
-            media_BFCHW=made.media_BFCHW,
+            media_BFCHW=made.samples.get("media"),
             seconds=made.seconds,
         )

@@ -25,7 +25,7 @@ from rlalign.core.media import as_uint8
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.diffusion.rollout import denoised
-from rlalign.diffusion.steps import Gaussian, is_stochastic
+from rlalign.diffusion.steps import Gaussian, is_stochastic, noise_of
 from rlalign.policies.base import Policy
 
 Score = Callable[[torch.Tensor, Sequence[str]], np.ndarray]
@@ -45,7 +45,7 @@ class Chain:
         self.levels = policy.path.at(plan).levels(plan.steps)
 
         # each decision needs noise
-        noisy = is_stochastic(policy.path, self.levels, rule=plan.rule, eta=plan.eta).tolist()
+        noisy = is_stochastic(policy.path, self.levels, **noise_of(plan)).tolist()
         self.decisions = sum(noisy)
         if plan.window or not self.decisions or not all(noisy[: self.decisions]):
             raise UserError(

@@ -17,7 +17,7 @@ from pydantic import (
 from rlalign.algorithms.base import Algorithm
 from rlalign.config.refit import RefitSettings
 from rlalign.config.runtime import RuntimeSettings
-from rlalign.core.records import Plan
+from rlalign.core.records import MEDIA, Plan, Space
 from rlalign.core.registry import Before, UserError, build, plugin_field
 from rlalign.data.pairs.reader import PreferenceSettings
 from rlalign.data.prompts.base import Prompts
@@ -27,7 +27,7 @@ from rlalign.learning.guard import GuardSettings
 from rlalign.learning.learner import LearnerSettings
 from rlalign.learning.optimisers import refuse_device
 from rlalign.policies.base import LATENTS, WHOLE, Part, PolicyRecipe
-from rlalign.rewards.base import Combine, Reward, refuse_constraints
+from rlalign.rewards.base import Combine, Reward, refuse_constraints, spaces_of
 from rlalign.sinks.base import Sink
 
 PLUGINS = {"policy": "policies", "prompts": "prompts", "algorithm": "algorithms"}
@@ -282,3 +282,9 @@ class Run(BaseModel):
         """The rewards that score a stream: the trained ones, and in evaluations the held-out ones
         too."""
         return self.rewards + (self.evaluate.rewards if stream == "evaluate" else ())
+
+    def spaces_for(self, stream: str) -> frozenset[Space]:
+        """Where a stream's samples are wanted: by its rewards, and as media where they are shown to
+        people or kept as pairs."""
+        is_shown = stream == "evaluate" or bool(self.write_pairs)
+        return spaces_of(self.rewards_for(stream)) | (MEDIA if is_shown else frozenset())

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
-from rlalign.core.records import Plan, Unit, moved_latents
+from rlalign.core.records import Plan, Space, Unit, moved_latents
 
 Key = tuple[int | str, ...]
 
@@ -59,12 +59,18 @@ class Batch(Protocol):
 
 
 class DifferentiableScorer(Protocol):
-    """Media (B, F, 3, H, W) in [0, 1] and prompts -> reward title -> (B,) scores, and "total", with
-    gradients."""
+    """Samples and prompts -> reward title -> (B,) scores, and "total", with gradients."""
+
+    @property
+    def spaces(self) -> frozenset[Space]:
+        """Where the rewards see samples."""
+        ...
 
     def __call__(
-        self, media_BFCHW: torch.Tensor, prompts: Sequence[str], /
-    ) -> Mapping[str, torch.Tensor]: ...
+        self, samples: Mapping[Space, torch.Tensor], prompts: Sequence[str], /
+    ) -> Mapping[str, torch.Tensor]:
+        """Of media (B, F, 3, H, W) in [0, 1], of clean latents (B, *latent)."""
+        ...
 
 
 Dataclass = TypeVar("Dataclass")

@@ -14,13 +14,14 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlalign.core.records import Space
 from rlalign.core.registry import read_reason
 
 if TYPE_CHECKING:
@@ -66,6 +67,23 @@ def as_uint8(media_BFCHW: torch.Tensor) -> np.ndarray:
 
     refuse(media_BFCHW, "the policy's decoder")
     return (media_BFCHW.detach() * 255.0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def as_arrays(samples: Mapping[Space, torch.Tensor]) -> dict[Space, np.ndarray]:
+    """Samples as they travel and are scored: media in [0, 1] as uint8, clean latents as float32.
+    Raises NotFinite."""
+    import torch
+
+    from rlalign.core.finite import refuse
+
+    found: dict[Space, np.ndarray] = {}
+    for space, values in samples.items():
+        if space == "media":
+            found[space] = as_uint8(values)
+        else:
+            refuse(values, "the policy's chain")
+            found[space] = values.detach().to(torch.float32).cpu().numpy()
+    return found
 
 
 def as_floats(media: np.ndarray, device: str = "cpu") -> torch.Tensor:

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rlalign.core.registry import Before
 
 if TYPE_CHECKING:
     import torch
 
 StepRuleName = Literal["ddim", "ddpm", "flow_ode", "flow_sde", "flow_dance", "flow_cps"]
+WindowPlace = Literal["first_half", "anywhere", "end"]
+Space = Literal["media", "latent"]
+"""Where samples are seen: decoded to media, or as the clean latents that they are."""
+MEDIA: frozenset[Space] = frozenset({"media"})
 
 
 class Plan(BaseModel):
@@ -47,17 +53,44 @@ class Plan(BaseModel):
     window: int = Field(
         default=0,
         ge=0,
+        description="noise in this many neighbouring steps only; 0 is in all steps",
+    )
+    window_place: Annotated[WindowPlace, Before("first_half")] = Field(
+        default="first_half",
         description=(
-            "noise in this many neighbouring steps of the first half only; 0 is in all steps"
+            "where the window lies: drawn for each round within the first half or anywhere, or the"
+            " last steps (end)"
         ),
+    )
+    min_std: Annotated[float, Before(0.0)] = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="least std of a step with noise, in sampling and log-probs; 0 is none",
     )
 
     @model_validator(mode="after")
     def _window_fits(self) -> Plan:
-        if self.window > self.steps // 2:
+        half = self.window_place == "first_half"
+        most = self.steps // 2 if half else self.steps
+        if self.window > most:
+            which = f"the first half of {self.steps} steps" if half else "the plan's steps"
             raise ValueError(
-                f"window must be <= {self.steps // 2}, the first half of {self.steps} steps, got"
-                f" {self.window}; 0 makes every step noisy"
+                f"window must be <= {most}, {which}, got {self.window}; 0 makes every step noisy"
+            )
+        if not self.window and not half:
+            raise ValueError(
+                f"window must be > 0 with window_place {self.window_place}, got 0; leave"
+                " window_place out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_noise_to_raise(self) -> Plan:
+        if self.min_std and (self.eta == 0.0 or self.rule == "flow_ode"):
+            raise ValueError(
+                "min_std must be 0 where steps take no noise (eta 0, or the rule flow_ode), got"
+                f" {self.min_std:g}"
             )
         return self
 

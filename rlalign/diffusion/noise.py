@@ -57,9 +57,10 @@ def row_generator(unit: Unit, row: int, purpose: str, *place: int | str) -> np.r
 def noisy_steps(unit: Unit) -> list[bool]:
     """Per denoising step of a unit's plan: whether it may be stochastic.
 
-    All of them, or a window of neighbouring steps that lies in the first half of the plan, at a
-    place that is drawn for the round and the same for all its units (Flow-GRPO-Fast; MixGRPO, Li
-    2025, arXiv:2507.21802).
+    All of them, or a window of neighbouring steps. It lies in the first half of the plan or
+    anywhere, at a place that is drawn for the round and the same for all its units (Flow-GRPO-Fast;
+    MixGRPO, Li 2025, arXiv:2507.21802), or at the end (DPPO, Ren 2024, arXiv:2409.00588, which
+    fine-tunes the last steps).
     """
     masks = noise_masks(unit.plan)
     rng = generator("window", unit.seed, unit.key.stream, unit.key.round)
@@ -70,8 +71,9 @@ def noise_masks(plan: Plan) -> list[list[bool]]:
     """Every mask that ``noisy_steps`` may say: one for each place of the plan's window, or all
     steps without one."""
     window = plan.window or plan.steps
-    starts = range(plan.steps // 2 - window + 1) if plan.window else range(1)
+    last = plan.steps // 2 if plan.window and plan.window_place == "first_half" else plan.steps
+    first = plan.steps - window if plan.window_place == "end" else 0
     masks = []
-    for start in starts:
+    for start in range(first, last - window + 1):
         masks.append([start <= k < start + window for k in range(plan.steps)])
     return masks

@@ -18,7 +18,7 @@ from rlalign.core.media import as_uint8
 from rlalign.core.records import Plan, Trajectory, Unit, kept_latents
 from rlalign.diffusion.noise import noisy_steps, unit_noise
 from rlalign.diffusion.paths import NoisePath
-from rlalign.diffusion.steps import Gaussian, is_stochastic, step
+from rlalign.diffusion.steps import Gaussian, is_stochastic, noise_of, step
 
 
 class Denoiser(Protocol):
@@ -41,12 +41,26 @@ class Denoiser(Protocol):
 def rollout(
     policy: Denoiser, unit: Unit, version: int, *, start: torch.Tensor | None = None
 ) -> tuple[Trajectory, np.ndarray]:
-    """Denoises one unit. Returns its trajectory and its media, uint8 of shape (B, F, 3, H, W).
-
-    The chain begins at ``start`` (B, *latent), or where none is given at the unit's own noise.
+    """``denoise_unit``, decoded: its trajectory and its media, uint8 of shape (B, F, 3, H, W).
 
     Raises NotFinite where the latents or the pictures are not finite, in the name of the part of
     the policy at fault.
+    """
+    trajectory, clean = denoise_unit(policy, unit, version, start=start)
+    return trajectory, as_uint8(policy.decode(clean))
+
+
+@torch.no_grad()
+def denoise_unit(
+    policy: Denoiser, unit: Unit, version: int, *, start: torch.Tensor | None = None
+) -> tuple[Trajectory, torch.Tensor]:
+    """Denoises one unit. Returns its trajectory and its clean latents (B, *latent), on the policy's
+    device.
+
+    The chain begins at ``start`` (B, *latent), or where none is given at the unit's own noise.
+
+    Raises NotFinite where the latents are not finite, in the name of the part of the policy at
+    fault.
 
     Latents are stored in float32; the log-prob is taken of, and the chain goes on from, what is
     stored.
@@ -80,7 +94,7 @@ def rollout(
     # it stays so to the chain's end
     if not np.isfinite(trajectory.latents_BK1[:, -1]).all():
         refuse_latents(policy, unit, schedule, first, condition)
-    return trajectory, as_uint8(policy.decode(x))
+    return trajectory, x
 
 
 def refuse_latents(
@@ -125,7 +139,7 @@ def schedule_of(path: NoisePath, unit: Unit) -> Schedule:
     plan = unit.plan
     levels = path.at(plan).levels(plan.steps)
     noisy = noisy_steps(unit)
-    stochastic_K = is_stochastic(path, levels, rule=plan.rule, eta=plan.eta) & torch.tensor(noisy)
+    stochastic_K = is_stochastic(path, levels, **noise_of(plan)) & torch.tensor(noisy)
     return Schedule(levels, tuple(plan.eta if n else 0.0 for n in noisy), stochastic_K)
 
 
@@ -161,7 +175,8 @@ def denoised(
     """One step from ``level`` to ``level_next`` (scalars or (B,)) under the plan's rule and
     guidance, with noise ``eta``."""
     clean, noise = policy.denoise(x, level, condition, plan.guidance)
-    gaussian = step(x, clean, noise, policy.path, level, level_next, rule=plan.rule, eta=eta)
+    how = {**noise_of(plan), "eta": eta}
+    gaussian = step(x, clean, noise, policy.path, level, level_next, **how)
     return Denoised(gaussian, clean, noise)
 
 

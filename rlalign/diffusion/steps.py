@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
 from rlalign.diffusion.paths import NoisePath, coefficients
 
@@ -225,16 +226,32 @@ def step(
     *,
     rule: str,
     eta: float,
+    min_std: float = 0.0,
 ) -> Gaussian:
-    """One step under a named rule."""
-    return RULES[rule](Move(x, clean, noise, path, level, level_next, eta))
+    """One step under a named rule.
+
+    Where eta is above 0 the std is at least ``min_std``, also in the step to the clean sample, as
+    DPPO clips it (Ren 2024, arXiv:2409.00588); the mean is the rule's.
+    """
+    gaussian = RULES[rule](Move(x, clean, noise, path, level, level_next, eta))
+    if not min_std or not eta:
+        return gaussian
+    return Gaussian(mean=gaussian.mean, std=gaussian.std.clamp(min=min_std))
 
 
-def is_stochastic(path: NoisePath, levels: torch.Tensor, *, rule: str, eta: float) -> torch.Tensor:
+def noise_of(plan: Plan) -> dict[str, Any]:
+    """What ``step`` and ``is_stochastic`` are told of a plan."""
+    return {"rule": plan.rule, "eta": plan.eta, "min_std": plan.min_std}
+
+
+def is_stochastic(
+    path: NoisePath, levels: torch.Tensor, *, rule: str, eta: float, min_std: float = 0.0
+) -> torch.Tensor:
     """(K,) bool: which steps of a grid have a density."""
     probe = torch.zeros(1, 1, dtype=torch.float64)
+    how: Any = {"rule": rule, "eta": eta, "min_std": min_std}
     stds = [
-        RULES[rule](Move(probe, probe, probe, path, level, level_next, eta)).std
+        step(probe, probe, probe, path, level, level_next, **how).std
         for level, level_next in pairwise(levels)
     ]
     return torch.stack([s.reshape(()) > 0 for s in stds])
@@ -257,5 +274,6 @@ __all__ = [
     "flow_ode",
     "flow_sde",
     "is_stochastic",
+    "noise_of",
     "step",
 ]

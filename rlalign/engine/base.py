@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from rlalign.core.records import Plan, Unit
+from rlalign.core.records import Plan, Space, Unit
 from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import unit_noise
 from rlalign.diffusion.paths import NoisePath
@@ -72,24 +72,32 @@ class Rewards(Protocol):
     missing: int
     """Scores that failed or were not finite so far."""
 
-    def scores(
-        self, media_BFCHW: torch.Tensor, prompts: Sequence[str], *, held_out: bool = False
-    ) -> Scores:
-        """Scores of media in [0, 1], rounded to uint8; with the held-out rewards too where asked
-        for."""
+    def spaces(self, *, held_out: bool = False) -> frozenset[Space]:
+        """Where they see samples; with the held-out rewards too where asked for."""
         ...
 
-    def score_bytes(
-        self, media_BFCHW: np.ndarray, prompts: Sequence[str], *, held_out: bool = False
+    def scores(
+        self,
+        samples: Mapping[Space, torch.Tensor],
+        prompts: Sequence[str],
+        *,
+        held_out: bool = False,
     ) -> Scores:
-        """The same of uint8 media."""
+        """Scores of samples in (at least) ``spaces``, media in [0, 1] rounded to uint8; with the
+        held-out rewards too where asked for."""
+        ...
+
+    def score_arrays(
+        self, samples: Mapping[Space, np.ndarray], prompts: Sequence[str], *, held_out: bool = False
+    ) -> Scores:
+        """The same of uint8 media and float32 latents."""
         ...
 
     def gradient(
-        self, media_BFCHW: torch.Tensor, prompts: Sequence[str]
-    ) -> tuple[np.ndarray, torch.Tensor]:
-        """(B,) totals of the pictures as they are, and d total / d media, which is finite: 0 where
-        a total is missing.
+        self, samples: Mapping[Space, torch.Tensor], prompts: Sequence[str]
+    ) -> tuple[np.ndarray, dict[Space, torch.Tensor]]:
+        """(B,) totals of samples in ``spaces`` as they are, and d total / d samples in each, which
+        is finite: 0 where a total is missing.
 
         Raises UserError for a reward without gradients, or whose gradient is not finite.
         """

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from rlalign.core.finite import WEAKER, NotFinite, all_finite, refuse, watching
-from rlalign.core.media import as_uint8
-from rlalign.core.records import Plan
+from rlalign.core.media import as_arrays
+from rlalign.core.records import Plan, Space
 from rlalign.core.registry import UserError
 from rlalign.engine.base import Cost, Engine, Rewards, Scores, Work, WorkResult
 from rlalign.engine.pieces import latent_dtype
 from rlalign.policies.base import Policy
-from rlalign.rewards.base import Reward, Scorer, score, total
+from rlalign.rewards.base import Reward, Scorer, score, spaces_of, total
 
 
 class LiveRewards:
@@ -45,20 +45,31 @@ class LiveRewards:
         self.reason = ""
         """What the last scorer that failed said."""
 
-    def scores(
-        self, media_BFCHW: torch.Tensor, prompts: Sequence[str], *, held_out: bool = False
-    ) -> Scores:
-        return self.score_bytes(as_uint8(media_BFCHW), prompts, held_out=held_out)
+    def asked(self, held_out: bool) -> list[Reward]:
+        """The rewards that are followed, and the held-out ones where asked for."""
+        return [*self._rewards, *(self._held_out if held_out else [])]
 
-    def score_bytes(
-        self, media_BFCHW: np.ndarray, prompts: Sequence[str], *, held_out: bool = False
+    def spaces(self, *, held_out: bool = False) -> frozenset[Space]:
+        return spaces_of(self.asked(held_out))
+
+    def scores(
+        self,
+        samples: Mapping[Space, torch.Tensor],
+        prompts: Sequence[str],
+        *,
+        held_out: bool = False,
     ) -> Scores:
-        asked = [*self._rewards, *(self._held_out if held_out else [])]
+        return self.score_arrays(as_arrays(samples), prompts, held_out=held_out)
+
+    def score_arrays(
+        self, samples: Mapping[Space, np.ndarray], prompts: Sequence[str], *, held_out: bool = False
+    ) -> Scores:
         raw: dict[str, np.ndarray] = {}
         seconds: dict[str, float] = {}
-        for reward in asked:
+        for reward in self.asked(held_out):
             start = time.monotonic()
-            raw[reward.title] = score(reward, self._scorers[reward.title], media_BFCHW, prompts)
+            scorer = self._scorers[reward.title]
+            raw[reward.title] = score(reward, scorer, samples[reward.sees], prompts)
             seconds[reward.title] = time.monotonic() - start
         return self.counted(raw)._replace(seconds=seconds)
 
@@ -69,30 +80,30 @@ class LiveRewards:
         return Scores(raw, total(self._rewards, raw))
 
     def gradient(
-        self, media_BFCHW: torch.Tensor, prompts: Sequence[str]
-    ) -> tuple[np.ndarray, torch.Tensor]:
+        self, samples: Mapping[Space, torch.Tensor], prompts: Sequence[str]
+    ) -> tuple[np.ndarray, dict[Space, torch.Tensor]]:
         total_B = np.zeros(len(prompts), dtype=np.float32)
-        pull = torch.zeros_like(media_BFCHW)
+        pulls: dict[Space, torch.Tensor] = {s: torch.zeros_like(v) for s, v in samples.items()}
         for reward in self._rewards:
-            value_B, gradient = self.gradient_of(reward, media_BFCHW, prompts)
+            value_B, gradient = self.gradient_of(reward, samples[reward.sees], prompts)
             total_B = total_B + np.float32(reward.weight) * value_B
-            pull = pull + reward.weight * gradient
+            pulls[reward.sees] = pulls[reward.sees] + reward.weight * gradient
         self.queries += len(prompts) * len(self._rewards)
         self.gradients += len(prompts)
-        return total_B, pull
+        return total_B, pulls
 
     def gradient_of(
-        self, reward: Reward, media_BFCHW: torch.Tensor, prompts: Sequence[str]
+        self, reward: Reward, samples_B: torch.Tensor, prompts: Sequence[str]
     ) -> tuple[np.ndarray, torch.Tensor]:
-        """((B,) raw scores, d score / d media) of one reward."""
+        """((B,) raw scores, d score / d samples) of one reward, of what it sees."""
         with torch.enable_grad():
-            media = media_BFCHW.detach().float().requires_grad_()
-            value_B = self._scorers[reward.title](media, prompts)
+            given_B = samples_B.detach().float().requires_grad_()
+            value_B = self._scorers[reward.title](given_B, prompts)
             if not value_B.requires_grad:
                 raise UserError(
                     f"rewards.{reward.title} gives no gradient; name another, such as bradley_terry"
                 )
-            (gradient,) = torch.autograd.grad(value_B.sum(), media)
+            (gradient,) = torch.autograd.grad(value_B.sum(), given_B)
         known_B = torch.isfinite(value_B.detach())
         # a picture without a score has nowhere to go
         if not bool(known_B.all()):
@@ -102,12 +113,12 @@ class LiveRewards:
             f"the gradient of rewards.{reward.title}",
             "take another reward, or a sampler that needs no gradient",
         )
-        return value_B.detach().float().cpu().numpy(), gradient.to(media_BFCHW.dtype)
+        return value_B.detach().float().cpu().numpy(), gradient.to(samples_B.dtype)
 
     def _with_reason(self, scorer: Scorer) -> Scorer:
-        def asked(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        def asked(samples_B: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
             try:
-                return scorer(media_BFCHW, prompts)
+                return scorer(samples_B, prompts)
             except Exception as error:  # whatever it is, it is passed on
                 self.reason = f"{type(error).__name__}: {error}"
                 raise

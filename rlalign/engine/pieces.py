@@ -11,10 +11,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from rlalign.core.records import Trajectory, Unit
+from rlalign.core.media import as_arrays
+from rlalign.core.records import MEDIA, Space, Trajectory, Unit
 from rlalign.diffusion.noise import unit_noise
 from rlalign.diffusion.paths import NoisePath
-from rlalign.diffusion.rollout import Schedule, advance, denoised, rollout, schedule_of
+from rlalign.diffusion.rollout import Schedule, advance, denoise_unit, denoised, schedule_of
 from rlalign.diffusion.steps import Gaussian, Move, ddim
 from rlalign.engine.base import Engine, Rewards, Scores, Work, join_scores
 from rlalign.policies.base import Policy
@@ -117,15 +118,16 @@ class Look(Work):
         schedule = schedule_of(policy.path, self.unit)
         seen = see(policy, self.unit, schedule, self.k, self.x.to(policy.device))
         if self.score:
-            scores = rewards.scores(policy.decode(seen.clean), self.unit.prompts)
+            samples = policy.show(seen.clean, rewards.spaces())
+            scores = rewards.scores(samples, self.unit.prompts)
             seen = seen._replace(total_B=scores.total_B)
         return seen.to_cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Work):
-    """Scores of latents at step ``k``: decoded as they are at the last, and before it where a chain
-    without noise takes them.
+    """Scores of latents at step ``k``: as they are at the last, and before it where a chain without
+    noise takes them.
 
     ``steps`` bounds the steps of that chain; 1 is the clean sample that one look sees.
     """
@@ -138,7 +140,8 @@ class Score(Work):
     @torch.no_grad()
     def do(self, policy: Policy, rewards: Rewards) -> Scores:
         clean = endpoint(policy, self.unit, self.x.to(policy.device), self.k, self.steps)
-        return rewards.scores(policy.decode(clean), self.unit.prompts, held_out=self.held_out)
+        samples = policy.show(clean, rewards.spaces(held_out=self.held_out))
+        return rewards.scores(samples, self.unit.prompts, held_out=self.held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +153,21 @@ class Rollout(Work):
 
     version: int
     """Of the weights that it is made with."""
+    spaces: frozenset[Space] = MEDIA
+    """Where its samples are wanted: decoded, where anybody sees media, and as latents."""
 
+    @torch.no_grad()
     def do(self, policy: Policy, rewards: Rewards) -> Any:
-        """(Trajectory, media uint8 BFCHW)."""
-        return rollout(policy, self.unit, self.version)
+        """(Trajectory, space -> samples: media uint8 BFCHW, latents float32)."""
+        trajectory, clean = denoise_unit(policy, self.unit, self.version)
+        return trajectory, as_arrays(policy.show(clean, self.spaces))
 
 
 class Produced(NamedTuple):
     """A unit of a round, scored."""
 
     trajectory: Trajectory
-    media_BFCHW: np.ndarray
+    samples: Mapping[Space, np.ndarray]
     scores: Scores
     seconds: Mapping[str, float]
     """Phase ("rollout", "reward") -> seconds of work; "reward/TITLE" -> those of one reward."""
@@ -174,13 +181,13 @@ class Produce(Rollout):
 
     def do(self, policy: Policy, rewards: Rewards) -> Produced:
         start = time.monotonic()
-        trajectory, media_BFCHW = super().do(policy, rewards)
+        trajectory, samples = super().do(policy, rewards)
         middle = time.monotonic()
         held_out = self.unit.key.stream == "evaluate"
-        scores = rewards.score_bytes(media_BFCHW, self.unit.prompts, held_out=held_out)
+        scores = rewards.score_arrays(samples, self.unit.prompts, held_out=held_out)
         seconds = {"rollout": middle - start, "reward": time.monotonic() - middle}
         seconds |= {f"reward/{title}": s for title, s in scores.seconds.items()}
-        return Produced(trajectory, media_BFCHW, scores, seconds)
+        return Produced(trajectory, samples, scores, seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +198,7 @@ class Pictures(Rollout):
 
     def do(self, policy: Policy, rewards: Rewards) -> np.ndarray:
         """Media uint8 BFCHW."""
-        return super().do(policy, rewards)[1]
+        return super().do(policy, rewards)[1]["media"]
 
 
 class Description(NamedTuple):
@@ -247,16 +254,25 @@ def reward_gradient(
     prompts: Sequence[str],
     inputs: torch.Tensor,
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """((B,) totals, gradient of the total of the decoded ``clean`` with respect to ``inputs`` that
-    it was made from).
-
-    The reward gives d total / d picture, wherever it is; the decoder and what is before it are
-    differentiated here.
-    """
-    media = policy.decode(clean)
-    total_B, pull = rewards.gradient(media.detach(), prompts)
-    (gradient,) = torch.autograd.grad(media, inputs, pull.to(media))
+    """((B,) totals, gradient of the total of the samples ``clean`` with respect to ``inputs`` that
+    they were made from)."""
+    total_B, samples, pulls = pull_on(policy, rewards, clean, prompts)
+    (gradient,) = torch.autograd.grad(samples, inputs, pulls)
     return total_B, gradient
+
+
+def pull_on(
+    policy: Policy, rewards: Rewards, clean: torch.Tensor, prompts: Sequence[str]
+) -> tuple[np.ndarray, list[torch.Tensor], list[torch.Tensor]]:
+    """((B,) totals of the samples ``clean``, these where the rewards see them, d total / d each).
+
+    The rewards give the latter, wherever they are; the decoder and what is before it are
+    differentiated by whoever asks.
+    """
+    samples = policy.show(clean, rewards.spaces())
+    seen: dict[Space, torch.Tensor] = {s: v.detach() for s, v in samples.items()}
+    total_B, pulls = rewards.gradient(seen, prompts)
+    return total_B, list(samples.values()), [pulls[s].to(v) for s, v in samples.items()]
 
 
 # --- the same on all rows of a unit --------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rlalign.core.finite import all_finite, refuse_answer, watched_place
-from rlalign.core.records import Plan
+from rlalign.core.records import Plan, Space
 from rlalign.diffusion.condition import Condition, Words
 from rlalign.diffusion.paths import NoisePath, coefficients
 from rlalign.diffusion.predictions import PredictionType, target, to_clean_and_noise
@@ -105,6 +105,10 @@ class Policy:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Clean latents (B, *latent) -> media (B, F, 3, H, W) float32 in [0, 1]."""
         return self.family.decode(latents)
+
+    def show(self, clean: torch.Tensor, spaces: Iterable[Space]) -> dict[Space, torch.Tensor]:
+        """Clean latents (B, *latent) where rewards see them: as they are, and decoded."""
+        return {s: self.decode(clean) if s == "media" else clean for s in sorted(spaces)}
 
     def encode_media(self, media_BFCHW: torch.Tensor) -> torch.Tensor:
         """Media in [0, 1] -> clean latents."""

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from rlalign.core.media import as_floats
+from rlalign.core.records import Space
 from rlalign.core.registry import Before, Recipe, UserError
 from rlalign.rewards._frames import Frames, FramesScorer
 
@@ -20,8 +21,11 @@ Combine = Literal["sum", "normalised", "product"]
 
 
 class Scorer(Protocol):
-    """A loaded reward: ``media_BFCHW`` float32 in [0, 1] and one prompt per sample -> float32
-    scores of shape (B,)."""
+    """A loaded reward: samples and one prompt per sample -> float32 scores of shape (B,).
+
+    The samples are ``media_BFCHW`` float32 in [0, 1], or clean latents (B, *latent) float32 where
+    the reward sees those.
+    """
 
     def __call__(self, media_BFCHW: torch.Tensor, prompts: Sequence[str], /) -> torch.Tensor: ...
 
@@ -40,6 +44,8 @@ class Reward(Recipe):
 
     shelf: ClassVar[str] = "rewards"
     differentiable: ClassVar[bool] = False
+    sees: ClassVar[Space] = "media"
+    """What its scorer is given: media, or the policy's clean latents."""
     of_clips: ClassVar[bool] = False
     """Whether it compares a clip's frames, and so cannot be asked about one alone."""
 
@@ -81,6 +87,11 @@ class Reward(Recipe):
                 f"frames has no meaning for {self.title}, which compares the frames of a clip;"
                 " leave it out"
             )
+        if self.sees == "latent" and self.frames is not None:
+            raise ValueError(
+                f"frames has no meaning for {self.title}, which sees latents and no frames; leave"
+                " it out"
+            )
         return self
 
     @property
@@ -107,17 +118,18 @@ class Reward(Recipe):
 
 
 def score(
-    reward: Reward, scorer: Scorer, media_BFCHW: np.ndarray, prompts: Sequence[str]
+    reward: Reward, scorer: Scorer, samples_B: np.ndarray, prompts: Sequence[str]
 ) -> np.ndarray:
-    """Raw scores, float32 of shape (B,), of uint8 media under the reward's own error policy.
+    """Raw scores, float32 of shape (B,), of what the reward sees, uint8 media or float32 latents,
+    under its own error policy.
 
     A sample to be dropped has score NaN. A scorer that raises under ``on_error: drop`` or a value
     is asked again sample by sample, so that one bad picture does not take the others with it.
     """
-    pixels_BFCHW = as_floats(media_BFCHW)
+    given_B = as_floats(samples_B) if reward.sees == "media" else torch.tensor(samples_B)
     # a failure ends the run
     if reward.on_error == "raise":
-        score_B = _checked(reward, scorer(pixels_BFCHW, prompts), len(prompts))
+        score_B = _checked(reward, scorer(given_B, prompts), len(prompts))
         bad = [i for i, s in enumerate(score_B) if not math.isfinite(s)]
         if bad:
             raise UserError(
@@ -127,21 +139,21 @@ def score(
         return score_B
     # or is a missing score, or a value
     try:
-        score_B = _checked(reward, scorer(pixels_BFCHW, prompts), len(prompts))
+        score_B = _checked(reward, scorer(given_B, prompts), len(prompts))
     except UserError:
         raise
     except Exception:  # whatever a user's scorer raises, its stated policy answers for it
         score_B = np.array(
-            [_one(scorer, pixels_BFCHW[i : i + 1], p) for i, p in enumerate(prompts)],
+            [_one(scorer, given_B[i : i + 1], p) for i, p in enumerate(prompts)],
             dtype=np.float32,
         )
     fill = math.nan if reward.on_error == "drop" else float(reward.on_error)
     return np.where(np.isfinite(score_B), score_B, np.float32(fill)).astype(np.float32)
 
 
-def _one(scorer: Scorer, pixels_1FCHW: torch.Tensor, prompt: str) -> float:
+def _one(scorer: Scorer, given_1: torch.Tensor, prompt: str) -> float:
     try:
-        return float(scorer(pixels_1FCHW, [prompt])[0])
+        return float(scorer(given_1, [prompt])[0])
     except Exception:  # counted by the caller as a missing score
         return math.nan
 
@@ -192,4 +204,20 @@ def refuse_constraints(rewards: Sequence[Reward], place: str) -> None:
             raise UserError(
                 f"{place}.{reward.title}.at_least is for rewards that a run is trained on, got"
                 f" {reward.at_least:g}; leave it out here"
+            )
+
+
+def spaces_of(rewards: Sequence[Reward]) -> frozenset[Space]:
+    """Where these rewards see samples."""
+    return frozenset(reward.sees for reward in rewards)
+
+
+def refuse_latents(rewards: Sequence[Reward], place: str, what: str) -> None:
+    """Raises UserError where a reward sees latents at a place that has media alone; ``what`` is
+    that place in words."""
+    for reward in rewards:
+        if reward.sees == "latent":
+            raise UserError(
+                f"{place} must see media: {what} no latents, which {reward.title} is a reward of;"
+                " name another reward"
             )

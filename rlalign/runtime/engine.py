@@ -1,4 +1,4 @@
-"""Work on pools of actors: pieces for policy workers, questions about media for reward workers.
+"""Work on pools of actors: pieces for policy workers, questions about samples for reward workers.
 
     do(piece)        --> a worker of the rollout pool  --> parts, each fetched by who needs it
     score, gradient  --> a worker of each reward's pool
@@ -44,7 +44,7 @@ class WeightsRef:
 
 
 class RewardAnswer(NamedTuple):
-    """What one reward says of media."""
+    """What one reward says of samples."""
 
     score_B: np.ndarray
     """(B,) raw scores, float32."""
@@ -156,21 +156,22 @@ class Pools(Mapping[Role, Pool]):
         parts, (spent, reason) = await self._call(ROLLOUT, what, call)
         return parts, WorkResult(None, Cost(**spent), reason)
 
-    # --- questions about media -------------------------------------------------------------------
+    # --- questions about samples -----------------------------------------------------------------
 
     async def score(
         self,
         titles: Iterable[str],
-        media: ray.ObjectRef,
+        samples: ray.ObjectRef,
         prompts: Sequence[str],
         *,
         unit: str = "",
         drop: bool = False,
         weights: WeightsRef | None = None,
     ) -> dict[str, RewardAnswer]:
-        """Reward title -> what it says of uint8 media, each asked at the same time as the others.
+        """Reward title -> what it says of samples (space -> array), each asked at the same time as
+        the others.
 
-        ``unit`` is the media's name in messages. With ``drop`` a failing score is missing, whatever
+        ``unit`` names the samples in messages. With ``drop`` a failing score is missing, whatever
         its ``on_error``. ``weights`` are those of the reward whose title is their kind.
         """
 
@@ -179,12 +180,14 @@ class Pools(Mapping[Role, Pool]):
             given = (weights.tag, weights.ref) if weights is not None and own else ()
 
             def begin(actor: ActorHandle) -> ray.ObjectRef:
-                return actor.score.remote(media, prompts, unit, drop, *given)
+                return actor.score.remote(samples, prompts, unit, drop, *given)
 
             # with others that wait, where the reward has it so; by itself where that fails
             found = None
             if title in self._joint:
-                question = Question(media=media, prompts=prompts, unit=unit, drop=drop, given=given)
+                question = Question(
+                    samples=samples, prompts=prompts, unit=unit, drop=drop, given=given
+                )
                 found = await self._joint[title].ask(question)
             return title, RewardAnswer(*found or await self._ask_reward(title, begin, unit))
 
@@ -194,11 +197,11 @@ class Pools(Mapping[Role, Pool]):
         return dict(await asyncio.gather(*asked))
 
     async def gradient(
-        self, title: str, media_BFCHW: np.ndarray, prompts: Sequence[str]
+        self, title: str, samples_B: np.ndarray, prompts: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(raw scores (B,), d score / d media) of float media under one reward."""
+        """(raw scores (B,), d score / d samples) of what one reward sees, in floats."""
         return await self._ask_reward(
-            title, lambda actor: actor.gradient.remote(media_BFCHW, prompts)
+            title, lambda actor: actor.gradient.remote(samples_B, prompts)
         )
 
     async def _ask_reward(

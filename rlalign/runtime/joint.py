@@ -28,9 +28,9 @@ Answer = tuple[Any, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Media of a unit that one reward is asked about."""
+    """Samples of a unit that one reward is asked about."""
 
-    media: ray.ObjectRef
+    samples: ray.ObjectRef
     prompts: Sequence[str]
     unit: str
     drop: bool
@@ -100,14 +100,14 @@ class JointCalls:
         return taken
 
     async def _put(self, actor: ActorHandle, places: Sequence[_Place]) -> None:
-        """Has one worker score several units' media."""
+        """Has one worker score several units' samples."""
         asked = [place.question for place in places]
         ref = actor.score_units.remote(
             [one.prompts for one in asked],
             [one.unit for one in asked],
             asked[0].drop,
             asked[0].given,
-            *(one.media for one in asked),
+            *(one.samples for one in asked),
         )
         try:
             answers = await self._pool.answer(actor, ref, self._once.unit_timeout_seconds)

@@ -16,6 +16,7 @@ import torch
 from ray.actor import ActorHandle
 
 from rlalign.config import RuntimeSettings
+from rlalign.core.records import Space
 from rlalign.engine import Scores
 from rlalign.engine.local import LiveRewards
 from rlalign.rewards.base import Reward
@@ -55,20 +56,20 @@ class RemoteRewards(LiveRewards):
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(self._pools.adopt(members))
 
-    def score_bytes(
-        self, media_BFCHW: np.ndarray, prompts: Sequence[str], *, held_out: bool = False
+    def score_arrays(
+        self, samples: Mapping[Space, np.ndarray], prompts: Sequence[str], *, held_out: bool = False
     ) -> Scores:
-        titles = [r.title for r in (*self._rewards, *(self._held_out if held_out else []))]
-        asked = self._pools.score(titles, ray.put(media_BFCHW), tuple(prompts), drop=True)
+        titles = [r.title for r in self.asked(held_out)]
+        asked = self._pools.score(titles, ray.put(samples), tuple(prompts), drop=True)
         found = self._loop.run_until_complete(asked)
         for answer in found.values():
             self.reason = answer.reason or self.reason
         return self.counted({title: answer.score_B for title, answer in found.items()})
 
     def gradient_of(
-        self, reward: Reward, media_BFCHW: torch.Tensor, prompts: Sequence[str]
+        self, reward: Reward, samples_B: torch.Tensor, prompts: Sequence[str]
     ) -> tuple[np.ndarray, torch.Tensor]:
-        media = media_BFCHW.detach().float().cpu().numpy()
-        asked = self._pools.gradient(reward.title, media, tuple(prompts))
+        given_B = samples_B.detach().float().cpu().numpy()
+        asked = self._pools.gradient(reward.title, given_B, tuple(prompts))
         value_B, gradient = self._loop.run_until_complete(asked)
-        return value_B, torch.from_numpy(np.array(gradient)).to(media_BFCHW)
+        return value_B, torch.from_numpy(np.array(gradient)).to(samples_B)

@@ -30,7 +30,7 @@ from rlalign.data.prompts.base import prompt_id
 from rlalign.learning import evaluate
 from rlalign.learning.log import Log
 from rlalign.learning.metrics import Recorder
-from rlalign.rewards.base import refuse_constraints, score, total
+from rlalign.rewards.base import refuse_constraints, refuse_latents, score, total
 from rlalign.sinks.base import Origin
 
 ENVIRONMENT = "rlalign/denoising"
@@ -214,6 +214,7 @@ def _refuse_what_is_not_ppo(run: Run) -> None:
             " preferences and refit are for train"
         )
     refuse_constraints(run.rewards, "rewards")
+    refuse_latents(run.rewards, "rewards", "an episode of rllib has")
     if run.combine == "normalised":
         raise UserError(
             "combine must be sum or product for rllib, got 'normalised': its PPO has advantages of"

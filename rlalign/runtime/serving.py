@@ -30,7 +30,7 @@ from rlalign.core.locations import locate
 from rlalign.core.registry import UserError
 from rlalign.networks import devices
 from rlalign.networks.devices import usable
-from rlalign.rewards.base import Reward, Scorer, score
+from rlalign.rewards.base import Reward, Scorer, refuse_latents, score
 from rlalign.runtime import cluster
 from rlalign.runtime.placement import HERE, Bundle, Node, cluster_nodes, place, this_machine
 from rlalign.runtime.roles import REPLICA
@@ -178,6 +178,7 @@ def serve_reward(
     """Serves until SIGINT or SIGTERM; ``on_ready`` gets the URL. Raises UserError on a user's
     mistake."""
     # what can be refused is refused before Ray starts
+    refuse_latents([reward], "reward", "a request over HTTP has")
     reward = locate(reward, "reward", here=address is None)
     token = _token(settings)
     certificate = certificate_files(settings.certificate, settings.key, "server")

@@ -19,6 +19,7 @@ import torch
 from rlalign.alignment.models import Model, ready_policy
 from rlalign.config import RuntimeSettings
 from rlalign.core.garbage import pause_collection
+from rlalign.core.records import Space
 from rlalign.core.registry import UserError
 from rlalign.engine import Work
 from rlalign.engine.local import LiveRewards, do_and_count
@@ -163,7 +164,7 @@ class PolicyWorker(Worker):
 
 
 class RewardWorker(Worker):
-    """Holds one reward's scorer; scores media, or differentiates their scores."""
+    """Holds one reward's scorer; scores samples, or differentiates their scores."""
 
     def __init__(self, reward: Reward, device: str, threads: int, label: str) -> None:
         torch.set_num_threads(threads)
@@ -180,18 +181,17 @@ class RewardWorker(Worker):
 
     def score(
         self,
-        media_BFCHW: np.ndarray,
+        samples: Mapping[Space, np.ndarray],
         prompts: Sequence[str],
         unit: str = "",
         drop: bool = False,
         tag: tuple[str, int] | None = None,
         tensors: Mapping[str, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, float, str]:
-        """(raw scores (B,) float32 of uint8 media, seconds, what the scorer last said when it
-        failed).
+        """(raw scores (B,) float32 of samples, seconds, what the scorer last said when it failed).
 
         A failing score is answered by the reward's own error policy, and with ``drop`` is NaN.
-        ``unit`` names the media. ``tag`` is that of the weights that are meant, where a run fits
+        ``unit`` names the samples. ``tag`` is that of the weights that are meant, where a run fits
         the reward anew; they come along, and stay in shared memory for who has them.
         """
         start = time.monotonic()
@@ -200,8 +200,8 @@ class RewardWorker(Worker):
             scorer = cast(FittedScorer, self._scorer)
             scorer.set_weights({n: torch.from_numpy(np.array(a)) for n, a in tensors.items()})
             self._tag = tag
-        with shown(f"{self._reward.title} of {unit or 'media'}"):
-            found = rewards.score_bytes(media_BFCHW, prompts)
+        with shown(f"{self._reward.title} of {unit or 'samples'}"):
+            found = rewards.score_arrays(samples, prompts)
         return found.raw[self._reward.title], time.monotonic() - start, rewards.reason
 
     def score_units(
@@ -210,19 +210,21 @@ class RewardWorker(Worker):
         units: Sequence[str],
         drop: bool,
         given: Sequence[Any],
-        *media_BFCHW: np.ndarray,
+        *samples: Mapping[Space, np.ndarray],
     ) -> list[tuple[np.ndarray, float, str]]:
-        """What ``score`` says of each unit's media, in one call of the scorer, with an equal share
-        of the seconds for each sample. Media of different shapes are scored unit by unit."""
+        """What ``score`` says of each unit's samples, in one call of the scorer, with an equal
+        share of the seconds for each sample. Those of different shapes are scored unit by unit."""
         given = [ray.get(one) if isinstance(one, ray.ObjectRef) else one for one in given]
-        if len({media.shape[1:] for media in media_BFCHW}) > 1:
-            asked = zip(media_BFCHW, prompts, units, strict=True)
-            return [self.score(media, texts, unit, drop, *given) for media, texts, unit in asked]
+        space = self._reward.sees
+        arrays = [one[space] for one in samples]
+        if len({array.shape[1:] for array in arrays}) > 1:
+            asked = zip(samples, prompts, units, strict=True)
+            return [self.score(one, texts, unit, drop, *given) for one, texts, unit in asked]
 
         # as one unit, and taken apart again
-        ends = np.cumsum([len(media) for media in media_BFCHW])
+        ends = np.cumsum([len(array) for array in arrays])
         score_B, seconds, reason = self.score(
-            np.concatenate(media_BFCHW),
+            {space: np.concatenate(arrays)},
             [prompt for texts in prompts for prompt in texts],
             ", ".join(units),
             drop,
@@ -232,10 +234,10 @@ class RewardWorker(Worker):
         return [(part, seconds * len(part) / len(score_B), reason) for part in parts]
 
     def gradient(
-        self, media_BFCHW: np.ndarray, prompts: Sequence[str]
+        self, samples_B: np.ndarray, prompts: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(raw scores (B,), d score / d media) of float media."""
-        media = torch.from_numpy(np.array(media_BFCHW))
+        """(raw scores (B,), d score / d samples) of what the reward sees, in floats."""
+        given_B = torch.from_numpy(np.array(samples_B))
         with shown(f"gradient of {self._reward.title}"):
-            value_B, gradient = self._lenient.gradient_of(self._reward, media, prompts)
+            value_B, gradient = self._lenient.gradient_of(self._reward, given_B, prompts)
         return value_B, gradient.numpy()

@@ -14,7 +14,7 @@ from rlalign.core.locations import NamesFile
 from rlalign.core.records import Plan, Unit
 from rlalign.diffusion.paths import coefficients
 from rlalign.diffusion.rollout import schedule_of
-from rlalign.diffusion.steps import Gaussian, step
+from rlalign.diffusion.steps import Gaussian, noise_of, step
 from rlalign.engine import Engine, Rewards, View, Work, join_views, reward_gradient, see
 from rlalign.networks.noisy_classifier import load_classifier
 from rlalign.policies.base import Policy
@@ -103,7 +103,6 @@ class _GuidedStep(Work):
 
     def _moved(self, policy: Policy, found: View, x: torch.Tensor, g: torch.Tensor) -> Gaussian:
         schedule = schedule_of(policy.path, self.unit)
-        plan = self.unit.plan
         k = self.k
         if self.settings.form == "mean":
             return Gaussian(
@@ -115,8 +114,8 @@ class _GuidedStep(Work):
         clean = found.clean + sigma**2 * g / alpha.clamp(min=1e-3)
         now = schedule.levels[k]
         then = schedule.levels[k + 1]
-        eta = schedule.eta_K[k]
-        return step(x, clean, noise, policy.path, now, then, rule=plan.rule, eta=eta)
+        how = {**noise_of(self.unit.plan), "eta": schedule.eta_K[k]}
+        return step(x, clean, noise, policy.path, now, then, **how)
 
 
 def _classifier_gradient(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rlalign.core.records import Plan, Unit
+from rlalign.core.records import Plan, Space, Unit
 from rlalign.diffusion.noise import generator, noise_for
 from rlalign.engine import Engine, Rewards, Work
 from rlalign.engine.chains import ChainGradient, Edict, Pair, Pulled
@@ -130,11 +130,14 @@ class _PullInverted(Work):
         # the gradient at its end, a mean over the pair and over crops
         with torch.enable_grad():
             inputs = [t.detach().to(narrow).requires_grad_() for t in end]
-            media = policy.decode(torch.cat(inputs))
-            seen = self._crops(media)
-            total_M, pull = rewards.gradient(seen.detach(), prompts * (len(seen) // len(prompts)))
-            share = 1.0 / (len(seen) // len(prompts))
-            pulls = torch.autograd.grad(seen, inputs, share * pull.to(seen))
+            samples = policy.show(torch.cat(inputs), rewards.spaces())
+            cut: dict[Space, torch.Tensor] = {s: self._crops(s, v) for s, v in samples.items()}
+            blocks = 2 * max(1, settings.crops)
+            seen: dict[Space, torch.Tensor] = {s: v.detach() for s, v in cut.items()}
+            total_M, pull = rewards.gradient(seen, prompts * blocks)
+            share = 1.0 / blocks
+            shared = [share * pull[s].to(v) for s, v in cut.items()]
+            pulls = torch.autograd.grad(list(cut.values()), inputs, shared)
         # and back up to the noise
         start, gradient = chain.pull_back(end, Pair(*(p.to(chain.dtype) for p in pulls)))
         assert start.x.shape == z.shape
@@ -143,13 +146,15 @@ class _PullInverted(Work):
             total_B, (gradient.x + gradient.y).to(self.z.dtype).cpu(), end.x.to(self.z.dtype).cpu()
         )
 
-    def _crops(self, media: torch.Tensor) -> torch.Tensor:
+    def _crops(self, space: Space, media: torch.Tensor) -> torch.Tensor:
         """The pictures, or random crops of them at their own size, in blocks of the pictures'
-        number."""
+        number; latents are as often there, and whole."""
         settings = self.settings
         unit = self.unit
         if not settings.crops:
             return media
+        if space == "latent":
+            return torch.cat([media] * settings.crops)
         place = (unit.key.stream, unit.key.round, unit.prompt_ids[0], self.update)
         rng = generator("doodl crops", unit.seed, *place)
         # each crop as large as the picture

@@ -12,7 +12,7 @@ from pydantic import Field
 from rlalign.core.records import Plan, Unit
 from rlalign.diffusion.paths import coefficients
 from rlalign.diffusion.rollout import schedule_of
-from rlalign.diffusion.steps import step
+from rlalign.diffusion.steps import noise_of, step
 from rlalign.engine import Engine, advance_rows, expand, look_rows, score_rows
 from rlalign.engine.particles import normalise
 from rlalign.samplers.base import NonNegative, Result, Sampler, group_rows, refuse_unscored
@@ -58,8 +58,8 @@ class Lidar(Sampler):
                 )
                 now = levels[k]
                 then = levels[k + 1]
-                eta = schedule.eta_K[k]
-                gaussian = step(x, clean, noise, path, now, then, rule=unit.plan.rule, eta=eta)
+                how = {**noise_of(unit.plan), "eta": schedule.eta_K[k]}
+                gaussian = step(x, clean, noise, path, now, then, **how)
                 seen = seen._replace(gaussian=gaussian)
             x = seen.next(unit, k)
         return Result(latents=x, series={"look-aheads that count": tuple(sizes)})

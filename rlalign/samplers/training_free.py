@@ -15,7 +15,7 @@ from rlalign.diffusion.noise import noise_for
 from rlalign.diffusion.paths import coefficients
 from rlalign.diffusion.rollout import schedule_of
 from rlalign.diffusion.steps import Gaussian
-from rlalign.engine import Engine, Rewards, View, Work, join_views, see
+from rlalign.engine import Engine, Rewards, View, Work, join_views, pull_on, see
 from rlalign.policies.base import Policy
 from rlalign.samplers.base import NonNegative, Result, Sampler, per_row
 
@@ -190,13 +190,15 @@ class _Move(Work):
             ]
             copies = [clean + settings.spread * sigma * noise for noise in noises]
         # the gradient of the log of their mean reward
-        media = policy.decode(torch.cat(copies))
-        total_M, pull = rewards.gradient(media.detach(), unit.prompts * len(copies))
+        prompts = unit.prompts * len(copies)
+        total_M, samples, pulls = pull_on(policy, rewards, torch.cat(copies), prompts)
         total_DB = torch.from_numpy(np.asarray(total_M, dtype=np.float64)).reshape(len(copies), -1)
         # a missing reward has no share
         known_DB = torch.where(total_DB.isfinite(), total_DB, -torch.inf)
-        share_M = torch.softmax(known_DB, dim=0).nan_to_num().flatten().to(pull)
-        (gradient,) = torch.autograd.grad(media, inputs, pull * per_row(share_M, pull))
+        share_M = torch.softmax(known_DB, dim=0).nan_to_num().flatten()
+        shares = [per_row(share_M.to(pull), pull) for pull in pulls]
+        shared = [pull * share for pull, share in zip(pulls, shares, strict=True)]
+        (gradient,) = torch.autograd.grad(samples, inputs, shared)
         if settings.largest:
             norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
             gradient = gradient * per_row((settings.largest / norm).clamp(max=1.0), gradient)

@@ -14,8 +14,8 @@ import torch
 from rlalign.alignment.models import ready_policy
 from rlalign.alignment.words import encoding_reader
 from rlalign.core.locations import locate
-from rlalign.core.media import as_uint8
-from rlalign.core.records import Unit
+from rlalign.core.media import as_arrays
+from rlalign.core.records import MEDIA, Unit
 from rlalign.core.registry import UserError, build
 from rlalign.diffusion.paths import NoisePath, RectifiedFlow
 from rlalign.diffusion.rollout import schedule_of
@@ -41,9 +41,12 @@ class Develop(Work):
 
     @torch.no_grad()
     def do(self, policy: Policy, rewards: Rewards) -> tuple[np.ndarray, Scores | None]:
-        media = policy.decode(self.x.to(policy.device))
-        found = rewards.scores(media, self.unit.prompts, held_out=True) if self.score else None
-        return as_uint8(media), found
+        wanted = rewards.spaces(held_out=True) if self.score else MEDIA
+        samples = as_arrays(policy.show(self.x.to(policy.device), wanted | MEDIA))
+        found = None
+        if self.score:
+            found = rewards.score_arrays(samples, self.unit.prompts, held_out=True)
+        return samples["media"], found
 
 
 def develop(engine: Engine, unit: Unit, x: torch.Tensor) -> tuple[np.ndarray, Scores]:

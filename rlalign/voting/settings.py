@@ -14,7 +14,7 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, build, plugin_field
 from rlalign.data.prompts.base import Prompts
 from rlalign.policies.base import PolicyRecipe
-from rlalign.rewards.base import Reward
+from rlalign.rewards.base import Reward, refuse_latents
 from rlalign.web.token import is_loopback
 from rlalign.web.vote.serving import PageSettings
 
@@ -126,6 +126,11 @@ class Filter(_Settings):
     reward: SerializeAsAny[Annotated[Reward, plugin_field("rewards", "filter.reward")]]
     least: float = Field(description="smallest score of a picture that is shown")
 
+    @model_validator(mode="after")
+    def _sees_pictures(self) -> Filter:
+        refuse_latents([self.reward], "reward", "a picture that people are shown has")
+        return self
+
 
 class Simulate(_Settings):
     """Simulated people: they know a hidden utility, and choose by it with noise."""
@@ -144,6 +149,11 @@ class Simulate(_Settings):
         default=0.03, ge=0, le=1, description="share of choices by a coin, whatever is shown"
     )
     left: float = Field(default=0.1, description="bias to the left, in log odds")
+
+    @model_validator(mode="after")
+    def _see_pictures(self) -> Simulate:
+        refuse_latents(self.utility, "utility", "a picture that people are shown has")
+        return self
 
 
 class PageWords(_Settings):

@@ -125,6 +125,11 @@ def test_steps_must_have_a_density(algorithm: Algorithm) -> None:
         == f"plan.rule must have noise for {name}, got 'flow_ode', whose steps have no density; use"
         " flow_sde"
     )
+    last = given(Plan(steps=5, window=1, window_place="end"))
+    last.policy.family.path = VariancePreserving.scaled_linear(ends_clean=True)
+    assert refused(algorithm, last).startswith(
+        f"plan.window must be > 1 for {name} with window_place end, got 1: a round may have no"
+    )
     one = given(Plan(steps=1))
     one.policy.family.path = VariancePreserving.scaled_linear(ends_clean=True)
     assert refused(algorithm, one).startswith(

@@ -41,6 +41,7 @@ PLANS = {
     "flow sde": (FlowToy, Plan(steps=6, rule="flow_sde", eta=0.7)),
     "flow sde guided": (FlowToy, Plan(steps=6, rule="flow_sde", eta=0.7, guidance=4.5)),
     "flow window": (FlowToy, Plan(steps=8, rule="flow_sde", eta=0.7, window=2)),
+    "end, least std": (ToyPolicy, Plan(steps=5, window=2, window_place="end", min_std=0.1)),
 }
 
 

@@ -19,7 +19,7 @@ from rlalign.diffusion.paths import VariancePreserving
 from rlalign.policies.base import Condition, Words
 from tests.algorithms.helpers import FlowToy, numeric_gradient
 from tests.algorithms.test_ddpo import CLOSED_FORM_K, ChainFamily, ChainPolicy
-from tests.toy import ToyPolicy, gradient, make_units
+from tests.toy import MediaScorer, ToyPolicy, gradient, make_units
 
 PLAN = Plan(steps=5, eta=1.0)
 
@@ -30,6 +30,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_backprop, "unit_noise", lambda *call: unit_noise(*call).double())
 
 
+@MediaScorer
 def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
     """How red a picture is, curved so that second derivatives do not vanish."""
     red = media_BFCHW[:, 0, 0].mean((-1, -2)) ** 2 * 3.0
@@ -95,6 +96,7 @@ class Chain(ChainPolicy):
     kind = WideChain
 
 
+@MediaScorer
 def last_number(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
     return {"total": media_BFCHW[:, 0, 0, 0, 0]}
 
@@ -192,6 +194,7 @@ class Normal(ChainPolicy):
     kind = OffsetNormal
 
 
+@MediaScorer
 def near_one(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
     """-(x_0 - 1)^2 / 2, whose slope is linear in x_0."""
     return {"total": -0.5 * (media_BFCHW[:, 0, 0, 0, 0] - 1.0) ** 2}
@@ -265,6 +268,7 @@ def test_o17_refls_defaults(lift: tuple[float, ...]) -> None:
     assert (algorithm.hinge, algorithm.refl_weight) == (2.0, 1e-3)
     policy, rewards = Watched(), []
 
+    @MediaScorer
     def lifted(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
         rewards.append(
             media_BFCHW[:, 0, 0].double().mean((-1, -2)) ** 2

@@ -27,7 +27,7 @@ from rlalign.core.records import Plan, Scored, Unit
 from rlalign.learning.evaluate import kl_to_reference
 from rlalign.learning.learner import Learner, LearnerSettings
 from tests.algorithms.helpers import FlowToy
-from tests.toy import PROMPTS, ToyPolicy, collect, make_units
+from tests.toy import PROMPTS, MediaScorer, ToyPolicy, collect, make_units
 
 SDE, FLOW = Plan(steps=5, eta=1.0), Plan(steps=5, rule="flow_sde", eta=0.7)
 
@@ -51,6 +51,7 @@ as the largest seen in seeds 0 to 3 (ddpo 5.97 to 7.86, dpok .39 to .56, rwr 4.4
 diffusion_dpo 4.47 to 6.69)."""
 
 
+@MediaScorer
 def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
     """The reward as a picture shows it, with gradients: how red it is."""
     red = media_BFCHW[:, 0, 0].mean((-1, -2))

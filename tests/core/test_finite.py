@@ -235,8 +235,13 @@ def test_every_sampler_names_the_part(
     )
     method = build("samplers", {"name": name, **SMALL[name], **more})
     assert isinstance(method, Sampler)
+
+    def end_scored() -> None:
+        latents = method.sample(engine, unit).latents
+        rewards.scores(policy.show(latents, rewards.spaces()), unit.prompts)
+
     with pytest.raises(NotFinite, match=PARTS[part][1]):
-        rewards.scores(policy.decode(method.sample(engine, unit).latents), unit.prompts)
+        end_scored()
     assert watched_place() == ""
 
 
@@ -276,7 +281,7 @@ def test_a_rewards_gradient_that_is_not_finite_is_named() -> None:
     with pytest.raises(
         NotFinite, match=r"the gradient of rewards\.steep gives values that are not finite"
     ):
-        rewards.gradient(torch.rand(2, 1, 3, 8, 8), ["a", "b"])
+        rewards.gradient({"media": torch.rand(2, 1, 3, 8, 8)}, ["a", "b"])
 
 
 def test_a_picture_without_a_score_has_no_gradient() -> None:
@@ -287,7 +292,8 @@ def test_a_picture_without_a_score_has_no_gradient() -> None:
 
     rewards = LiveRewards([reward], scorers={"some": some})
     media = torch.rand(2, 1, 3, 8, 8)
-    value_B, gradient = rewards.gradient(media, ["a", "b"])
+    value_B, pulls = rewards.gradient({"media": media}, ["a", "b"])
+    gradient = pulls["media"]
     assert np.isfinite(value_B).tolist() == [True, False]
     torch.testing.assert_close(gradient[0], torch.full_like(gradient[0], 1.0 / gradient[0].numel()))
     assert not gradient[1].any()

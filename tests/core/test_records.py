@@ -37,7 +37,11 @@ def trajectory(**changes):
 
 @pytest.mark.parametrize(
     "record",
-    [r for r in vars(records).values() if dataclasses.is_dataclass(r) and isinstance(r, type)],
+    [
+        r
+        for r in vars(records).values()
+        if isinstance(r, type) and dataclasses.is_dataclass(r) and r.__module__ == records.__name__
+    ],
 )
 def test_records_are_frozen_and_keyword_only(record):
     assert record.__dataclass_params__.frozen
@@ -69,6 +73,21 @@ def test_records_are_frozen_and_keyword_only(record):
         (
             {"steps": 1, "window": 1},
             "plan.window must be <= 0, the first half of 1 steps, got 1; 0 makes every step noisy",
+        ),
+        (
+            {"steps": 10, "window": 11, "window_place": "end"},
+            "plan.window must be <= 10, the plan's steps, got 11; 0 makes every step noisy",
+        ),
+        (
+            {"window_place": "anywhere"},
+            "plan.window must be > 0 with window_place anywhere, got 0; leave window_place out",
+        ),
+        (
+            {"eta": 0.0, "min_std": 0.1},
+            (
+                "plan.min_std must be 0 where steps take no noise (eta 0, or the rule flow_ode),"
+                " got 0.1"
+            ),
         ),
     ],
 )

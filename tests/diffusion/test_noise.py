@@ -127,5 +127,18 @@ def test_a_window_lies_in_the_first_half(steps, window, places):
     assert seen == {tuple(mask) for mask in masks}
 
 
+@pytest.mark.parametrize(("place", "places"), [("anywhere", 7), ("end", 1)])
+def test_a_window_lies_where_the_plan_says(place, places):
+    plan = Plan(steps=8, window=2, window_place=place)
+    masks = noise_masks(plan)
+    assert len(masks) == places
+    assert all(sum(mask) == 2 and mask[mask.index(True) + 1] for mask in masks)
+    assert masks[-1] == [False] * 6 + [True] * 2
+    seen = {
+        tuple(noisy_steps(replace(UNIT, plan=plan, key=UnitKey("train", r, 0)))) for r in range(60)
+    }
+    assert seen == {tuple(mask) for mask in masks}
+
+
 def test_without_a_window_every_step_may_be_noisy():
     assert noisy_steps(replace(UNIT, plan=Plan(steps=3))) == [True] * 3

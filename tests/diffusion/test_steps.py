@@ -7,9 +7,11 @@ import diffusers
 import pytest
 import torch
 
+from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
 from rlalign.diffusion.paths import RectifiedFlow, VariancePreserving, coefficients
 from rlalign.diffusion.predictions import to_clean_and_noise
+from rlalign.diffusion.rollout import rollout
 from rlalign.diffusion.steps import RULES, Move, ddim, ddpm, flow_ode, flow_sde, is_stochastic, step
 
 SD = {
@@ -375,3 +377,51 @@ def test_nothing_is_nan_on_any_grid(rule, steps):
             assert torch.isfinite(gaussian.mean).all()
             for grad in torch.autograd.grad(log_prob.sum(), (clean, noise), allow_unused=True):
                 assert grad is None or torch.isfinite(grad).all()
+
+
+# the least std
+
+
+@pytest.mark.parametrize("min_std", [0.05, 0.3])
+def test_a_floor_widens_narrow_steps_alone_and_leaves_means(min_std):
+    """DPPO's clip, written out: also in the last step, which has no noise of its own."""
+    path = VariancePreserving.scaled_linear(ends_clean=True)
+    levels = path.levels(5)
+    x, clean, noise = random(1), random(2), random(3)
+    how = {"rule": "ddim", "eta": 1.0}
+    wider = 0
+    for k in range(5):
+        plain = step(x, clean, noise, path, levels[k], levels[k + 1], **how)
+        found = step(x, clean, noise, path, levels[k], levels[k + 1], **how, min_std=min_std)
+        assert torch.equal(found.mean, plain.mean)
+        assert found.std.item() == max(plain.std.item(), min_std)
+        wider += found.std.item() > plain.std.item()
+    assert wider >= 1
+    assert is_stochastic(path, levels, **how).tolist() == [True] * 4 + [False]
+    assert is_stochastic(path, levels, **how, min_std=min_std).all()
+    ode = step(x, clean, noise, path, levels[0], levels[1], rule="ddim", eta=0.0, min_std=min_std)
+    assert ode.std.item() == 0.0, "a step without noise, as outside of a window"
+
+
+def test_stored_log_probs_are_those_of_the_floor_at_the_end():
+    """A window of the last two steps: nothing before them has a density, and each has that of
+    N(mean, max(std, floor)), averaged over elements."""
+    from tests.toy import ToyPolicy
+
+    plan = Plan(steps=5, eta=1.0, window=2, window_place="end", min_std=0.4)
+    unit = Unit.of_rows(UnitKey("train", 1, 0), [(7, "a red circle", i) for i in range(3)], 0, plan)
+    policy = ToyPolicy()
+    trajectory, _ = rollout(policy, unit, 0)
+    assert trajectory.stochastic_K.tolist() == [False] * 3 + [True] * 2
+    assert trajectory.kept == (3, 4, 5)
+    levels = policy.path.levels(5)
+    for k in (3, 4):
+        before, after = (torch.from_numpy(trajectory.latents_BK1[:, k - 3 + i]) for i in (0, 1))
+        with torch.no_grad():
+            clean, noise = policy.denoise(before, levels[k], policy.encode(unit.prompts), 1.0)
+        plain = step(
+            before, clean, noise, policy.path, levels[k], levels[k + 1], rule="ddim", eta=1.0
+        )
+        std = max(plain.std.item(), 0.4)
+        wanted = torch.distributions.Normal(plain.mean, std).log_prob(after).flatten(1).mean(1)
+        torch.testing.assert_close(torch.from_numpy(trajectory.log_prob_BK[:, k]), wanted)

@@ -179,7 +179,7 @@ class Chaos:
 
         pixels = np.zeros((1, 1, 3, 32, 32), np.uint8)
         asked = [
-            a.score.remote(pixels, ("a red circle",))
+            a.score.remote({"media": pixels}, ("a red circle",))
             for n, a in self._named("reward").items()
             if pool in n
         ]

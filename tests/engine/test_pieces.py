@@ -55,7 +55,7 @@ def test_a_unit_is_the_same_chain_in_each_of_its_forms(stream: str, titles: list
     unit = unit_of(stream)
     trajectory, media = rollout(policy, unit, 3)
 
-    alone, alone_media = one(engine, Rollout(unit=unit, version=3)).value
+    alone, alone_samples = one(engine, Rollout(unit=unit, version=3)).value
     scored = one(engine, Produce(unit=unit, version=3))
     pictures = one(engine, Pictures(unit=unit, version=3)).value
     parts = {"rollout", "reward", *(f"reward/{title}" for title in titles)}
@@ -66,7 +66,7 @@ def test_a_unit_is_the_same_chain_in_each_of_its_forms(stream: str, titles: list
             value = getattr(found, name)
             same = torch.equal if isinstance(expected, torch.Tensor) else np.array_equal
             assert same(value, expected), name
-    for found_media in (alone_media, made.media_BFCHW, pictures):
+    for found_media in (alone_samples["media"], made.samples["media"], pictures):
         np.testing.assert_array_equal(found_media, media)
 
     # the total is of the reward that is followed alone
@@ -86,7 +86,7 @@ def test_lanes_change_no_number_and_the_cost_is_of_all_of_them() -> None:
         assert engine.cost.denoiser_calls == 5 * len(PROMPTS) * PLAN.steps
         assert engine.cost.reward_queries == 5 * len(PROMPTS)
     for mine, theirs in zip(*found, strict=True):
-        assert np.array_equal(mine.media_BFCHW, theirs.media_BFCHW)
+        assert np.array_equal(mine.samples["media"], theirs.samples["media"])
         assert np.array_equal(mine.scores.total_B, theirs.scores.total_B)
 
 

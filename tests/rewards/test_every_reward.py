@@ -22,12 +22,21 @@ from rlalign.rewards.base import Reward, Scorer, score
 from tests.rewards.small_models import save_clip, save_head, save_imagereward, save_pickscore
 
 OWN = {
+    "clear": ("test_plans.py", "test_a_plan_alone_scores_as_among_others"),
+    "detour": ("test_plans.py", "test_a_plan_alone_scores_as_among_others"),
     "dynamic_degree": ("test_clips.py", "test_a_clip_alone_scores_as_among_others"),
     "geneval": ("test_geneval.py", "test_one_picture_alone_scores_as_among_others"),
+    "hazard": ("test_plans.py", "test_a_plan_alone_scores_as_among_others"),
     "hpsv3": ("test_hpsv3.py", "test_alone_among_others_and_as_a_clip"),
     "http": ("test_http.py", "test_scores_are_bitwise_those_of_the_reward_itself"),
+    "length": ("test_plans.py", "test_a_plan_alone_scores_as_among_others"),
     "motion": ("test_motion.py", "test_a_clip_alone_scores_as_among_others"),
     "ocr": ("test_ocr.py", "test_a_score_does_not_depend_on_its_batch"),
+    "quadratic": (
+        "test_quadratic.py",
+        "test_it_is_the_sum_over_channels_and_places_and_a_sample_alone_scores_as_among_others",
+    ),
+    "reach": ("test_plans.py", "test_a_plan_alone_scores_as_among_others"),
     "safety": ("test_safety.py", "test_one_picture_alone_scores_as_among_others"),
     "smoothness": ("test_clips.py", "test_a_clip_alone_scores_as_among_others"),
     "tesseract": ("test_tesseract.py", "test_a_score_does_not_depend_on_its_batch"),

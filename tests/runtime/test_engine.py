@@ -143,10 +143,10 @@ def test_a_unit_is_made_under_its_weights_which_travel_once(ray_cluster: None) -
         return made, pools[ROLLOUT].restarts
 
     made, restarts = on_pools({ROLLOUT: [actor]}, scene)
-    for unit, ((trajectory, media), done) in zip((first, second, third), made, strict=True):
+    for unit, ((trajectory, samples), done) in zip((first, second, third), made, strict=True):
         expected, expected_media = rollout(policy, unit, 4)
         np.testing.assert_array_equal(trajectory.latents_BK1, expected.latents_BK1)
-        np.testing.assert_array_equal(media, expected_media)
+        np.testing.assert_array_equal(samples["media"], expected_media)
         assert trajectory.policy_version == 4
         assert done.value is None
         assert done.cost.denoiser_calls == len(unit.prompts) * unit.plan.steps

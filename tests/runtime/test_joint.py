@@ -61,7 +61,7 @@ def ask(
         )
         await pools.adopt({role: {0: actor}})
         scores = [
-            pools.score([reward.title], ray.put(media), prompts, unit=unit)
+            pools.score([reward.title], ray.put({"media": media}), prompts, unit=unit)
             for unit, media, prompts in asked
         ]
         return await asyncio.gather(*scores, return_exceptions=True)

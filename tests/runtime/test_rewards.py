@@ -62,7 +62,7 @@ def test_records_arrive_in_other_processes(ray_cluster: None) -> None:
         UnitKey("train", 1, 0), [(prompt_id(p), p, 0) for p in prompts], 0, Plan(steps=1)
     )
     there = ray.get(ray.put(unit.take([2, 0])))
-    found = remote.scores(torch.zeros(2, 1, 3, 8, 8), there.prompts)
+    found = remote.scores({"media": torch.zeros(2, 1, 3, 8, 8)}, there.prompts)
     assert found.raw["words"].tolist() == [2.0, 4.0]
     assert there.prompt_ids == tuple(map(prompt_id, there.prompts))
 
@@ -83,7 +83,7 @@ def test_answers_are_those_of_one_process(ray_cluster: None) -> None:
     here = LiveRewards(rewards)
     media = torch.rand(3, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
-    mine, theirs = here.scores(media, PROMPTS), remote.scores(media, PROMPTS)
+    mine, theirs = (one.scores({"media": media}, PROMPTS) for one in (here, remote))
     np.testing.assert_array_equal(mine.total_B, theirs.total_B)
     for title in ("fitted", "shapes"):
         np.testing.assert_array_equal(mine.raw[title], theirs.raw[title])

@@ -3,14 +3,14 @@ known in closed form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rlalign.core.records import Plan, Unit, UnitKey
+from rlalign.core.records import Plan, Space, Unit, UnitKey
 from rlalign.diffusion.paths import NoisePath, RectifiedFlow, VariancePreserving
 from rlalign.engine import Rewards, Scores
 from rlalign.policies.base import OWN_SIZE, Condition, Family, Policy, Words
@@ -85,31 +85,38 @@ class GaussianPolicy(Policy):
 
 
 class ExactRewards:
-    """A function of the media as they are, without rounding to bytes."""
+    """A function of the samples as they are, decoded or not, without rounding to bytes."""
 
-    def __init__(self, reward: Reward) -> None:
-        self._reward = reward
+    def __init__(self, reward: Reward, space: Space = "media") -> None:
+        self._reward, self._space = reward, space
         self.queries = self.gradients = self.missing = 0
 
+    def spaces(self, *, held_out: bool = False) -> frozenset[Space]:
+        return frozenset({self._space})
+
     def scores(
-        self, media_BFCHW: torch.Tensor, prompts: Sequence[str], *, held_out: bool = False
+        self,
+        samples: Mapping[Space, torch.Tensor],
+        prompts: Sequence[str],
+        *,
+        held_out: bool = False,
     ) -> Scores:
-        value_B = self._reward(media_BFCHW.flatten(1).double()).detach().numpy()
+        value_B = self._reward(samples[self._space].flatten(1).double()).detach().numpy()
         self.queries += len(prompts)
         self.missing += int((~np.isfinite(value_B)).sum())
         return Scores({"reward": value_B}, value_B)
 
     def gradient(
-        self, media_BFCHW: torch.Tensor, prompts: Sequence[str]
-    ) -> tuple[np.ndarray, torch.Tensor]:
+        self, samples: Mapping[Space, torch.Tensor], prompts: Sequence[str]
+    ) -> tuple[np.ndarray, dict[Space, torch.Tensor]]:
         with torch.enable_grad():
-            media = media_BFCHW.detach().requires_grad_()
-            value_B = self._reward(media.flatten(1).double())
-            (gradient,) = torch.autograd.grad(value_B.sum(), media)
+            given = samples[self._space].detach().requires_grad_()
+            value_B = self._reward(given.flatten(1).double())
+            (gradient,) = torch.autograd.grad(value_B.sum(), given)
         self.queries += len(prompts)
         self.gradients += len(prompts)
         known_B = torch.isfinite(value_B.detach()).reshape(-1, *([1] * (gradient.ndim - 1)))
-        return value_B.detach().numpy(), torch.where(known_B, gradient, 0.0)
+        return value_B.detach().numpy(), {self._space: torch.where(known_B, gradient, 0.0)}
 
 
 def engine_of(policy: Policy, reward: Reward | Rewards, *, rows: int = 1 << 20) -> LocalEngine:

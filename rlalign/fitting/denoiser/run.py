@@ -20,6 +20,7 @@ from rlalign.fitting.denoiser.classifier import train_classifier
 from rlalign.fitting.denoiser.corpus import clips, pictures
 from rlalign.fitting.denoiser.flow import flow_components, flow_loss, write_flow_pipeline
 from rlalign.fitting.denoiser.pipeline import components, load_vae, tokenise, write_pipeline
+from rlalign.fitting.denoiser.plans import pretrain_planner
 from rlalign.fitting.denoiser.settings import Pretrain
 from rlalign.fitting.denoiser.video import (
     clip_autoencoder,
@@ -58,6 +59,8 @@ def pretrain(config: Pretrain, *, resume: bool = True, progress: Report | None =
         train = partial(_train, checkpoints=checkpoints, report=report)
         if config.task == "motion":
             return _pretrain_video(config, saved, train)
+        if config.task == "mazes":
+            return pretrain_planner(config, saved, train)
 
         # the corpus, as latents of the autoencoder
         pictures_NCHW, captions = pictures(config)

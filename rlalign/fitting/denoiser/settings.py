@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlalign.core.locations import NamesFile
+from rlalign.data.mazes.maps import MazeName
 
-Task = Literal["shapes", "words", "motion"]
+Task = Literal["shapes", "words", "motion", "mazes"]
 """The embedded tasks; a module of each is in data/."""
 
 
@@ -70,6 +71,14 @@ class Autoencoder(Optimisation):
         return self
 
 
+_FOREIGN = {
+    "unet": {"width", "layers", "levels"},
+    "transformer": {"channels"},
+    "planner": {"channels", "levels", "caption_dropout", "text_width", "text_layers"},
+}
+"""Family -> settings that are none of its own."""
+
+
 class Denoiser(Optimisation):
     """Stage 2: the denoiser, and the text encoder (transformer: two) that is trained with it."""
 
@@ -79,11 +88,11 @@ class Denoiser(Optimisation):
     ema_decay: float = Field(
         default=0.995, ge=0.0, lt=1.0, description="decay of the averaged weights, which are kept"
     )
-    family: Literal["unet", "transformer"] = Field(
+    family: Literal["unet", "transformer", "planner"] = Field(
         default="unet",
         description=(
-            "epsilon-predicting UNet (Stable Diffusion), or flow-matching transformer (SD3; of"
-            " clips: Wan)"
+            "epsilon-predicting UNet (Stable Diffusion), flow-matching transformer (SD3; of clips:"
+            " Wan), or epsilon-predicting convolutions along plans"
         ),
     )
     caption_dropout: float = Field(
@@ -96,9 +105,9 @@ class Denoiser(Optimisation):
         default=96,
         ge=16,
         multiple_of=8,
-        description="transformer: its width, a multiple of 16 (of clips: of 24)",
+        description="transformer: its width, a multiple of 16 (of clips: of 24); planner: of 8",
     )
-    layers: int = Field(default=6, ge=1, description="transformer: its blocks")
+    layers: int = Field(default=6, ge=1, description="transformer, planner: its blocks")
     levels: Literal["uniform", "logit_normal"] = Field(
         default="logit_normal",
         description="transformer: how noise levels are drawn (Esser 2024, section 3.1)",
@@ -110,7 +119,7 @@ class Denoiser(Optimisation):
 
     @model_validator(mode="after")
     def _of_its_family(self) -> Denoiser:
-        foreign = {"unet": {"width", "layers", "levels"}, "transformer": {"channels"}}[self.family]
+        foreign = _FOREIGN[self.family]
         for name in sorted(foreign & self.model_fields_set):
             raise ValueError(f"{name} is no setting of family {self.family}; leave it out")
         return self
@@ -128,11 +137,20 @@ class Classifier(Optimisation):
     width: int = Field(default=48, ge=8, multiple_of=8, description="channels of its layers")
 
 
+_OF_ONE_TASK = {
+    "misspelt": "words",
+    "wrong_motion": "motion",
+    "mazes": "mazes",
+    "horizon": "mazes",
+}
+"""Setting -> the only task that it belongs to."""
+
+
 class Pretrain(_Settings):
     """Settings of a pretraining run.
 
     ``out`` is the run folder: ``checkpoints/`` to resume from, and ``policy/``, which plain
-    diffusers loads.
+    diffusers loads (a planner's: policy ``planner``).
     """
 
     seed: int = Field(
@@ -141,9 +159,14 @@ class Pretrain(_Settings):
     out: Path = Field(default=Path("runs/pretrain"), description="run folder")
     task: Task = Field(
         default="shapes",
-        description="what is drawn: coloured shapes, one short word, or clips of moving shapes",
+        description=(
+            "what is drawn: coloured shapes, one short word, or clips of moving shapes; or plans"
+            " through mazes"
+        ),
     )
-    images: int = Field(default=16000, ge=1, description="pictures drawn from the train split")
+    images: int = Field(
+        default=16000, ge=1, description="pictures drawn from the train split; plans"
+    )
     faded: float = Field(
         default=0.0,
         ge=0.0,
@@ -162,6 +185,10 @@ class Pretrain(_Settings):
         le=1.0,
         description="motion: share of clips that move otherwise than their captions say",
     )
+    mazes: tuple[MazeName, ...] = Field(
+        default=("umaze", "medium"), min_length=1, description="mazes: which of them are shown"
+    )
+    horizon: int = Field(default=32, ge=3, description="mazes: way points of a plan")
     autoencoder: Autoencoder = Autoencoder()
     denoiser: Denoiser = Denoiser()
     classifier: Classifier | None = Field(
@@ -172,23 +199,31 @@ class Pretrain(_Settings):
 
     @model_validator(mode="after")
     def _of_its_task(self) -> Pretrain:
-        for field, task in (("misspelt", "words"), ("wrong_motion", "motion")):
+        for field, task in _OF_ONE_TASK.items():
             if self.task != task and field in self.model_fields_set:
                 raise ValueError(
                     f"{field} has no meaning where the task is {self.task}; leave it out"
                 )
-        clips = self.task == "motion"
-        if not clips and self.autoencoder.still_updates:
+        if self.task != "motion" and self.autoencoder.still_updates:
             raise ValueError(
                 f"autoencoder.still_updates has no meaning where the task is {self.task}; leave it"
                 " out"
             )
-        if clips and self.denoiser.family != "transformer":
+        needed = {"motion": "transformer", "mazes": "planner"}.get(self.task)
+        if needed and self.denoiser.family != needed:
             raise ValueError(
-                "denoiser.family must be transformer where the task is motion, got"
+                f"denoiser.family must be {needed} where the task is {self.task}, got"
                 f" {self.denoiser.family}"
             )
-        of = 24 if clips else 16
+        if needed != "planner" and self.denoiser.family == "planner":
+            raise ValueError(
+                f"denoiser.family must be unet or transformer where the task is {self.task}, got"
+                " planner"
+            )
+        if self.task == "mazes":
+            for field in sorted({"autoencoder", "faded"} & self.model_fields_set):
+                raise ValueError(f"{field} has no meaning where the task is mazes; leave it out")
+        of = {"motion": 24, "mazes": 8}.get(self.task, 16)
         if self.denoiser.width % of:
             raise ValueError(
                 f"denoiser.width must be a multiple of {of} where the task is {self.task}, got"

@@ -14,7 +14,7 @@ from rlalign.data.pairs.reader import PreferenceSettings
 from rlalign.data.prompts.base import Prompts
 from rlalign.learning.fit import Fit, Optimisation
 from rlalign.policies.base import PolicyRecipe
-from rlalign.rewards.base import Reward
+from rlalign.rewards.base import Reward, refuse_latents
 
 
 class _Settings(BaseModel):
@@ -119,6 +119,11 @@ class Simulate(_Settings):
     lanes: int = Field(
         default=2, ge=1, description="threads that sample, each with a replica of the policy"
     )
+
+    @model_validator(mode="after")
+    def _judges_pictures(self) -> Simulate:
+        refuse_latents(self.utility, "utility", "a set of pairs has")
+        return self
 
     @model_validator(mode="after")
     def _draws_no_clips(self) -> Simulate:

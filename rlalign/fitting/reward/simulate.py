@@ -84,7 +84,7 @@ def _sampled(
     source = {"model_0": simulate.policy.name, "model_1": simulate.policy.name}
     for done, unit in enumerate(units, start=1):
         media: np.ndarray = works.popleft().result().value
-        utility_B = utility.score_bytes(media, unit.prompts).total_B
+        utility_B = utility.score_arrays({"media": media}, unit.prompts).total_B
         for a, b in _within(unit.prompt_ids)[: count - made]:
             key = f"{unit.key}/{unit.prompt_ids[a]}"
             uids = (f"{key}/{unit.sample_ids[a]}", f"{key}/{unit.sample_ids[b]}")
@@ -142,7 +142,7 @@ def _drawn(
             captions += [scene.caption] * 2
         # scored at once
         media = np.stack(pictures)
-        utility_B = utility.score_bytes(media, captions).total_B
+        utility_B = utility.score_arrays({"media": media}, captions).total_B
         for k in range(0, len(captions), 2):
             uids = (f"drawn/{start + k // 2}/0", f"drawn/{start + k // 2}/1")
             utilities = (float(utility_B[k]), float(utility_B[k + 1]))

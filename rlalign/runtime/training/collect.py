@@ -173,7 +173,7 @@ class RemoteCollect:
                 yield results
 
     def _fetched(self, results: Sequence[UnitResult]) -> list[Any]:
-        """Per unit (trajectory, media); None where they lay on a node, or belonged to a process,
+        """Per unit (trajectory, samples); None where they lay on a node, or belonged to a process,
         that is gone."""
         refs = [ref for result in results for ref in result.refs]
         try:
@@ -193,14 +193,14 @@ class RemoteCollect:
     def _scored(
         self, order: _Order, unit: Unit, result: UnitResult, content: tuple[Any, Any]
     ) -> Scored:
-        trajectory, media_BFCHW = content
+        trajectory, samples = content
         return Scored(
             unit=unit,
             policy_version=order.tag[1],
             raw=result.raw,
             total_B=total(self._run.rewards, result.raw, self._run.combine),
             trajectory=trajectory,
-            media_BFCHW=media_BFCHW,
+            media_BFCHW=samples.get("media"),
             seconds=result.seconds,
         )
 

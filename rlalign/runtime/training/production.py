@@ -33,7 +33,7 @@ class UnitResult:
     """Reward title -> (B,) float32."""
     seconds: Mapping[str, float]
     refs: tuple[ray.ObjectRef, ray.ObjectRef]
-    """Trajectory and media."""
+    """Trajectory and samples."""
 
 
 class Production:
@@ -51,6 +51,7 @@ class Production:
             units_per_call={r.title: r.units_per_call for r in rewards},
         )
         self._titles = {s: [r.title for r in run.rewards_for(s)] for s in ("train", "evaluate")}
+        self._spaces = {s: run.spaces_for(s) for s in ("train", "evaluate")}
         self.queue = 0
         """Units ordered and not finished."""
         self.handled_bytes = 0
@@ -90,7 +91,7 @@ class Production:
         try:
             result = await self.pools.do(
                 f"unit {unit.key}",
-                Rollout(unit=unit, version=tag[1]),
+                Rollout(unit=unit, version=tag[1], spaces=self._spaces[unit.key.stream]),
                 scored,
                 WeightsRef(tag=tag, ref=weights),
             )
@@ -119,13 +120,13 @@ class Production:
         }
 
     async def _scored(
-        self, unit: Unit, media: ray.ObjectRef, reward: WeightsRef | None
+        self, unit: Unit, samples: ray.ObjectRef, reward: WeightsRef | None
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """(reward title -> raw scores, "reward" -> seconds of all of them, "reward/TITLE" -> of
         one)."""
         titles = self._titles[unit.key.stream]
         answers = await self.pools.score(
-            titles, media, unit.prompts, unit=str(unit.key), weights=reward
+            titles, samples, unit.prompts, unit=str(unit.key), weights=reward
         )
         for title, answer in answers.items():
             self._note(reward_role(title), unit, answer.seconds)
