@@ -3,7 +3,7 @@ what their captions claim, and something is left to learn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 from rlalign.algorithms.reward_backprop import RewardBackprop
 from rlalign.core.batches import PromptBatch
-from rlalign.core.records import Plan, Unit, UnitKey
+from rlalign.core.records import MEDIA, Plan, Space, Unit, UnitKey
 from rlalign.core.registry import build
 from rlalign.data.prompts.motion import Motion
 from rlalign.diffusion.rollout import rollout
@@ -21,6 +21,21 @@ from rlalign.rewards.base import score
 
 HELD_OUT = Motion().held_out(64)
 PLAN = Plan(steps=4, rule="flow_ode", eta=0.0, frames=9)
+
+
+class Brightness:
+    """The mean of the media, which it remembers."""
+
+    spaces = MEDIA
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(
+        self, samples: Mapping[Space, torch.Tensor], prompts: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        self.seen.append(samples["media"])
+        return {"total": samples["media"].flatten(1).mean(dim=1)}
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +99,11 @@ def test_the_first_frames_are_decoded_alone_as_within_the_clip(policy: Policy) -
 def test_a_reward_is_backpropagated_through_few_frames(policy: Policy) -> None:
     """The loss is what the first three frames alone say."""
     unit = unit_of(2, PLAN)
-    seen = []
-
-    def scorer(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        seen.append(media_BFCHW)
-        return {"total": media_BFCHW.flatten(1).mean(dim=1)}
-
+    scorer = Brightness()
     (one,) = PromptBatch(units=(unit,), scorer=scorer).passes(1, (0, 0))
     loss = RewardBackprop(frames=3).loss(one, policy)
     loss.value.backward()
-    (media,) = seen
+    (media,) = scorer.seen
     assert media.shape == (2, 3, 3, 32, 32)
     _, drawn = rollout(policy, unit, 0)
     assert (media * 255.0 - torch.from_numpy(drawn[:, :3])).abs().max() < 0.5 + 0.1
