@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
-
 import torch
+from pydantic import Field
 
 from rlalign.core.records import Plan
 from rlalign.core.registry import Before, UserError

@@ -107,7 +107,10 @@ def test_a_reward_is_backpropagated_through_few_frames(policy: Policy) -> None:
     assert media.shape == (2, 3, 3, 32, 32)
     _, drawn = rollout(policy, unit, 0)
     assert (media * 255.0 - torch.from_numpy(drawn[:, :3])).abs().max() < 0.5 + 0.1
-    assert sum(float(p.grad.abs().sum()) for p in policy.trainable().values() if p.grad is not None) > 0.0
+    assert (
+        sum(float(p.grad.abs().sum()) for p in policy.trainable().values() if p.grad is not None)
+        > 0.0
+    )
     policy.network.zero_grad(set_to_none=True)
 
 
