@@ -116,7 +116,7 @@ def test_a_reward_is_backpropagated_through_few_frames(policy: Policy) -> None:
 
 @pytest.mark.promise
 def test_held_out_captions_are_followed_and_something_is_left_to_learn(policy: Policy) -> None:
-    """The plan of configs/tiny_video_grpo.yaml on 64 captions that no clip of the corpus shows:
+    """Eight ODE steps on 64 captions that no clip of the corpus shows:
     objects of the right kind move, otherwise than they should in many clips."""
     _, media = rollout(policy, unit_of(64, Plan(steps=8, rule="flow_ode", eta=0.0, frames=9)), 0)
     own = [text for _, text in HELD_OUT]
