@@ -51,6 +51,8 @@ class Family(ABC):
     them."""
     lora_targets: Sequence[str] = ()
     """Endings of the names of layers that a LoRA adapts; none where it takes no adapter."""
+    trial_prompt: str = ""
+    """A prompt to try the family with; not the empty one where a prompt must have a record."""
     reads_adapters: ClassVar[bool] = False
     """Whether training may start from a LoRA file (``attach_saved``)."""
     own_per_thread: tuple[str, ...] = ()

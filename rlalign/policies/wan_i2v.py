@@ -31,7 +31,7 @@ class WanImageToVideoFamily(WanFamily):
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
-    trial_prompt: ClassVar[str] = Prompt("", {FIELD: GREY})
+    trial_prompt = Prompt("", {FIELD: GREY})
 
     recipe: WanI2V
 

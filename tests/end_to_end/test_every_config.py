@@ -172,8 +172,8 @@ PROMISED = (
     "tiny_flow_grpo",
     "tiny_ocr",
 )
-"""One of each kind: plans, points, the embedded models, given pairs, gradients through the reward, engines
-that are no torch. The others are slow tests."""
+"""One of each kind: plans, points, the embedded models, given pairs, gradients through the reward,
+engines that are no torch. The others are slow tests."""
 
 
 @pytest.mark.parametrize(
