@@ -87,7 +87,7 @@ class DPOK(Algorithm):
         from rlalign.networks.critic import ValueNetwork
 
         elements = int(np.prod(policy.latent_shape(plan)))
-        width = policy.encode([""], plan).caption.summary_BD.shape[-1]
+        width = policy.encode([policy.family.trial_prompt], plan).caption.summary_BD.shape[-1]
         network = ValueNetwork(
             elements=elements, caption_width=width, steps=plan.steps, seed=self.seed
         )

@@ -53,6 +53,8 @@ class Family(ABC):
     """Further ones, which another family reads, that this one reads where its policy is named."""
     lora_targets: Sequence[str] = ()
     """Endings of the names of layers that a LoRA adapts; none where it takes no adapter."""
+    trial_prompt: str = ""
+    """A prompt to try the family with; not the empty one where a prompt must have a record."""
     reads_adapters: ClassVar[bool] = False
     """Whether training may start from a LoRA file (``attach_saved``)."""
     reads_embeddings: ClassVar[bool] = True

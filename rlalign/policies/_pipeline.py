@@ -54,8 +54,6 @@ class PipelineFamily(Family):
     """Whether latents are (C, F, H, W)."""
     trial_timesteps: ClassVar[tuple[int, ...]] = (1,)
     """At which a checkpoint is tried out."""
-    trial_prompt: ClassVar[str] = ""
-    """With which it is."""
     reads_adapters: ClassVar[bool] = True
     can_spread: ClassVar[bool] = True
     comfyui_keys: ClassVar[comfyui.Keys | None] = None

@@ -15,7 +15,7 @@ from pydantic import Field
 from rlalign.core.locations import LocalPath
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, read_reason
-from rlalign.data.double_integrator import JointGaussian, joint_gaussian, read_states
+from rlalign.data.double_integrator import JointGaussian, joint_gaussian, read_states, state_prompt
 from rlalign.diffusion.paths import VariancePreserving
 from rlalign.networks import lora
 from rlalign.policies.base import OWN_SIZE, Condition, Family, PolicyRecipe, Words, refuse_frames
@@ -99,6 +99,7 @@ class LinearGaussianFamily(Family):
 
     prediction = "epsilon"
     lora_targets = ("inner", "outer")
+    trial_prompt = state_prompt((0.0, 0.0))
 
     def __init__(self, device: str, horizon: int, hidden: int) -> None:
         self.path = VariancePreserving.scaled_linear(spacing="trailing", ends_clean=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -13,9 +14,10 @@ from pydantic import Field
 from rlalign.core.locations import LocalPath
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError
-from rlalign.data.mazes.maps import MAZES, MazeName, cells_of, find_maze
-from rlalign.data.mazes.tasks import read_task
+from rlalign.data.mazes.maps import MAZES, MazeName, cells_of, centres, find_maze
+from rlalign.data.mazes.tasks import Task, read_task
 from rlalign.diffusion.paths import VariancePreserving
+from rlalign.networks import lora
 from rlalign.networks.plan_denoiser import PlanDenoiser
 from rlalign.policies.base import OWN_SIZE, Condition, Family, PolicyRecipe, Words, refuse_frames
 
@@ -37,6 +39,7 @@ class PlannerFamily(Family):
     """
 
     prediction = "epsilon"
+    lora_targets = ("mix",)  # peft's adapter of a dilated convolution is not dilated
 
     def __init__(self, network: PlanDenoiser, device: str, maze: MazeName) -> None:
         self.path = VariancePreserving.scaled_linear(spacing="trailing", ends_clean=True)
@@ -44,9 +47,11 @@ class PlannerFamily(Family):
         self.network = network.eval().to(device)
         self._maze = find_maze(maze)
         self._horizon = network.settings["horizon"]
+        x, y = centres(self._maze, self._maze.free[:1])[0].tolist()
+        self.trial_prompt = Task(maze=self._maze, start=(x, y), goal=(x, y)).prompt
 
     def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
-        """(B, 2, 2) start and goal on the latent's scale, and (B,) the maze's number. Raises
+        """(B, 1, 4) start and goal on the latent's scale, and (B,) the maze's number. Raises
         UserError for a prompt without a record, or of another maze."""
         tasks = [read_task(prompt) for prompt in prompts]
         for task in tasks:
@@ -55,11 +60,11 @@ class PlannerFamily(Family):
                     f"policy.maze must be the maze of the prompts, got {self._maze.name!r} and a"
                     f" prompt in {task.maze.name!r}"
                 )
-        ends = np.array([[task.start, task.goal] for task in tasks]).reshape(-1, 2, 2)
+        ends = np.array([[*task.start, *task.goal] for task in tasks]).reshape(-1, 1, 4)
         number = [*MAZES].index(self._maze.name)
         words = Words(
             {
-                "ends_B22": torch.from_numpy(ends / self._maze.scale).float().to(self.device),
+                "embeds_BLD": torch.from_numpy(ends / self._maze.scale).float().to(self.device),
                 "maze_B": torch.full((len(tasks),), number, device=self.device),
             }
         )
@@ -67,7 +72,7 @@ class PlannerFamily(Family):
 
     def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         """The network's noise between the ends, and the exact one at them."""
-        ends_B22 = words["ends_B22"].to(x)
+        ends_B22 = words["embeds_BLD"].to(x).reshape(-1, 2, 2)
         found_B2H = self.network(x, timestep_B, ends_B22, words["maze_B"])
         alpha_B, sigma_B = (
             f(timestep_B.cpu()).to(x)[:, None, None] for f in (self.path.alpha, self.path.sigma)
@@ -119,10 +124,15 @@ class PlannerFamily(Family):
         return (2, self._horizon)
 
     def save(self, folder: Path) -> None:
-        """Weights and sizes, as ``PlanDenoiser.save`` writes them; ``path`` of the recipe reads
-        them."""
+        """Weights and sizes, as ``PlanDenoiser.save`` writes them, with the adapters in them;
+        ``path`` of the recipe reads them."""
         network = self.network
         assert isinstance(network, PlanDenoiser)
+        if lora.is_attached(network):
+            adapted = copy.deepcopy(network)
+            lora.merge(adapted)
+            network = PlanDenoiser(**network.settings)
+            network.load_state_dict(lora.plain_state_dict(adapted))
         network.save(folder)
 
 

@@ -39,7 +39,7 @@ class WanImageToVideoFamily(WanFamily):
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
     classes_by_name: ClassVar[tuple[str, ...]] = ("WanPipeline",)
-    trial_prompt: ClassVar[str] = Prompt("", {FIELD: GREY})
+    trial_prompt = Prompt("", {FIELD: GREY})
     reads_embeddings: ClassVar[bool] = False
 
     recipe: WanI2V

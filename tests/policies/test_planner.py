@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import rlalign
+from rlalign.algorithms._memory import Memory
+from rlalign.algorithms.dpok import DPOK
 from rlalign.core.prompts import Prompt
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError, build
@@ -20,6 +22,7 @@ from rlalign.networks.plan_denoiser import PlanDenoiser
 from rlalign.policies.base import Policy
 from rlalign.policies.planner import Planner
 from rlalign.policies.tiny_planner import ASSET, TinyPlanner
+from tests.toy import collect
 
 TASKS = [
     Task(maze=MAZES["umaze"], start=(-1.0, 0.9), goal=(-1.1, -1.0)),
@@ -109,6 +112,45 @@ def test_prompts_of_another_maze_or_without_a_record_are_refused(folder: Path) -
         load(folder, maze="medium").encode(PROMPTS)
     with pytest.raises(UserError, match="must have a record with maze, start and goal"):
         load(folder).encode([Prompt("a red circle")])
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize(
+    "plan", [{}, {"window": 2, "window_place": "end", "min_std": 0.02}], ids=["all", "the last"]
+)
+def test_the_ratio_is_exactly_one_before_the_first_update(
+    folder: Path, lora_rank: int, plan: dict[str, Any]
+) -> None:
+    """With a value network that reads the ends, and with an adapter whose matrices are not zero."""
+    policy = load(folder, lora_rank=lora_rank)
+    if lora_rank:
+        with torch.no_grad():
+            for parameter in policy.trainable().values():
+                parameter.add_(0.1)
+    given = unit(steps=4, **plan)
+    scored = collect(policy, [given])
+    algorithm = DPOK(advantage="global", value_lr=1e-3)
+    found = algorithm.critic(policy, given.plan)
+    assert found is not None
+    passes = list(algorithm.make_batch(scored, Memory()).passes(1))
+    assert len(passes) == (2 if plan else 3)
+    for one in passes:
+        loss = algorithm.loss(one, policy, critic=found[0])
+        assert loss.maxima["ratio/max_deviation"].item() == 0.0
+
+
+def test_an_adapter_is_in_what_is_saved(folder: Path, tmp_path: Path) -> None:
+    policy = load(folder, lora_rank=2)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1)
+    policy.save(tmp_path)
+    x, words = torch.randn(2, 2, 9), policy.encode(PROMPTS).caption
+    asked = (x, torch.tensor([600, 20]), words)
+    with torch.no_grad():
+        found = load(tmp_path).answer(*asked)
+        torch.testing.assert_close(found, policy.answer(*asked), atol=1e-4, rtol=1e-4)
+        assert (found - load(folder).answer(*asked)).abs().max() > 1e-2
 
 
 def test_a_saved_planner_is_read_again_and_a_damaged_one_is_refused(
