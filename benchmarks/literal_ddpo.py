@@ -45,9 +45,7 @@ class LiteralDDPO:
         self.optimiser = torch.optim.AdamW(
             self.unet.parameters(),
             lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
+            **settings.optimizer.model_dump(exclude={"name"}),
         )
 
     def embed(self, prompts: Sequence[str]) -> torch.Tensor:

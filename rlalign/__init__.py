@@ -12,8 +12,8 @@ The words that the code uses:
 
 run         everything that one YAML file says; the same run gives the same numbers
 recipe      a plug-in: a frozen model; its fields are the settings, its methods the behaviour
-shelf       a folder of plug-ins (policies, rewards, algorithms, samplers, prompts, sinks, limits):
-            the name in the YAML is the file's name
+shelf       a folder of plug-ins (policies, rewards, algorithms, samplers, prompts, sinks, limits,
+            optimizers): the name in the YAML is the file's name
 sink        where a run's numbers and pictures go beside its own files
 family      how the checkpoints of one kind are told words, asked, and decoded; verbs without state
 policy      the denoiser that is aligned: a family with weights, a precision and a meter

@@ -44,6 +44,7 @@ SHELVES = {
     "samplers": "samplers",
     "data.prompts": "data",
     "learning.limits": "learning",
+    "learning.optimizers": "learning",
     "sinks": "sinks",
 }
 """Shelf package -> its room. From outside its room, only ``base`` of a shelf may be imported;

@@ -22,6 +22,7 @@ def schema() -> dict[str, Any]:
     defs["EvaluateSettings"]["properties"]["rewards"] = rewards
     limits = {"type": "array", "items": _one_of("limits", defs)}
     defs["GuardSettings"]["properties"]["limits"] = limits
+    defs["LearnerSettings"]["properties"]["optimizer"] = _one_of("optimizers", defs)
     whole["properties"]["log"] = {"type": "array", "items": _one_of("sinks", defs)}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "$defs": defs}
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from rlalign.config.files import load_mapping, parse_run, resolved
 from rlalign.config.settings import Run
-from rlalign.config.spelling import limits_as_keys
+from rlalign.config.spelling import limits_as_keys, optimizer_as_keys
 from rlalign.core.registry import Before
 from rlalign.learning import checkpoint
 
@@ -67,7 +67,8 @@ def _as_before(run: Run) -> dict[str, Any]:
     for group in (said, said.get("refit")):
         if group and group.get("preferences"):
             group["preferences"] = {**group["preferences"], "workers": 0}
-    return said | {"guard": limits_as_keys(said["guard"])}
+    learner = optimizer_as_keys(said["learner"])
+    return said | {"guard": limits_as_keys(said["guard"]), "learner": learner}
 
 
 def _known_before(settings: Any, said: Any) -> Any:

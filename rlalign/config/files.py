@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlalign.config.settings import LISTS, PLUGINS, Run
-from rlalign.config.spelling import nest_path, note_spelling, respell
+from rlalign.config.settings import INSIDE, LISTS, PLUGINS, Run
+from rlalign.config.spelling import name_optimizer, nest_path, note_spelling, respell
 from rlalign.core.files import UnreadableText, join_surrogates, parse_strict_json, read_text
 from rlalign.core.locations import locate
 from rlalign.core.registry import UserError, build, explain, read_reason
@@ -143,7 +143,7 @@ def override(data: dict[str, Any], assignment: str) -> None:
     if path != given.strip():
         note_spelling("the command line", (given.strip(),))
     if isinstance(place, dict):
-        place[last] = value
+        place[last] = name_optimizer(path, value, place.get(last))
     else:
         place[_index(place, last, assignment)] = value
 
@@ -190,6 +190,11 @@ def parse_run(data: Mapping[str, Any]) -> Run:
     """The Run of a mapping. Plug-ins are built first, so that their errors say where in the file
     they are."""
     made = parse_plugins(respell(data), PLUGINS, ("rewards",))
+    for path, shelf in INSIDE.items():
+        group, _, key = path.rpartition(".")
+        place = made.get(group)
+        if isinstance(place, Mapping) and key in place:
+            made = made | {group: {**place, key: build(shelf, place[key], path)}}
     for path, (shelf, example) in LISTS.items():
         group, _, key = path.rpartition(".")
         place = made.get(group) if group else made

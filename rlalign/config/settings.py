@@ -25,13 +25,15 @@ from rlalign.learning.checkpoint import CheckpointSettings
 from rlalign.learning.evaluate import EvaluateSettings
 from rlalign.learning.guard import GuardSettings
 from rlalign.learning.learner import LearnerSettings
-from rlalign.learning.optimisers import refuse_device
 from rlalign.policies.base import LATENTS, WHOLE, Part, PolicyRecipe
 from rlalign.rewards.base import Combine, Reward, refuse_constraints, spaces_of
 from rlalign.sinks.base import Sink
 
 PLUGINS = {"policy": "policies", "prompts": "prompts", "algorithm": "algorithms"}
 """Field of a Run -> the shelf that its plug-in stands on."""
+
+INSIDE = {"learner.optimizer": "optimizers"}
+"""Path of a plug-in in a group, which may be left out -> its shelf."""
 
 LISTS = {
     "evaluate.rewards": ("rewards", "[{name: shapes}]"),
@@ -115,7 +117,7 @@ class Run(BaseModel):
                 "learner.shards must be a multiple of runtime.learner.workers"
                 f" ({runtime.learner.workers}), got {learner.shards}"
             )
-        refuse_device(learner, runtime.device)
+        learner.optimizer.refuse_device(runtime.device)
         # names and kinds of data fit each other
         if self.preferences is not None and not self.algorithm.eats.of_pairs:
             raise UserError(

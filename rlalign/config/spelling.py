@@ -1,6 +1,6 @@
 """Settings as they were spelt before: the runtime's flat keys such as ``rollout_workers`` in place
-of ``rollout: {workers: 2}``, a guard's limits as keys of its own, and what is decided without a
-setting now. They are read for one more release, with a note."""
+of ``rollout: {workers: 2}``, a guard's limits and an optimiser's settings as keys of their group,
+and what is decided without a setting now. They are read for one more release, with a note."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ LIMITS = {
 _FIRST = {"held_out": "reward", "kl": "most", "diversity": "least"}
 """Limit -> the setting without which there is none."""
 
+OPTIMIZER = {
+    "learner.optimizer": "learner.optimizer.name",
+    **{f"learner.{key}": f"learner.optimizer.{key}" for key in ("betas", "eps", "weight_decay")},
+}
+"""Path of what ``learner`` said of its optimiser -> its path today. (``learner.optimizer`` was a
+name alone.)"""
+_MOMENTS = {"betas": [0.9, 0.999], "eps": 1e-8}
+"""AdamW's own -> what they were where nothing was said: config.yaml has them of Adafactor too."""
+_WITHOUT_MOMENTS = "adafactor"
+
 GONE = {
     "preferences.workers": "the number of cores",
     "refit.preferences.workers": "the number of cores",
@@ -48,6 +58,8 @@ def nest_path(path: str) -> str:
     key, dot, inside = rest.partition(".")
     if path == "runtime.recovery_seconds":
         return "runtime.start_seconds"
+    if first == "learner" and f"learner.{key}" in OPTIMIZER and key != "optimizer":
+        return OPTIMIZER[f"learner.{key}"] + dot + inside
     if first != "runtime" or key not in NESTED:
         return path
     return ".".join(["runtime", *NESTED[key]]) + dot + inside
@@ -61,7 +73,7 @@ def respell(settings: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     """
     found = dict(settings)
     old: list[str] = []
-    for read in (_nest_runtime, _join_waits, _list_limits, _leave_out):
+    for read in (_nest_runtime, _join_waits, _nest_optimizer, _list_limits, _leave_out):
         old += read(found)
     if place and old:
         note_spelling(place, tuple(old))
@@ -101,6 +113,67 @@ def _join_waits(settings: dict[str, Any]) -> Iterator[str]:
     joined["start_seconds"] = wrong[0] if wrong else max(waits)
     settings["runtime"] = joined
     yield "runtime.recovery_seconds"
+
+
+def _nest_optimizer(settings: dict[str, Any]) -> Iterator[str]:
+    """Makes a plug-in of an optimiser's name and of its settings among the learner's; one without
+    a name is AdamW."""
+    learner = settings.get("learner")
+    if not isinstance(learner, Mapping):
+        return
+    given = learner.get("optimizer", {})
+    keys = [key for key in ("betas", "eps", "weight_decay") if key in learner]
+    if not isinstance(given, str | Mapping) or not (keys or "optimizer" in learner):
+        return  # nothing is said, or it is refused as what it is, where settings are parsed
+    nested = {"name": given} if isinstance(given, str) else {"name": "adamw", **given}
+    for key in keys:
+        if key in nested:
+            raise UserError(
+                f"learner.{key} is learner.optimizer.{key} now, and both are given; keep the second"
+            )
+        nested[key] = learner[key]
+    others = {key: value for key, value in learner.items() if key not in keys}
+    settings["learner"] = {**others, "optimizer": _free_of_moments(nested) if keys else nested}
+    if isinstance(given, str):
+        yield "learner.optimizer"
+    yield from (f"learner.{key}" for key in keys)
+
+
+def _free_of_moments(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser without what says nothing of it: AdamW's own of another, where they are as they
+    were by themselves."""
+    if optimizer["name"] != _WITHOUT_MOMENTS:
+        return optimizer
+    return {
+        key: value
+        for key, value in optimizer.items()
+        if key not in _MOMENTS or _plain(value) != _MOMENTS[key]
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def name_optimizer(path: str, value: Any, optimizer: Any) -> Any:
+    """What an override gives: of a name in place of an optimiser, the name and what is said of the
+    one that is there."""
+    if path != "learner.optimizer" or not isinstance(value, str):
+        return value
+    note_spelling("the command line", (path,))
+    said = optimizer if isinstance(optimizer, Mapping) else {}
+    return _free_of_moments({**said, "name": value})
+
+
+def optimizer_as_keys(learner: Mapping[str, Any]) -> dict[str, Any]:
+    """A learner as it was spelt before; an optimiser that had no such keys stays a plug-in."""
+    own = dict(learner["optimizer"])
+    name = own.pop("name")
+    if name not in ("adamw", "adafactor", "adamw_8bit"):
+        return dict(learner)
+    # there was no setting for AdamW before there was another
+    others = {key: value for key, value in learner.items() if key != "optimizer"}
+    return {**others, **_MOMENTS, **own, **({} if name == "adamw" else {"optimizer": name})}
 
 
 def _list_limits(settings: dict[str, Any]) -> Iterator[str]:
@@ -174,4 +247,4 @@ def _now(path: str) -> str:
     if room == "guard":
         name, setting = LIMITS[key]
         return f"{setting} of {name} in guard.limits"
-    return GONE.get(path) or nest_path(path)
+    return GONE.get(path) or OPTIMIZER.get(path) or nest_path(path)

@@ -29,6 +29,7 @@ from pydantic import (
 SHELVES: dict[str, str] = {
     "algorithms": "Algorithm",
     "limits": "Limit",
+    "optimizers": "Optimizer",
     "policies": "PolicyRecipe",
     "prompts": "Prompts",
     "rewards": "Reward",
@@ -36,9 +37,13 @@ SHELVES: dict[str, str] = {
     "sinks": "Sink",
 }
 """Shelf -> name of the base class in its ``base.py``. The shelf of prompts lives in
-``rlalign/data/``, that of a guard's limits in ``rlalign/learning/``."""
+``rlalign/data/``, those of a guard's limits and of optimisers in ``rlalign/learning/``."""
 
-_PACKAGES = {"limits": "learning.limits", "prompts": "data.prompts"}
+_PACKAGES = {
+    "limits": "learning.limits",
+    "optimizers": "learning.optimizers",
+    "prompts": "data.prompts",
+}
 
 
 class UserError(ValueError):

@@ -1,7 +1,7 @@
 """The parts of a run that know no Run: each takes what it needs as arguments.
 
 learner.py     one update: shards, accumulation, clipping, averages
-optimisers.py  AdamW, Adafactor, 8-bit AdamW: their rate, their state, its bytes
+optimizers/    the rules that change weights: one file each
 evaluate.py    fixed prompts and noise: summaries, comparisons, diversity, KL
 guard.py       over-optimisation: what is counted, and what is done then
 limits/        what a guard watches: one file each

@@ -263,7 +263,8 @@ def test_a_published_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
     )
     common = [
         "algorithm={name: diffusion_dpo, flip: true, posterior: sample, draws: 1}",
-        "learner={lr: 1.0e-5, optimizer: adafactor, warmup: 3, shards: 2, updates_per_round: 1}",
+        "learner={lr: 1.0e-5, optimizer: {name: adafactor}, warmup: 3, shards: 2}",
+        "learner.updates_per_round=1",
         "evaluate.every=0",
         "evaluate.prompts=2",
         "plan.steps=2",

@@ -251,8 +251,8 @@ def test_a_process_ends_with_code_2_and_no_traceback():
     assert done.returncode == 2
     assert (
         done.stderr
-        == "error: there is no shelf 'nothing'; known: algorithms, limits, policies, prompts,"
-        " rewards, samplers, sinks\n"
+        == "error: there is no shelf 'nothing'; known: algorithms, limits, optimizers, policies,"
+        " prompts, rewards, samplers, sinks\n"
     )
 
 

@@ -18,7 +18,7 @@ from rlalign.cli import main
 from rlalign.cli.check import cards, empty, memory, work
 from rlalign.config import Run, dump, load_run
 from rlalign.diffusion.rollout import rollout
-from rlalign.learning.optimisers import pack_state
+from rlalign.learning.optimizers.base import pack_state
 from rlalign.networks import devices
 from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.base import Policy
@@ -66,7 +66,7 @@ def test_what_a_reward_holds() -> None:
     [
         (),
         pytest.param(("learner.shards=4", "learner.ema_decay=0.9"), marks=pytest.mark.promise),
-        ("learner.optimizer=adafactor",),
+        ("learner.optimizer.name=adafactor",),
         pytest.param(
             ("learner.shards=1", "algorithm={name: ddpo, proximal: true}"),
             marks=pytest.mark.promise,
@@ -272,7 +272,7 @@ def sdxl_run(folder: Path, *settings: str) -> Run:
     """All weights with Adafactor."""
     policy = f"policy={{name: sdxl, path: {folder}, gradient_checkpointing: true}}"
     plan = "plan={steps: 3, guidance: 3.0, height: 32, width: 32}"
-    more = ("learner.optimizer=adafactor", "learner.shards=1", "rewards=[{name: jpeg}]")
+    more = ("learner.optimizer.name=adafactor", "learner.shards=1", "rewards=[{name: jpeg}]")
     return small_run(policy, plan, *more, *settings)
 
 
@@ -401,9 +401,9 @@ def test_what_takes_less_is_said_where_no_card_is_large_enough() -> None:
     needs = memory.needs_of(run, policy, {}, memory.Passes(learner=10_000_000, rollout=1))
     assert cards.advice_rows(run, policy, needs, 24e9) == {}
     told = cards.advice_rows(run, policy, needs, 1e9)["to take less"]
-    smaller = memory.learning(small_run("learner.optimizer=adafactor"), policy)
+    smaller = memory.learning(small_run("learner.optimizer.name=adafactor"), policy)
     small = memory.megabytes(smaller["adafactor state"])
-    assert f"learner.optimizer=adafactor (state 13.5 MB -> {small})" in told
+    assert f"learner.optimizer.name=adafactor (state 13.5 MB -> {small})" in told
     # start weights, the gradients of two shards, and two moments
     lasting = memory.megabytes(5 * memory.trained(policy))
     assert f"policy.lora_rank=16 (most of {lasting} of start weights" in told

@@ -181,7 +181,23 @@ def test_an_override_inside_an_empty_list():
             ),
         ),
         ("plan.eta=.nan", "plan.eta must be a finite number, got nan"),
-        ("learner.betas=[0.9, 0.9, 1]", "learner.betas must hold at most 2, got [0.9, 0.9, 1]"),
+        (
+            "learner.optimizer.betas=[0.9, 0.9, 1]",
+            "learner.optimizer.betas must hold at most 2, got [0.9, 0.9, 1]",
+        ),
+        (
+            "learner.optimizer={name: adamv}",
+            "learner.optimizer.name: no plug-in 'adamv' on shelf optimizers; did you mean 'adamw'?",
+        ),
+        (
+            "learner.optimizer={name: adafactor, betas: [0.8, 0.9]}",
+            "learner.optimizer.betas: unknown setting; known: name, weight_decay",
+        ),
+        (
+            "learner.optimizer=3",
+            "learner.optimizer must be a mapping with a name, got 3; known: adafactor, adamw,"
+            " adamw_8bit",
+        ),
         ("learnr.lr=1", "learnr: unknown setting; did you mean 'learner'?"),
         ("name=a b", "name must match ^[A-Za-z0-9][A-Za-z0-9._-]*$, got 'a b'"),
         ("name=../up", "name must match ^[A-Za-z0-9][A-Za-z0-9._-]*$, got '../up'"),
@@ -482,7 +498,9 @@ paths = st.sampled_from(
             "plan.rule",
             "plan.steps",
             "evaluate.rewards",
-            "learner.betas",
+            "learner.optimizer",
+            "learner.optimizer.betas",
+            "learner.weight_decay",
             "runtime.device",
             "nonsense",
             "plan.nonsense",

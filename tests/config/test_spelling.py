@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel
 
 from rlalign.cli import main
-from rlalign.config import Run, load_begun, load_run, parse_run
-from rlalign.config.spelling import NESTED, nest_path
+from rlalign.config import Run, dump, identity_of, load_begun, load_run, parse_run
+from rlalign.config.spelling import NESTED, nest_path, note_spelling
 from rlalign.core.registry import UserError
 from rlalign.sampling import load_sample
 from tests.runs import CONFIGS
@@ -168,6 +168,105 @@ def test_a_run_folder_of_before_is_noted_once(
     assert capsys.readouterr().err.count("runtime.rollout_workers is") == 1
 
 
+def with_learner(folder: Path, learner: dict[str, Any]) -> Path:
+    data = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text()) | {"learner": learner}
+    if "adamw_8bit" in str(learner):
+        data["runtime"] = {"device": "cuda"}
+    path = folder / "quickstart.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+OF_ADAMW: dict[str, Any] = {"betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.02}
+UNSAID: dict[str, Any] = {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 1e-4}
+OPTIMIZERS_OF_BEFORE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {}, "1f54d9fa56b6c6b3"),
+    (UNSAID, {"name": "adamw"}, "1f54d9fa56b6c6b3"),
+    ({"optimizer": "adamw"}, {"weight_decay": 1e-4}, "1f54d9fa56b6c6b3"),
+    (OF_ADAMW, OF_ADAMW, "3bf1b66d4bc71793"),
+    (
+        OF_ADAMW | {"optimizer": "adamw_8bit"},
+        {"name": "adamw_8bit", **OF_ADAMW},
+        "c3d9d301f0bcbacb",
+    ),
+    (UNSAID | {"optimizer": "adafactor"}, {"name": "adafactor"}, "1f408a54e15ce70d"),
+    (
+        {"optimizer": "adafactor", "weight_decay": 0.0},
+        {"name": "adafactor", "weight_decay": 0.0},
+        "53fe367ad7a9fdc3",
+    ),
+]
+"""What a learner said of its optimiser, how it says it now, and the identity of rlalign 0.1."""
+
+
+@pytest.mark.parametrize(("before", "now", "identity"), OPTIMIZERS_OF_BEFORE)
+def test_an_optimiser_in_either_spelling_is_the_same_run(
+    before: dict[str, Any],
+    now: dict[str, Any],
+    identity: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "now").mkdir()
+    today = with_learner(tmp_path / "now", {"warmup": 3, **({"optimizer": now} if now else {})})
+    run = load_run(today)
+    assert capsys.readouterr().err == ""
+    path = with_learner(tmp_path, {"warmup": 3, **before})
+    assert load_run(path) == load_begun(path) == run
+    assert identity_of(run) == identity
+    said = capsys.readouterr().err
+    assert said.count("note:") == bool(before)
+    for key in before:
+        assert f"learner.{key} is learner.optimizer.{'name' if key == 'optimizer' else key}" in said
+    (tmp_path / "dumped").mkdir()
+    dumped = tmp_path / "dumped" / "config.yaml"
+    dumped.write_text(dump(run))
+    assert load_begun(dumped) == run
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"optimizer": "adamw", **UNSAID}, {"optimizer": {"name": "adamw", **UNSAID}}]
+)
+def test_overrides_of_an_optimiser_in_either_spelling(
+    given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note_spelling.cache_clear()
+    path = with_learner(tmp_path, given)
+    expected = {"name": "adafactor", "weight_decay": 0.02}
+    for one in ("learner.weight_decay=0.02", "learner.optimizer.weight_decay=0.02"):
+        found = load_run(path, ["learner.optimizer=adafactor", one]).learner.optimizer
+        assert found.model_dump() == expected
+        found = load_run(path, [one, "learner.optimizer=adafactor"]).learner.optimizer
+        assert found.model_dump() == expected
+    whole = load_run(path, ["learner={weight_decay: 0.02, optimizer: adafactor}"]).learner
+    assert whole.optimizer.model_dump() == expected
+    said = capsys.readouterr().err
+    assert "the command line: learner.optimizer is learner.optimizer.name now" in said
+
+
+@pytest.mark.parametrize(
+    ("learner", "said"),
+    [
+        (
+            {"optimizer": {"name": "adamw", "eps": 1e-8}, "eps": 1e-8},
+            r"learner\.eps is learner\.optimizer\.eps now, and both are given; keep the second",
+        ),
+        ({"optimizer": "adamv"}, r"learner\.optimizer\.name: .* did you mean 'adamw'"),
+        (
+            {"optimizer": "adafactor", "betas": [0.8, 0.9]},
+            r"learner\.optimizer\.betas: unknown setting; known: name, weight_decay",
+        ),
+        ({"weight_decay": -1}, r"learner\.optimizer\.weight_decay must be >= 0, got -1"),
+        ({"optimizer": ["adamw"]}, r"learner\.optimizer must be a mapping with a name"),
+    ],
+)
+def test_mistakes_with_an_optimiser(learner: dict[str, Any], said: str) -> None:
+    data = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    with pytest.raises(UserError, match=said):
+        parse_run({**data, "learner": learner})
+
+
 def count(cls: type[BaseModel], seen: set[tuple[str, str]]) -> None:
     """Adds a class's own settings, and those of its groups; what two groups share counts once."""
     for name, setting in cls.model_fields.items():
@@ -187,4 +286,4 @@ def test_the_core_settings_are_few() -> None:
     found: set[tuple[str, str]] = set()
     for cls in (Run, PreferenceSettings, Prompts):
         count(cls, found)
-    assert len(found) <= 70, sorted(found)
+    assert len(found) <= 67, sorted(found)

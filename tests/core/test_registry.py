@@ -61,7 +61,11 @@ def message(shelf, settings, path=""):
 
 @pytest.mark.parametrize("shelf", sorted(registry.SHELVES))
 def test_names_are_the_folders_files(shelf):
-    inside = {"prompts": "data/prompts", "limits": "learning/limits"}
+    inside = {
+        "prompts": "data/prompts",
+        "limits": "learning/limits",
+        "optimizers": "learning/optimizers",
+    }
     folder = Path(registry.__file__).parents[1] / inside.get(shelf, shelf)
     assert names(shelf) == sorted(
         p.stem for p in folder.glob("*.py") if not p.stem.startswith("_") and p.stem != "base"

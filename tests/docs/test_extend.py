@@ -37,6 +37,7 @@ def test_every_shelf_has_its_example(folder: Path) -> None:
     found = {
         "algorithms": "raft:Raft",
         "limits": "spread:Spread",
+        "optimizers": "momentum:Momentum",
         "policies": "pixels:Pixels",
         "prompts": "phrases:Phrases",
         "rewards": "contrast:Contrast",
@@ -70,7 +71,7 @@ def test_the_commands_of_the_page_work(
 
 
 def test_the_page_has_commands_for_its_files() -> None:
-    assert [line.split()[0] for line in COMMANDS].count("rlalign") == 7
+    assert [line.split()[0] for line in COMMANDS].count("rlalign") == 8
 
 
 def test_the_reward_of_the_page_is_what_it_says(folder: Path) -> None:

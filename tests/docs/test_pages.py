@@ -90,7 +90,7 @@ def test_the_reference_has_every_plugin() -> None:
     """Each public module of the rooms that a plug-in is written against."""
     listed = set(re.findall(r"automodule:: (\S+)", read(ROOT / "docs" / "reference.md")))
     rooms = ("policies", "rewards", "algorithms", "samplers", "data/prompts", "sinks")
-    rooms += ("diffusion", "engine", "learning/limits")
+    rooms += ("diffusion", "engine", "learning/limits", "learning/optimizers")
     for room in (ROOT / "rlalign" / name for name in rooms):
         for file in room.glob("[!_]*.py"):
             name = ".".join(file.relative_to(ROOT).with_suffix("").parts)

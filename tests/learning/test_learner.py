@@ -141,7 +141,9 @@ def test_shards_agree_with_one_another_in_float32() -> None:
 )
 @pytest.mark.parametrize("shards", [pytest.param(2, marks=pytest.mark.promise), 4])
 def test_how_many_lanes_run_changes_no_bit(shards: int, optimizer: str) -> None:
-    many, single = (trained(shards=shards, lanes=n, optimizer=optimizer) for n in (None, 1))
+    many, single = (
+        trained(shards=shards, lanes=n, optimizer={"name": optimizer}) for n in (None, 1)
+    )
     assert len(many._lanes) == shards
     assert len(single._lanes) == 1
     assert same(many, single)
@@ -185,7 +187,7 @@ from safetensors.torch import save_file
 from tests.learning.test_learner import train_round, learner_of
 from tests.toy import ToyPolicy
 learner = learner_of(
-    ToyPolicy(), shards=int(sys.argv[1]), ema_decay=0.9, optimizer=sys.argv[3], warmup=4
+    ToyPolicy(), shards=int(sys.argv[1]), ema_decay=0.9, optimizer={"name": sys.argv[3]}, warmup=4
 )
 assert learner.accelerator.num_processes == 2, learner.accelerator.num_processes
 metrics = [train_round(learner, round) for round in (1, 2, 3)]
@@ -244,7 +246,8 @@ def test_two_learner_processes_equal_one_to_the_last_bit(
     and every metric, on both ranks."""
     for done in run_pair(shards, tmp_path, optimizer):
         assert done.returncode == 0, done.stderr
-    learner = learner_of(ToyPolicy(), shards=shards, ema_decay=0.9, optimizer=optimizer, warmup=4)
+    named = {"name": optimizer}
+    learner = learner_of(ToyPolicy(), shards=shards, ema_decay=0.9, optimizer=named, warmup=4)
     metrics = [train_round(learner, round) for round in (1, 2, 3)]
     wanted = dict(learner.state_dict())
     for i, line in enumerate(metrics):
@@ -284,7 +287,7 @@ def test_the_average_is_the_closed_form() -> None:
     assert plain.weights_to_show().tag == ("current", 2)
 
 
-@pytest.mark.parametrize("more", [{}, {"optimizer": "adafactor", "warmup": 6}])
+@pytest.mark.parametrize("more", [{}, {"optimizer": {"name": "adafactor"}, "warmup": 6}])
 def test_it_goes_on_from_its_state_to_the_last_bit(tmp_path: Path, more: dict[str, Any]) -> None:
     """Two rounds, through a file, two more, against four in a row; with the average and shuffled
     units, and in the midst of a warm-up."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlalign.cli.check.memory import PASS, START, STEP, Needs, Parts, megabytes, trained
+from rlalign.core.registry import build
 from rlalign.runtime.roles import LEARNER, ROLLOUT
 
 if TYPE_CHECKING:
@@ -69,12 +70,12 @@ def _of_learner(run: Run, policy: Policy, parts: Parts) -> list[str]:
     """Settings that make the learner's lasting parts smaller."""
     found = []
     full = not (run.policy.lora_rank or run.policy.adapter)
-    state = parts.get(f"{run.learner.optimizer} state", 0)
-    if full and run.learner.optimizer == "adamw":
-        small = _state_of(run, policy, "adafactor")
-        found.append(f"learner.optimizer=adafactor (state {megabytes(state)} -> {small})")
+    state = parts.get(f"{run.learner.optimizer.name} state", 0)
+    if full and run.learner.optimizer.name == "adamw":
+        small = _state_of(policy, "adafactor")
+        found.append(f"learner.optimizer.name=adafactor (state {megabytes(state)} -> {small})")
     if full and policy.family.lora_targets:
-        lasting = [START, "gradients", f"{run.learner.optimizer} state", "average"]
+        lasting = [START, "gradients", f"{run.learner.optimizer.name} state", "average"]
         size = sum(parts.get(name, 0) for name in lasting)
         size += sum(count for name, count in parts.items() if name.startswith("copy "))
         found.append(
@@ -102,12 +103,10 @@ def denoisers(policy: Policy) -> list[str]:
     return [name for name in family.parts() if family.role_of(name) == "denoiser"]
 
 
-def _state_of(run: Run, policy: Policy, optimizer: str) -> str:
+def _state_of(policy: Policy, optimizer: str) -> str:
     """What another optimiser would keep."""
-    from rlalign.learning.optimisers import bytes_of_state
-
-    other = run.learner.model_copy(update={"optimizer": optimizer})
-    return megabytes(bytes_of_state(other, list(policy.trainable().values())))
+    other: Any = build("optimizers", {"name": optimizer})
+    return megabytes(other.bytes_of_state(list(policy.trainable().values())))
 
 
 def _of_passes(run: Run, needs: Needs) -> list[str]:

@@ -227,14 +227,12 @@ def _lanes(run: Run) -> int:
 def learning(run: Run, policy: Policy) -> dict[str, int]:
     """What a learner holds beside its policy in every update: copies, gradients, the optimiser's
     state."""
-    from rlalign.learning.optimisers import bytes_of_state
-
     algorithm = run.algorithm
     settings = run.learner
     weights = trained(policy)
     of_critic = _critic(run, policy)
     values = sum(p.numel() * p.element_size() for p in of_critic)
-    state = bytes_of_state(settings, [*policy.trainable().values(), *of_critic])
+    state = settings.optimizer.bytes_of_state([*policy.trainable().values(), *of_critic])
 
     # one gradient is the sum; others are computed beside it, one a lane. Several learners have a
     # table of all shards, and the sum of all tables
@@ -249,18 +247,14 @@ def learning(run: Run, policy: Policy) -> dict[str, int]:
         **_own("average", weights if settings.ema_decay else 0),
         **_own("value network", values),
         "gradients": gradients * (weights + values),
-        f"{settings.optimizer} state": state,
+        f"{settings.optimizer.name} state": state,
     }
 
 
 def step_scratch(run: Run, policy: Policy) -> int:
-    """What the optimiser takes while it steps: on a GPU AdamW computes all weights at once, with a
-    root of every second moment; otherwise a weight at a time, three tensors of its size."""
+    """What the optimiser takes while it steps."""
     tensors = [*policy.trainable().values(), *_critic(run, policy)]
-    sizes = [t.numel() * t.element_size() for t in tensors]
-    if run.learner.optimizer == "adamw" and run.runtime.device != "cpu":
-        return sum(sizes)
-    return 3 * max(sizes, default=0)
+    return run.learner.optimizer.bytes_of_step(tensors, run.runtime.device)
 
 
 def of_a_round(run: Run, policy: Policy) -> int:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
-from rlalign.core.registry import UserError
+from rlalign.core.registry import UserError, build
 from rlalign.learning.learner import LearnerSettings
-from rlalign.learning.optimisers import (
-    OptimiserSettings,
-    build_optimiser,
-    bytes_of_state,
-    pack_state,
-    refuse_missing,
-    unpack_state,
-)
-from tests.learning.test_learner import learner_of, train_round, trained
+from rlalign.learning.optimizers.adafactor import Adafactor
+from rlalign.learning.optimizers.base import Optimizer, pack_state, unpack_state
+from tests.learning.test_learner import learner_of, same, train_round, trained
 from tests.runs import points_run
 from tests.toy import ToyPolicy
 
@@ -52,8 +46,7 @@ def test_adafactor_is_the_papers_with_a_rate_of_its_own() -> None:
     lr, decay = 1e-2, 0.1
     values = parameters()
     wanted = {n: p.detach().numpy().copy() for n, p in values.items()}
-    settings = OptimiserSettings(optimizer="adafactor", lr=lr, weight_decay=decay)
-    optimiser = build_optimiser(settings, [{"params": list(values.values())}])
+    optimiser = Adafactor(weight_decay=decay).build([{"params": list(values.values())}], lr)
     rows: dict[str, Any] = dict.fromkeys(SHAPES, 0.0)
     columns: dict[str, Any] = dict.fromkeys(SHAPES, 0.0)
     for t in (1, 2, 3):
@@ -81,14 +74,14 @@ def test_warm_up_is_the_schedule_of_diffusers() -> None:
     """constant_with_warmup, as the published trainers have it, and none where it is 0."""
     from diffusers.optimization import get_scheduler
 
-    settings = OptimiserSettings(lr=0.5, warmup=4)
+    settings = LearnerSettings(lr=0.5, warmup=4)
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = get_scheduler("constant_with_warmup", optimiser, num_warmup_steps=4)
     for update in range(8):
         assert settings.lr * settings.share_of_rate(update) == schedule.get_last_lr()[0]
         optimiser.step()
         schedule.step()
-    assert [OptimiserSettings().share_of_rate(n) for n in (0, 1, 100)] == [1.0, 1.0, 1.0]
+    assert [LearnerSettings().share_of_rate(n) for n in (0, 1, 100)] == [1.0, 1.0, 1.0]
 
 
 def test_a_learner_warms_its_rates_up_and_scales_them() -> None:
@@ -116,7 +109,7 @@ def test_a_learner_warms_its_rates_up_and_scales_them() -> None:
 
 
 def test_adafactor_trains_and_keeps_less() -> None:
-    one, other = trained(optimizer="adamw"), trained(optimizer="adafactor")
+    one, other = trained(), trained(optimizer={"name": "adafactor"})
     assert all(
         not torch.equal(t, other.base_weights().tensors[n])
         for n, t in other.policy.weights().items()
@@ -137,16 +130,16 @@ def test_its_state_goes_on_to_the_last_bit_and_has_the_bytes_that_are_said(optim
     state is looked at here."""
     if optimizer == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
-    settings = OptimiserSettings(optimizer=optimizer)  # type: ignore[arg-type]
+    settings: Any = build("optimizers", {"name": optimizer})
     large = {"large": torch.nn.Parameter(torch.randn(70, 100))}
     kept = {n: torch.nn.Parameter(p.float()) for n, p in parameters().items()} | large
-    optimiser = build_optimiser(settings, [{"params": list(kept.values())}])
+    optimiser = settings.build([{"params": list(kept.values())}], 1e-4)
     step(optimiser, kept, 1)
     packed = {n: t.clone() for n, t in pack_state(optimiser, kept).items()}
     size = sum(t.nbytes for n, t in packed.items() if t.ndim and not n.startswith("qmap"))
-    assert bytes_of_state(settings, list(kept.values())) == size
+    assert settings.bytes_of_state(list(kept.values())) == size
     again = {n: torch.nn.Parameter(p.detach().clone()) for n, p in kept.items()}
-    resumed = build_optimiser(settings, [{"params": list(again.values())}])
+    resumed = settings.build([{"params": list(again.values())}], 1e-4)
     unpack_state(resumed, again, packed)
     for values, one in ((kept, optimiser), (again, resumed)):
         step(one, values, 2)
@@ -159,22 +152,42 @@ def test_its_state_goes_on_to_the_last_bit_and_has_the_bytes_that_are_said(optim
 def test_8_bits_are_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run file says so before anything starts, the learner where it is; what is not installed is
     said by the machine that needs it."""
-    settings = LearnerSettings(optimizer="adamw_8bit")
+    named = {"name": "adamw_8bit"}
     message = r"learner\.optimizer adamw_8bit needs a CUDA device, got 'cpu'; set runtime\.device"
     with pytest.raises(UserError, match=message):
-        points_run("learner.optimizer=adamw_8bit")
+        points_run("learner.optimizer.name=adamw_8bit")
     with pytest.raises(UserError, match=message):
-        learner_of(ToyPolicy(), optimizer="adamw_8bit")
-    run = points_run("learner.optimizer=adamw_8bit", "runtime.device=cuda")
-    assert run.learner.optimizer == "adamw_8bit"
+        learner_of(ToyPolicy(), optimizer=named)
+    run = points_run("learner.optimizer.name=adamw_8bit", "runtime.device=cuda")
+    assert run.learner.optimizer.name == "adamw_8bit"
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"needs bitsandbytes \(.*\); install rlalign\[8bit\]"):
-        refuse_missing(settings)
-    refuse_missing(LearnerSettings(optimizer="adafactor"))
+        run.learner.optimizer.refuse_missing()
+    Adafactor().refuse_missing()
 
 
-@pytest.mark.parametrize("more", [{"betas": (0.8, 0.9)}, {"eps": 1e-6}])
-def test_what_is_adamws_is_refused_with_adafactor(more: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="must be left out with optimizer adafactor"):
-        LearnerSettings(optimizer="adafactor", **more)
-    assert LearnerSettings(optimizer="adamw", **more)
+class Momentum(Optimizer):
+    """SGD with momentum, torch's: an optimiser that is kept outside of rlalign."""
+
+    momentum: float = 0.9
+
+    def build(self, groups: Sequence[Mapping[str, Any]], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD([dict(group) for group in groups], lr=lr, momentum=self.momentum)
+
+
+def test_an_optimiser_of_ones_own_trains_and_goes_on_to_the_last_bit() -> None:
+    """SGD's first update by hand: the rate times the gradient, clipped to a norm of 1."""
+    named = {"name": f"{__name__}:Momentum", "momentum": 0.5}
+    run = points_run(f"learner.optimizer={named}")
+    assert run.learner.optimizer == Momentum(momentum=0.5)
+    once = trained(1, lr=0.1, optimizer=named, updates_per_round=1, max_grad_norm=1e-3)
+    moved = [t - once.base_weights().tensors[n] for n, t in once.policy.weights().items()]
+    norm = torch.cat([one.flatten() for one in moved]).norm()
+    assert norm.item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
+    straight, stopped = (trained(n, optimizer=named) for n in (2, 1))
+    state = {n: t.clone() for n, t in stopped.state_dict().items()}
+    assert "optimiser/momentum_buffer/inner.weight" in state
+    resumed = learner_of(ToyPolicy(seed=5), optimizer=named)
+    resumed.load_state_dict(state)
+    train_round(resumed, 2)
+    assert same(resumed, straight)
