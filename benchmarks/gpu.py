@@ -30,7 +30,8 @@ from rlalign.algorithms.base import step_batch
 from rlalign.core import registry
 from rlalign.core.records import Plan, Scored, Unit, UnitKey
 from rlalign.diffusion.rollout import rollout
-from rlalign.learning.learner import Learner, LearnerSettings
+from rlalign.learning.learner import Learner
+from rlalign.learning.settings import LearnerSettings
 from rlalign.policies.base import Policy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -32,7 +32,8 @@ from rlalign.algorithms.base import step_batch
 from rlalign.core import registry
 from rlalign.core.records import Plan, Scored, Unit, UnitKey
 from rlalign.diffusion.rollout import rollout
-from rlalign.learning.learner import Learner, LearnerSettings
+from rlalign.learning.learner import Learner
+from rlalign.learning.settings import LearnerSettings
 from rlalign.networks.random_models import find_family
 from rlalign.networks.random_models.folder import write_pipeline
 from rlalign.policies.base import Policy

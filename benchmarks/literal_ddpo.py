@@ -18,7 +18,7 @@ import torch
 from rlalign.algorithms.ddpo import DDPO
 from rlalign.core.records import Unit
 from rlalign.diffusion.noise import unit_noise
-from rlalign.learning.learner import LearnerSettings
+from rlalign.learning.settings import LearnerSettings
 from rlalign.policies.base import Policy
 
 

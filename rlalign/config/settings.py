@@ -24,7 +24,7 @@ from rlalign.data.prompts.base import Prompts
 from rlalign.learning.checkpoint import CheckpointSettings
 from rlalign.learning.evaluate import EvaluateSettings
 from rlalign.learning.guard import GuardSettings
-from rlalign.learning.learner import LearnerSettings
+from rlalign.learning.settings import LearnerSettings
 from rlalign.policies.base import LATENTS, WHOLE, Part, PolicyRecipe
 from rlalign.rewards.base import Combine, Reward, refuse_constraints, spaces_of
 from rlalign.sinks.base import Sink

@@ -11,80 +11,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from rlalign.core.batches import Batch, Pass
 from rlalign.core.copies import AtRoundStart, Copy, Decay, Every
 from rlalign.core.finite import refuse_update
 from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Scored, Weights
-from rlalign.core.registry import Before, UserError, plugin_field
+from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import generator
 from rlalign.learning.evaluate import kl_of_unit, mean_kl
 from rlalign.learning.gradients import ShardSum, are_finite, take_gradients
 from rlalign.learning.lanes import Lane, PassLoss
-from rlalign.learning.optimizers.adamw import AdamW
-from rlalign.learning.optimizers.base import Optimizer, pack_state, unpack_state
+from rlalign.learning.optimizers.base import pack_state, unpack_state
+from rlalign.learning.settings import LearnerSettings
 from rlalign.networks.precision import explained, here, start_thread
 from rlalign.policies.base import Policy
-
-_Optimizer = Annotated[Optimizer, plugin_field("optimizers", "learner.optimizer")]
-
-
-class LearnerSettings(BaseModel):
-    """How weights are updated: the rule that changes them, how large its steps are, and how many
-    there are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False, description="learning rate")
-    optimizer: SerializeAsAny[_Optimizer] = Field(
-        default_factory=AdamW, description="the rule that changes weights"
-    )
-    warmup: Annotated[int, Before(0)] = Field(
-        default=0,
-        ge=0,
-        description=(
-            "updates over which the rate rises in a line from 0; 0 is none (the first of n updates"
-            " has rate 0, as in diffusers)"
-        ),
-    )
-    max_grad_norm: float = Field(
-        default=1.0, gt=0, description="gradients are scaled down to this global norm"
-    )
-    epochs: int = Field(default=1, ge=1, description="times a round's samples are used")
-    updates_per_round: int = Field(
-        default=2, ge=1, description="optimiser updates per epoch; must divide the units of a round"
-    )
-    steps_per_pass: int = Field(
-        default=1,
-        ge=1,
-        description="denoising steps in one forward pass; 1 keeps the rollout's batch shape",
-    )
-    shards: int = Field(
-        default=1,
-        ge=1,
-        description="parts whose gradients are summed apart; they run side by side on a CPU",
-    )
-    shard: Annotated[Literal["none", "base"], Before("none")] = Field(
-        default="none",
-        description=(
-            "base spreads the frozen denoiser under a LoRA over the learner's workers (FSDP2): the"
-            " same numbers, and its memory divided by their number"
-        ),
-    )
-    ema_decay: float = Field(
-        default=0.0, ge=0, lt=1, description="weight average used to evaluate and export; 0 is off"
-    )
-
-    def share_of_rate(self, update: int) -> float:
-        """Which share of ``lr`` the update after ``update`` others has: linear warm-up, then
-        constant."""
-        return min(1.0, update / self.warmup) if self.warmup else 1.0
 
 
 def _refuse_uneven(shards: int, world: int) -> None:

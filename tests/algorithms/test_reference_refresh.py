@@ -10,7 +10,8 @@ from rlalign.algorithms._memory import Memory
 from rlalign.algorithms.base import Algorithm
 from rlalign.algorithms.d3po import D3PO
 from rlalign.algorithms.diffusion_dpo import DiffusionDPO
-from rlalign.learning.learner import Learner, LearnerSettings
+from rlalign.learning.learner import Learner
+from rlalign.learning.settings import LearnerSettings
 from rlalign.policies.base import Policy
 from tests.toy import ToyPolicy, collect, make_units
 

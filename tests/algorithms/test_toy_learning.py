@@ -25,7 +25,8 @@ from rlalign.algorithms.rwr import RWR
 from rlalign.core.batches import PromptBatch
 from rlalign.core.records import Plan, Scored, Unit
 from rlalign.learning.evaluate import kl_to_reference
-from rlalign.learning.learner import Learner, LearnerSettings
+from rlalign.learning.learner import Learner
+from rlalign.learning.settings import LearnerSettings
 from tests.algorithms.helpers import FlowToy
 from tests.toy import PROMPTS, MediaScorer, ToyPolicy, collect, make_units
 

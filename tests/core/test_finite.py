@@ -23,7 +23,8 @@ from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, build
 from rlalign.diffusion.rollout import rollout
 from rlalign.engine import NoScore
-from rlalign.learning.learner import Learner, LearnerSettings
+from rlalign.learning.learner import Learner
+from rlalign.learning.settings import LearnerSettings
 from rlalign.policies.base import Policy
 from rlalign.policies.sd3 import StableDiffusion3
 from rlalign.policies.stable_diffusion import StableDiffusion

@@ -22,7 +22,8 @@ from rlalign.core.batches import StepBatch, StepPass
 from rlalign.core.registry import UserError
 from rlalign.diffusion.rollout import replay
 from rlalign.learning.evaluate import kl_to_reference
-from rlalign.learning.learner import Learner, LearnerSettings
+from rlalign.learning.learner import Learner
+from rlalign.learning.settings import LearnerSettings
 from rlalign.policies.base import Policy
 from tests.toy import ToyPolicy, as_float64, collect, gradient, make_units
 

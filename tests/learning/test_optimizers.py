@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rlalign.core.registry import UserError, build
-from rlalign.learning.learner import LearnerSettings
 from rlalign.learning.optimizers.adafactor import Adafactor
 from rlalign.learning.optimizers.base import Optimizer, pack_state, unpack_state
+from rlalign.learning.settings import LearnerSettings
 from tests.learning.test_learner import learner_of, same, train_round, trained
 from tests.runs import points_run
 from tests.toy import ToyPolicy
