@@ -461,6 +461,11 @@ def test_runs_without_an_adapter_are_the_runs_that_they_were() -> None:
     assert optimizer.pop("name") == "adamw"
     before["learner"] |= optimizer
     assert before["learner"].pop("warmup") == 0
+    assert before["learner"].pop("shard") == "none"
+    assert (before["plan"].pop("window_place"), before["plan"].pop("min_std")) == (
+        "first_half",
+        0.0,
+    )
     assert before.pop("combine") == "sum"
     assert before.pop("refit") is None
     assert before["evaluate"].pop("by") == ""

@@ -224,14 +224,14 @@ def test_a_failing_score_is_missing_or_fails_the_unit_as_the_asker_says(
 
     from rlalign.runtime.pool import UnitFailed
 
-    media = np.full((2, 1, 3, 8, 8), 51, np.uint8)
+    samples = {"media": np.full((2, 1, 3, 8, 8), 51, np.uint8)}
     prompts = ("a red circle", "a blue square")
     retries = list[Role]()
 
     async def scene(pools: Any) -> Any:
-        found = await pools.score(["jpeg", "faulty"], ray.put(media), prompts, drop=True)
+        found = await pools.score(["jpeg", "faulty"], ray.put(samples), prompts, drop=True)
         with pytest.raises(UnitFailed) as caught:
-            await pools.score(["jpeg", "faulty"], ray.put(media), prompts, unit="train/1/7")
+            await pools.score(["jpeg", "faulty"], ray.put(samples), prompts, unit="train/1/7")
         return found, str(caught.value)
 
     found, message = on_pools(members, scene, again=retries.append)
