@@ -13,6 +13,7 @@ are soft by a few millimetres; without contact both agree.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,12 @@ NEAR = 0.2
 _AT_ONCE = 4  # way points that one step may pass
 
 
+Disturb = Callable[[int, np.ndarray], np.ndarray]
+"""(number of the step, (B, 2) places) -> (B, 2) free places to which the balls are carried."""
+PlanAnew = Callable[[int, np.ndarray], np.ndarray | None]
+"""(number of the step, (B, 2) places) -> (B, H, 2) way points in metres, or None: go on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What came of plans. A plan with a number that is not finite goes nowhere: it is not
@@ -50,7 +57,7 @@ class Outcome:
     steps_B: np.ndarray
     """(B,) steps until then; all that there were where the goal was not reached."""
     passed_B: np.ndarray
-    """(B,) way points that the controller left behind."""
+    """(B,) way points of the last plan that the controller left behind."""
     contact_B: np.ndarray
     """(B,) steps in which the ball touched a wall."""
     path_BT2: np.ndarray
@@ -70,12 +77,16 @@ def simulate(
     goals_B2: np.ndarray,
     *,
     seconds: float | None = None,
+    disturb: Disturb | None = None,
+    plan_anew: PlanAnew | None = None,
 ) -> Outcome:
     """Lets a ball at rest follow each plan's way points in metres, for the maze's time or
     ``seconds``.
 
     The controller aims at one way point after the other, and at none before it was near those ahead
-    of it: a plan through a wall ends there.
+    of it: a plan through a wall ends there. Before every step ``disturb`` may move the balls, and
+    ``plan_anew`` may give other plans, which are then followed from their first way point on; the
+    balls keep their velocities. Balls that have arrived lie still.
     """
     steps = round((maze.seconds if seconds is None else seconds) / STEP)
     sound_B = np.isfinite(points_BH2.sum(axis=(1, 2)))
@@ -89,6 +100,14 @@ def simulate(
     path_BT2[:, 0] = place_B2
     going_B = sound_B.copy()
     for step in range(steps + 1):
+        # what befalls the balls, and plans from where they are then
+        if disturb is not None:
+            place_B2 = np.where(going_B[:, None], disturb(step, place_B2), place_B2)
+        anew_BH2 = None if plan_anew is None else plan_anew(step, place_B2)
+        if anew_BH2 is not None:
+            points_BH2 = np.where(np.isfinite(anew_BH2), anew_BH2, place_B2[:, None])
+            aim_B = np.zeros_like(aim_B)
+
         # who is there
         aim_B = _pass_points(points_BH2, place_B2, aim_B)
         aim_B2 = _points_at(points_BH2, aim_B)
