@@ -20,7 +20,7 @@ def execute_plans(
     prompts: Sequence[str],
     *,
     replan_every: int = 0,
-    disturb: Disturb | None = None,
+    disturb: Disturb = lambda step, place_B2: place_B2,
     seconds: float | None = None,
     **settings: Any,
 ) -> Outcome:
@@ -58,7 +58,8 @@ def execute_plans(
         return plans_B2H.double().cpu().numpy().transpose(0, 2, 1) * maze.scale
 
     def plan_anew(step: int, place_B2: np.ndarray) -> np.ndarray | None:
-        return plan_from(place_B2) if step and step % replan_every == 0 else None
+        is_due = replan_every > 0 and step > 0 and step % replan_every == 0
+        return plan_from(place_B2) if is_due else None
 
     starts_B2 = np.array([task.start for task in tasks])
     return simulate(
@@ -68,5 +69,5 @@ def execute_plans(
         goals_B2,
         seconds=seconds,
         disturb=disturb,
-        plan_anew=plan_anew if replan_every else None,
+        plan_anew=plan_anew,
     )
