@@ -43,6 +43,7 @@ from rlalign.core import moved
 if TYPE_CHECKING:
     from rlalign.algorithms.base import Algorithm, Loss
     from rlalign.alignment.api import load_policy, load_reward
+    from rlalign.alignment.execution import execute_plans
     from rlalign.alignment.loop import train_local
     from rlalign.config import Run, load_run
     from rlalign.core.records import Plan, Scored, Trajectory, Unit
@@ -73,6 +74,7 @@ _HOMES = {
     "Trajectory": "core.records",
     "Unit": "core.records",
     "UserError": "core.registry",
+    "execute_plans": "alignment.execution",
     "load_policy": "alignment.api",
     "load_reward": "alignment.api",
     "load_run": "config",
@@ -96,6 +98,7 @@ __all__ = [
     "Trajectory",
     "Unit",
     "UserError",
+    "execute_plans",
     "load_policy",
     "load_reward",
     "load_run",

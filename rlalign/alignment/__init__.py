@@ -12,6 +12,7 @@ models.py       a policy that somebody named: a run folder, a pipeline folder, a
 words.py        one process encodes prompts for all others: this one
 encode.py       the words of a run's prompts in a file
 environment.py  denoising as a Gymnasium environment
+execution.py    a planner's plans followed in the simulator, with plans anew on the way
 
 May import everything below; ``rlalign.runtime`` puts the same loop on a cluster.
 """

@@ -284,7 +284,8 @@ def test_a_reward_that_is_not_there_is_a_users_error(
 
 def test_the_public_names_keep_their_form() -> None:
     """What notebooks and other programs rely on."""
-    for name in ("load_policy", "load_reward", "load_run", "train_local", "train_on_ray"):
+    functions = ("load_policy", "load_reward", "load_run", "train_local", "train_on_ray")
+    for name in (*functions, "execute_plans"):
         assert name in rlalign.__all__
         assert callable(getattr(rlalign, name))
     parameters = inspect.signature(rlalign.Policy.sample).parameters

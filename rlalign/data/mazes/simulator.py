@@ -13,6 +13,7 @@ are soft by a few millimetres; without contact both agree.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,12 @@ NEAR = 0.2
 _AT_ONCE = 4  # way points that one step may pass
 
 
+Disturb = Callable[[int, np.ndarray], np.ndarray]
+"""(number of the step, (B, 2) places) -> (B, 2) free places to which the balls are carried."""
+PlanAnew = Callable[[int, np.ndarray], np.ndarray | None]
+"""(number of the step, (B, 2) places) -> (B, H, 2) way points in metres, or None: go on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What came of plans. A plan with a number that is not finite goes nowhere: it is not
@@ -50,7 +57,7 @@ class Outcome:
     steps_B: np.ndarray
     """(B,) steps until then; all that there were where the goal was not reached."""
     passed_B: np.ndarray
-    """(B,) way points that the controller left behind."""
+    """(B,) way points of the last plan that the controller left behind."""
     contact_B: np.ndarray
     """(B,) steps in which the ball touched a wall."""
     path_BT2: np.ndarray
@@ -70,30 +77,33 @@ def simulate(
     goals_B2: np.ndarray,
     *,
     seconds: float | None = None,
+    disturb: Disturb = lambda step, place_B2: place_B2,
+    plan_anew: PlanAnew = lambda step, place_B2: None,
 ) -> Outcome:
     """Lets a ball at rest follow each plan's way points in metres, for the maze's time or
     ``seconds``.
 
     The controller aims at one way point after the other, and at none before it was near those ahead
-    of it: a plan through a wall ends there.
+    of it: a plan through a wall ends there. Before every step ``disturb`` may move the balls, and
+    ``plan_anew`` may give other plans, which are then followed from their first way point on; the
+    balls keep their velocities. Balls that have arrived lie still.
     """
     steps = round((maze.seconds if seconds is None else seconds) / STEP)
     sound_B = np.isfinite(points_BH2.sum(axis=(1, 2)))
     points_BH2 = np.where(sound_B[:, None, None], points_BH2, starts_B2[:, None])
-    place_B2 = np.array(starts_B2, dtype=float)
-    velocity_B2 = np.zeros_like(place_B2)
-    aim_B = np.zeros(len(place_B2), dtype=int)
-    contact_B = np.zeros_like(aim_B)
+    place_B2, velocity_B2 = np.array(starts_B2, dtype=float), np.zeros(np.shape(starts_B2))
+    aim_B, contact_B = np.zeros((2, len(place_B2)), dtype=int)
     steps_B = np.full_like(aim_B, steps)
     path_BT2 = np.empty((len(place_B2), steps + 1, 2))
     path_BT2[:, 0] = place_B2
     going_B = sound_B.copy()
     for step in range(steps + 1):
-        # who is there
+        # where they are, by which plans, and who is there
+        place_B2 = np.where(going_B[:, None], disturb(step, place_B2), place_B2)
+        points_BH2, aim_B = _renew(plan_anew(step, place_B2), place_B2, points_BH2, aim_B)
         aim_B = _pass_points(points_BH2, place_B2, aim_B)
         aim_B2 = _points_at(points_BH2, aim_B)
-        arrives_B = going_B & _is_near(place_B2, goals_B2, GOAL_RADIUS)
-        arrives_B &= _is_near(aim_B2, goals_B2, GOAL_RADIUS)
+        arrives_B = going_B & _are_there(place_B2, aim_B2, goals_B2)
         steps_B[arrives_B] = step
         going_B &= ~arrives_B
         if step == steps or not going_B.any():
@@ -102,9 +112,8 @@ def simulate(
 
         # a step of the others
         action_B2 = control(aim_B2, place_B2, velocity_B2)
-        moved_B2, speed_B2, touches_B = advance(maze, place_B2, velocity_B2, action_B2)
-        place_B2 = np.where(going_B[:, None], moved_B2, place_B2)
-        velocity_B2 = np.where(going_B[:, None], speed_B2, velocity_B2)
+        *moved, touches_B = advance(maze, place_B2, velocity_B2, action_B2)
+        place_B2, velocity_B2 = np.where(going_B[:, None], moved, [place_B2, velocity_B2])
         contact_B += going_B & touches_B
         path_BT2[:, step + 1] = place_B2
     return Outcome(
@@ -114,6 +123,22 @@ def simulate(
         contact_B=contact_B,
         path_BT2=path_BT2,
     )
+
+
+def _renew(
+    anew_BH2: np.ndarray | None, place_B2: np.ndarray, points_BH2: np.ndarray, aim_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Way points and which of them are aimed at, once there may be other plans; a number of those
+    that is not finite is the ball's own place."""
+    if anew_BH2 is None:
+        return points_BH2, aim_B
+    return np.where(np.isfinite(anew_BH2), anew_BH2, place_B2[:, None]), np.zeros_like(aim_B)
+
+
+def _are_there(place_B2: np.ndarray, aim_B2: np.ndarray, goals_B2: np.ndarray) -> np.ndarray:
+    """(B,) bool: whether balls and the way points they aim at are at the goals."""
+    is_there_B = _is_near(place_B2, goals_B2, GOAL_RADIUS)
+    return is_there_B & _is_near(aim_B2, goals_B2, GOAL_RADIUS)
 
 
 def _points_at(points_BH2: np.ndarray, number_B: np.ndarray) -> np.ndarray:
