@@ -47,7 +47,7 @@ SMALL = (
     "runtime.rollout.workers=2",
 )
 REFITTED = ["refit=null", "rewards=[{name: bradley_terry}]", "evaluate.rewards=[]"]
-"""tests/end_to_end/test_people.py has a run with votes; the actors serve two rewards at most."""
+"""tests/end_to_end/test_people.py has a run with votes; the actors serve three rewards at most."""
 
 
 def small(name: str, pairs: Path) -> Run:
@@ -114,7 +114,7 @@ class Renewed(Coordinator):
 
 
 class Actors:
-    """A coordinator, two rollout workers and two reward workers, which take up one run after the
+    """A coordinator, two rollout workers and three reward workers, which take up one run after the
     other."""
 
     def __init__(self, first: Run) -> None:
@@ -128,7 +128,7 @@ class Actors:
             started(PolicyWorker, policy_source(first), f"{ROLLOUT} {i}") for i in range(2)
         ]
         self._rewards = [
-            started(RewardWorker, first.rewards[0], "cpu", 1, f"reward {i}") for i in range(2)
+            started(RewardWorker, first.rewards[0], "cpu", 1, f"reward {i}") for i in range(3)
         ]
 
     def train(self, run: Run, folder: Path) -> None:
