@@ -4,6 +4,7 @@ own format by the policies."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -278,6 +279,15 @@ def plain_state_dict(network: torch.nn.Module) -> dict[str, torch.Tensor]:
         for n, t in network.state_dict().items()
         if "lora_" not in n
     }
+
+
+def merged_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A network's weights on the CPU, ready for a file, with its adapters merged in a copy where it
+    has any; the network stays as it is."""
+    if is_attached(network):
+        network = copy.deepcopy(network)
+        merge(network)
+    return {n: t.detach().cpu().contiguous() for n, t in plain_state_dict(network).items()}
 
 
 def save(pipeline: Any, part: str, folder: Path) -> None:

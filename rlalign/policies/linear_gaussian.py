@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,13 +173,7 @@ class LinearGaussianFamily(Family):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        network = self.network
-        if lora.is_attached(network):
-            network = copy.deepcopy(network)
-            lora.merge(network)
-        plain = lora.plain_state_dict(network)
-        weights = {n: t.detach().cpu().contiguous() for n, t in plain.items()}
-        save_file(weights, folder / "residual.safetensors")
+        save_file(lora.merged_weights(self.network), folder / "residual.safetensors")
         (folder / "config.json").write_text(json.dumps(self._settings), encoding="utf-8")
 
     def read(self, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -126,13 +125,10 @@ class PlannerFamily(Family):
     def save(self, folder: Path) -> None:
         """Weights and sizes, as ``PlanDenoiser.save`` writes them, with the adapters in them;
         ``path`` of the recipe reads them."""
-        network = self.network
-        assert isinstance(network, PlanDenoiser)
-        if lora.is_attached(network):
-            adapted = copy.deepcopy(network)
-            lora.merge(adapted)
-            network = PlanDenoiser(**network.settings)
-            network.load_state_dict(lora.plain_state_dict(adapted))
+        own = self.network
+        assert isinstance(own, PlanDenoiser)
+        network = PlanDenoiser(**own.settings)
+        network.load_state_dict(lora.merged_weights(own))
         network.save(folder)
 
 

@@ -3,7 +3,6 @@ load."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,13 +136,7 @@ class PointsFamily(Family):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        network = self.network
-        if lora.is_attached(network):
-            network = copy.deepcopy(network)
-            lora.merge(network)
-        plain = lora.plain_state_dict(network)
-        weights = {n: t.detach().cpu().contiguous() for n, t in plain.items()}
-        save_file(weights, folder / "points.safetensors")
+        save_file(lora.merged_weights(self.network), folder / "points.safetensors")
         (folder / "points.json").write_text(json.dumps({"hidden": self._hidden}), encoding="utf-8")
 
     def read(self, folder: Path) -> None:
