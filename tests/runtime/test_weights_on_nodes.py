@@ -81,7 +81,7 @@ def stored(cluster: Any) -> int:
     """Bytes in the store of the second node."""
     from ray._private.internal_api import node_stats
 
-    node = cluster.worker_nodes[0]
+    (node,) = cluster.worker_nodes
     found = node_stats(node.node_ip_address, node.node_manager_port, include_memory_info=False)
     return int(found.store_stats.object_store_bytes_used)
 
