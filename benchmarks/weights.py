@@ -21,7 +21,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -105,10 +105,10 @@ def cluster(store_bytes: int) -> Iterator[None]:
     prepare_environment("auto")
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 2, "object_store_memory": store_bytes}
+    node: Any = {"num_cpus": 2, "object_store_memory": store_bytes}
     found = Cluster(initialize_head=True, head_node_args={**node, "resources": {"first": 2}})
     found.add_node(**node, resources={"second": 2})
-    ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=found.address, log_to_driver=False)
     try:
         yield
     finally:
@@ -121,17 +121,17 @@ def turn(
 ) -> tuple[float, float, int]:
     """(seconds of publishing, seconds until all hold them, bytes in the store of the learner)."""
     start = time.monotonic()
+    ref: ray.ObjectRef
     if how == "whole":
         ref = ray.put({name: tensor.cpu().numpy() for name, tensor in tensors.items()})
         size = sum(tensor.nbytes for tensor in tensors.values())
     else:
         ref = weights.publish(Rows.of(tensors), rounded)
     published = time.monotonic() - start
-    method: Callable[[Any], Any] = lambda actor: getattr(actor, f"take_{how}").remote(ref)  # noqa: E731
-    ray.get([method(actor) for actor in actors])
+    ray.get([getattr(actor, f"take_{how}").remote(ref) for actor in actors])
     took = time.monotonic() - start
     if how == "chunks":
-        manifest: weights.Manifest = ray.get(ref)
+        manifest: Any = ray.get(ref)
         size = manifest.bytes
     return published, took, size
 

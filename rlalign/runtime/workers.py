@@ -159,15 +159,10 @@ class PolicyWorker(Worker):
         self, work: Work, tag: tuple[str, int] | None, manifests: Sequence[Manifest]
     ) -> tuple[Any, ...]:
         start = time.monotonic()
-        taken = tag is None or tag == self._tag
-        if not taken and not manifests:
-            return (*[None] * work.parts, None)
         under = f" under {tag[0]} v{tag[1]}" if tag is not None else ""
         with shown(f"{work.unit.key}{under}"):
-            if not taken:
-                self._tag = None  # until all of them are there
-                self._policy.set_rows(receive(manifests, self._policy.device))
-                self._tag = tag
+            if not self._take_over(tag, manifests):
+                return (*[None] * work.parts, None)
             done = do_and_count(work, self._policy, self._rewards)
 
         # taking over weights is work too
@@ -175,6 +170,18 @@ class PolicyWorker(Worker):
         cost = replace(done.cost, seconds=time.monotonic() - start)
         spent = {name: amount for name, amount in vars(cost).items() if amount}
         return *parts, (spent, done.reason)
+
+    def _take_over(self, tag: tuple[str, int] | None, manifests: Sequence[Manifest]) -> bool:
+        """Takes over the weights that are meant, where it does not hold them. False where it holds
+        others and was not told where these are."""
+        if tag is None or tag == self._tag:
+            return True
+        if not manifests:
+            return False
+        self._tag = None  # until all of them are there
+        self._policy.set_rows(receive(manifests, self._policy.device))
+        self._tag = tag
+        return True
 
 
 class RewardWorker(Worker):

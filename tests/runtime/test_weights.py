@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -80,9 +82,10 @@ def test_what_is_published_is_received(ray_cluster: None) -> None:
         weights.publish([*Rows.of(given), Rows("large", whole[60:], 60)], {"wide"}, limit=300),
         weights.publish([Rows("large", whole[:60])], limit=300),
     ]
-    manifests = ray.get(refs)
+    manifests: list[Any] = ray.get(refs)
     assert all(len(manifest.chunks) > 3 for manifest in manifests)
-    sizes = [len(ray.get(chunk).data) for manifest in manifests for chunk in manifest.chunks]
+    chunks: list[Any] = [ray.get(ref) for manifest in manifests for ref in manifest.chunks]
+    sizes = [len(chunk.data) for chunk in chunks]
     assert sum(manifest.bytes for manifest in manifests) == sum(sizes)
     assert max(sizes) <= max(300, given["wide"].bfloat16()[0].nbytes)
     found = weights.receive_tensors(manifests)

@@ -68,7 +68,7 @@ def nodes() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    store = {"object_store_memory": NODE_BYTES}
+    store: Any = {"object_store_memory": NODE_BYTES}
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
     found.add_node(num_cpus=2, resources={"second": 2}, **store)
     ray.init(address=found.address, log_to_driver=False)
@@ -101,7 +101,8 @@ def test_a_node_of_two_workers_gets_weights_once_and_while_they_work(
     from rlalign.runtime.workers import PolicySource, PolicyWorker
 
     source = PolicySource(model=Model(title="wide", recipe=Wide()), runtime=RuntimeSettings())
-    kind = ray.remote(num_cpus=0, resources={"second": 1}, max_concurrency=2)(PolicyWorker)
+    kind: Any = ray.remote(PolicyWorker)
+    kind = kind.options(num_cpus=0, resources={"second": 1}, max_concurrency=2)
     actors = [kind.remote(source, f"rollout {n}") for n in range(2)]
     ray.get([actor.ping.remote() for actor in actors])
     (unit,) = make_units(1)
