@@ -24,9 +24,9 @@ from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Scored, Unit, Weights
 from rlalign.core.registry import UserError
 from rlalign.rewards.base import total
-from rlalign.runtime.engine import WeightsRef
 from rlalign.runtime.training.coordinator import Failure
 from rlalign.runtime.training.production import UnitResult
+from rlalign.runtime.weights import Rows, WeightsRef, publish
 
 Answer = TypeVar("Answer")
 
@@ -45,7 +45,7 @@ class CoordinatorLost(RuntimeError):
 class _Order:
     units: Sequence[Unit]
     tag: tuple[str, int]
-    weights: ray.ObjectRef | None
+    weights: WeightsRef | None
     """At the learner that orders."""
     reward: WeightsRef | None
     """Of the reward that the run fits anew."""
@@ -69,10 +69,19 @@ class RemoteCollect:
     one orders."""
 
     def __init__(
-        self, run: Run, coordinator: ActorHandle, *, incarnation: str, is_main: bool, learners: int
+        self,
+        run: Run,
+        coordinator: ActorHandle,
+        *,
+        incarnation: str,
+        is_main: bool,
+        learners: int,
+        rounded: frozenset[str] = frozenset(),
     ) -> None:
+        """``rounded`` names the policy's weights that rollouts need in bfloat16 only."""
         self._run, self._coordinator, self._incarnation = run, coordinator, incarnation
         self._is_main, self._learners = is_main, learners
+        self._rounded = rounded
         self._published: dict[str, WeightsRef] = {}
         """Whose weights -> the last ones."""
         self._orders: dict[int, _Order] = {}
@@ -84,18 +93,20 @@ class RemoteCollect:
         self._patience = runtime.max_attempts * attempt + runtime.start_seconds
 
     def order(self, units: Sequence[Unit], weights: Weights, reward: Weights | None = None) -> int:
-        ref = given = None
+        published = given = None
         if self._is_main:
-            ref = self._publish("policy", weights).ref
+            published = self._publish("policy", weights, self._rounded)
             given = self._publish("reward", reward) if reward is not None else None
-        return self._order(_Order(units=units, tag=weights.tag, weights=ref, reward=given))
+        return self._order(_Order(units=units, tag=weights.tag, weights=published, reward=given))
 
-    def _publish(self, whose: str, weights: Weights) -> WeightsRef:
+    def _publish(
+        self, whose: str, weights: Weights, rounded: frozenset[str] = frozenset()
+    ) -> WeightsRef:
         """Weights in shared memory, put there once."""
         found = self._published.get(whose)
         if found is None or found.tag != weights.tag:
-            arrays = {n: t.cpu().numpy() for n, t in weights.tensors.items()}
-            found = self._published[whose] = WeightsRef(tag=weights.tag, ref=ray.put(arrays))
+            manifest = publish(Rows.of(weights.tensors), rounded)
+            found = self._published[whose] = WeightsRef(tag=weights.tag, manifests=(manifest,))
         return found
 
     def _order(self, order: _Order) -> int:
@@ -112,7 +123,7 @@ class RemoteCollect:
             ticket,
             list(order.units),
             order.tag,
-            [order.weights],
+            order.weights.manifests if order.weights is not None else (),
             order.reward,
         )
         ray.get(sent, timeout=self._patience)

@@ -30,12 +30,12 @@ from ray.actor import ActorHandle
 from rlalign.config import Run
 from rlalign.core.records import Unit
 from rlalign.core.registry import UserError
-from rlalign.runtime.engine import WeightsRef
 from rlalign.runtime.gauges import Gauges
 from rlalign.runtime.pool import ObjectGone, PoolLost, PoolState, UnitFailed
 from rlalign.runtime.roles import ROLLOUT, Role
 from rlalign.runtime.training.production import Production, UnitResult
 from rlalign.runtime.training.scaling import WORKED
+from rlalign.runtime.weights import WeightsRef
 
 ANSWER_SECONDS = 30.0
 """A learner that waits for samples hears at least this often that there are none yet: how long they
@@ -166,15 +166,15 @@ class Coordinator:
         weights: Sequence[ray.ObjectRef],
         reward: WeightsRef | None = None,
     ) -> None:
-        """Starts units under the weights in ``weights[0]`` (wrapped, so that the reference travels
-        and not the arrays), and under those of the reward that the run fits anew."""
+        """Starts units under the weights whose manifests ``weights`` refers to (wrapped, so that
+        the references travel), and under those of the reward that the run fits anew."""
         ledger = self._ledger
         if incarnation != ledger.name or ticket in ledger.tickets:
             return
         self._production.count(units)
         make = self._production.unit
         ledger.tickets[ticket] = _Ticket(
-            [asyncio.ensure_future(make(u, tag, weights[0], reward)) for u in units]
+            [asyncio.ensure_future(make(u, tag, weights, reward)) for u in units]
         )
         async with ledger.ordered:
             ledger.ordered.notify_all()
