@@ -201,7 +201,9 @@ class Policy:
         if torch.is_grad_enabled():
             for name, value_B in self.family.measure(timestep_B).items():
                 self.meter.learned.setdefault(name, []).append(value_B)
-        with autocast(self.device, self.precision):
+        # of weights that are gathered block by block no copies may stay
+        keeps = not self.is_trained_spread
+        with autocast(self.device, self.precision, keeps_rounded=keeps):
             output = self.family.predict(x, timestep_B, words)
         if watched_place() and not all_finite(output):
             refuse_answer(self, x, timestep_B, words)
