@@ -4,10 +4,10 @@ files of the same bytes.
 ``python benchmarks/shards.py FOLDER [--parameters N] [--dtype DTYPE] [--processes N]`` fills
 weights with random bits, in matrices of 4096 x 4096 and their vectors. In turns every process
 writes the bytes that it holds into a file of its own, and all of them write a checkpoint; both are
-on the disk when the clock stops. Then every process reads its file, and its part of the checkpoint, neither of
-which is in memory any more (the pages of both are dropped; on a file system that keeps them anyway
-the numbers are those of memory). What was read is compared with what was written. The files are
-deleted at the end.
+on the disk when the clock stops. Then every process reads its file, and its part of the checkpoint,
+after the pages of both were dropped from memory (a file system that keeps them anyway gives the
+numbers of memory). What was read is compared with what was written. The files are deleted at the
+end.
 """
 
 from __future__ import annotations

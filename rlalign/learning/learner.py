@@ -317,7 +317,7 @@ class Learner:
             return 0.0
 
         def measure(lane: Lane, units: Sequence[Scored]) -> list[list[torch.Tensor]]:
-            with lane.policy.holding(dict(weights.tensors)):
+            with torch.no_grad(), lane.policy.holding(weights.tensors):
                 return [kl_of_unit(lane.policy, one) for one in units]
 
         # each lane measures some of the units, whose values are put into their order
