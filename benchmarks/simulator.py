@@ -57,7 +57,7 @@ class SleepingRollout(Idler):
         self._seconds, self._latents = seconds, np.ones(size // 2, np.float16)
 
     @ray.method(num_returns=3)
-    def do(self, work: Rollout, tag: Any, tensors: Any = None) -> tuple[Any, Any, Any]:
+    def do(self, work: Rollout, tag: Any, *manifests: Any) -> tuple[Any, Any, Any]:
         with shown(f"{work.unit.key} under v{tag[1]}"):
             time.sleep(self._seconds)
         rows = len(work.unit.prompts)

@@ -42,6 +42,38 @@ def keep_frozen(network: torch.nn.Module, precision: Precision) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
+ROUNDED_MODULES: tuple[type[torch.nn.Module], ...] = (
+    torch.nn.Linear,
+    torch.nn.Conv1d,
+    torch.nn.Conv2d,
+    torch.nn.Conv3d,
+    torch.nn.ConvTranspose1d,
+    torch.nn.ConvTranspose2d,
+    torch.nn.ConvTranspose3d,
+)
+"""Whose forward pass is one operation that autocast does in bfloat16, weight and bias rounded
+first."""
+
+
+def rounded_names(network: torch.nn.Module, precision: Precision) -> frozenset[str]:
+    """Names of the float32 weights that ``autocast`` rounds to bfloat16 before every use: who
+    computes in it gets the same numbers from the rounded ones, bit for bit. Empty in another
+    precision."""
+    if precision != "bfloat16":
+        return frozenset()
+    rounded: dict[torch.Tensor, str] = {}
+    others: set[torch.Tensor] = set()
+    for prefix, module in network.named_modules():
+        # not those of a subclass, or of a module that was given another forward pass
+        plain = type(module) in ROUNDED_MODULES and "forward" not in vars(module)
+        for leaf, weight in module.named_parameters(recurse=False):
+            if plain and leaf in ("weight", "bias") and weight.dtype == torch.float32:
+                rounded.setdefault(weight, f"{prefix}.{leaf}" if prefix else leaf)
+            else:
+                others.add(weight)
+    return frozenset(name for weight, name in rounded.items() if weight not in others)
+
+
 def settle(device: str, precision: Precision, *, deterministic: bool) -> None:
     """Sets this process's torch up for ``device``; does nothing for a CPU, whose kernels repeat
     their numbers anyway.

@@ -242,6 +242,22 @@ class Policy:
         self._write(weights)
         self._copies.clear()
 
+    @torch.no_grad()
+    def set_rows(self, rows: Iterable[tuple[str, torch.Tensor, int]]) -> None:
+        """Takes over trainable weights in parts, as they come: (name, rows, number of the first of
+        them); a tensor of no dimensions is one row. Every row must come once."""
+        own = self.trainable()
+        missing = {name: len(p) if p.ndim else 1 for name, p in own.items()}
+        self._copies.clear()
+        for name, part, first in rows:
+            whole = own[name].detach()
+            target = whole[first : first + len(part)] if part.ndim else whole
+            target.copy_(part)
+            missing[name] -= len(part) if part.ndim else 1
+        assert not any(missing.values()), (
+            f"rows are missing, or came twice, of {[n for n in missing if missing[n]]}"
+        )
+
     @contextlib.contextmanager
     def as_reference(self, *, pretrained: bool = False) -> Iterator[None]:
         """Inside, the policy is the one that training began with: the adapter off (a new LoRA), or

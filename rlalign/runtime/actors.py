@@ -32,10 +32,11 @@ def actor_name(owner: str, role: Role, number: int) -> str:
 def create_policy_worker(
     owner: str, number: int, source: PolicySource, *, counts: bool = True
 ) -> ActorHandle:
-    """A rollout worker. Without ``counts`` it reserves its GPU's share alone."""
+    """A rollout worker, which may be called for its next piece amid one. Without ``counts`` it
+    reserves its GPU's share alone."""
     kind = actor_class(PolicyWorker, bundle_of(ROLLOUT, source.runtime.rollout), counts=counts)
     name = actor_name(owner, ROLLOUT, number)
-    return kind.options(name=name).remote(source, f"{ROLLOUT} {number}")
+    return kind.options(name=name, max_concurrency=2).remote(source, f"{ROLLOUT} {number}")
 
 
 def create_reward_worker(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,17 +30,9 @@ from rlalign.engine.pieces import Describe, Description
 from rlalign.runtime.joint import JointCalls, Question
 from rlalign.runtime.pool import ObjectGone, Pool, call_with_retries
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
+from rlalign.runtime.weights import Rows, WeightsRef, publish
 
 Used = TypeVar("Used")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsRef:
-    """Weights that a piece is to be done under, where every worker can read them."""
-
-    tag: tuple[str, int]
-    """Kind and version: whoever holds weights of this tag needs no others."""
-    ref: ray.ObjectRef
 
 
 class RewardAnswer(NamedTuple):
@@ -148,10 +140,10 @@ class Pools(Mapping[Role, Pool]):
 
             # calls of one actor are carried out in order; one that was restarted meanwhile says
             # that it has no weights
-            given = () if self._holds.get(actor) == tag else (weights.ref,)
+            given = () if self._holds.get(actor) == tag else weights.manifests
             self._holds[actor] = weights.tag
             parts, facts = await ask(actor, *given)
-            return (parts, facts) if facts is not None else await ask(actor, weights.ref)
+            return (parts, facts) if facts is not None else await ask(actor, *weights.manifests)
 
         parts, (spent, reason) = await self._call(ROLLOUT, what, call)
         return parts, WorkResult(None, Cost(**spent), reason)
@@ -177,7 +169,7 @@ class Pools(Mapping[Role, Pool]):
 
         async def ask(title: str) -> tuple[str, RewardAnswer]:
             own = weights is not None and weights.tag[0] == title
-            given = (weights.tag, weights.ref) if weights is not None and own else ()
+            given = (weights.tag, *weights.manifests) if weights is not None and own else ()
 
             def begin(actor: ActorHandle) -> ray.ObjectRef:
                 return actor.score.remote(samples, prompts, unit, drop, *given)
@@ -269,8 +261,8 @@ class RayEngine(Engine):
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Has further pieces done under these weights; each worker gets them once."""
         version = self._weights.tag[1] + 1 if self._weights is not None else 1
-        arrays = {name: tensor.cpu().numpy() for name, tensor in weights.items()}
-        self._weights = WeightsRef(tag=("policy", version), ref=ray.put(arrays))
+        manifest = publish(Rows.of(weights))
+        self._weights = WeightsRef(tag=("policy", version), manifests=(manifest,))
 
     def perform(self, works: Sequence[Work]) -> list[WorkResult]:
         return self._wait(self._all(works))

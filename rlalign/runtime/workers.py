@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +26,12 @@ from rlalign.engine import Work
 from rlalign.engine.local import LiveRewards, do_and_count
 from rlalign.networks.devices import usable
 from rlalign.networks.embeddings import Reader
+from rlalign.networks.precision import here, start_thread
 from rlalign.rewards.base import FittedScorer, Reward
 from rlalign.runtime.began import BEGAN
 from rlalign.runtime.gauges import shown
 from rlalign.runtime.rewards import RemoteRewards, RewardActors
+from rlalign.runtime.weights import Manifest, expect, receive, receive_tensors
 
 
 @contextlib.contextmanager
@@ -115,45 +118,51 @@ class PolicySource:
 
 
 class PolicyWorker(Worker):
-    """Holds a policy and does pieces of work, each under the weights that come with it or that are
-    there."""
+    """Holds a policy and does pieces of work, one at a time, each under the weights that come with
+    it or that are there. Those of the next piece are brought to the node meanwhile, where Ray lets
+    it call (``max_concurrency``)."""
 
     def __init__(self, source: PolicySource, label: str) -> None:
-        torch.set_num_threads(source.runtime.rollout.threads)
+        threads = source.runtime.rollout.threads
+        torch.set_num_threads(threads)
         self.label = label
         with naming_the_node():
             device = usable(source.runtime.device, "runtime.device")
+            self._start = functools.partial(start_thread, threads, here(device))
             self._policy = ready_policy(
                 source.model, device, source.interpolation, reader=source.reader
             )
         self._rewards = LiveRewards(()) if source.rewards is None else RemoteRewards(source.rewards)
         self._tag: tuple[str, int] | None = None
+        self._turn = threading.Lock()
         self.ready_at = time.time()
 
     def do(
         self,
         work: Work,
         tag: tuple[str, int] | None = None,
-        tensors: Mapping[str, np.ndarray] | None = None,
+        *manifests: Manifest,
     ) -> tuple[Any, ...]:
         """The parts of the value, and last the facts of the piece (what of ``Cost`` is not 0; what
         the last scorer that failed said): so many objects, each of which goes only where it is
         needed.
 
         ``tag`` is that of the weights that are meant; None for whatever the worker has. It need not
-        be sent those that it holds; None in place of the facts says that it holds others.
+        be told where those are that it holds; None in place of the facts says that it holds others.
         """
+        expect(manifests)  # while the piece before this one is still being done
+        with self._turn:
+            self._start()  # Ray has several threads for calls
+            return self._do(work, tag, manifests)
+
+    def _do(
+        self, work: Work, tag: tuple[str, int] | None, manifests: Sequence[Manifest]
+    ) -> tuple[Any, ...]:
         start = time.monotonic()
-        taken = tag is None or tag == self._tag
-        if not taken and tensors is None:
-            return (*[None] * work.parts, None)
         under = f" under {tag[0]} v{tag[1]}" if tag is not None else ""
         with shown(f"{work.unit.key}{under}"):
-            if not taken and tensors is not None:
-                self._policy.set_weights(
-                    {n: torch.from_numpy(np.array(a)) for n, a in tensors.items()}
-                )
-                self._tag = tag
+            if not self._take_over(tag, manifests):
+                return (*[None] * work.parts, None)
             done = do_and_count(work, self._policy, self._rewards)
 
         # taking over weights is work too
@@ -161,6 +170,18 @@ class PolicyWorker(Worker):
         cost = replace(done.cost, seconds=time.monotonic() - start)
         spent = {name: amount for name, amount in vars(cost).items() if amount}
         return *parts, (spent, done.reason)
+
+    def _take_over(self, tag: tuple[str, int] | None, manifests: Sequence[Manifest]) -> bool:
+        """Takes over the weights that are meant, where it does not hold them. False where it holds
+        others and was not told where these are."""
+        if tag is None or tag == self._tag:
+            return True
+        if not manifests:
+            return False
+        self._tag = None  # until all of them are there
+        self._policy.set_rows(receive(manifests, self._policy.device))
+        self._tag = tag
+        return True
 
 
 class RewardWorker(Worker):
@@ -186,7 +207,7 @@ class RewardWorker(Worker):
         unit: str = "",
         drop: bool = False,
         tag: tuple[str, int] | None = None,
-        tensors: Mapping[str, np.ndarray] | None = None,
+        *manifests: Manifest,
     ) -> tuple[np.ndarray, float, str]:
         """(raw scores (B,) float32 of samples, seconds, what the scorer last said when it failed).
 
@@ -196,9 +217,9 @@ class RewardWorker(Worker):
         """
         start = time.monotonic()
         rewards = self._lenient if drop else self._strict
-        if tag is not None and tag != self._tag and tensors is not None:
+        if tag is not None and tag != self._tag and manifests:
             scorer = cast(FittedScorer, self._scorer)
-            scorer.set_weights({n: torch.from_numpy(np.array(a)) for n, a in tensors.items()})
+            scorer.set_weights(receive_tensors(manifests))
             self._tag = tag
         with shown(f"{self._reward.title} of {unit or 'samples'}"):
             found = rewards.score_arrays(samples, prompts)

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rlalign.core import registry
 from rlalign.core.records import Plan
+from rlalign.diffusion.rollout import denoise_unit
 from rlalign.networks import lora, precision
 from rlalign.policies.base import Policy
+from tests.toy import make_units
 
 
 def loaded(name: str = "tiny", **settings: Any) -> Policy:
@@ -118,6 +121,67 @@ def test_a_copy_in_float64_computes_in_float64() -> None:
     )
     with torch.no_grad():
         assert torch.equal(rounded.answer(x, time_B, words), exact.answer(x, time_B, words))
+
+
+class Layers(torch.nn.Module):
+    """One of each kind, some of which may be rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.convolution = torch.nn.Conv2d(4, 4, 1, bias=False)
+        self.norm = torch.nn.LayerNorm(4)
+        self.words = torch.nn.Embedding(4, 4)
+        self.tied = torch.nn.Linear(4, 4)
+        self.tied.weight = self.words.weight
+        self.special = torch.nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)
+        self.changed = torch.nn.Linear(4, 4)
+        self.changed.forward = self.norm.forward  # type: ignore[method-assign]
+        self.exact = torch.nn.Linear(4, 4).double()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+
+def test_weights_that_may_be_sent_rounded() -> None:
+    """Only those whose every use is one that autocast rounds them for."""
+    wanted = {"linear.weight", "linear.bias", "convolution.weight", "tied.bias"}
+    assert precision.rounded_names(Layers(), "bfloat16") == wanted
+    assert precision.rounded_names(Layers(), "float32") == frozenset()
+    assert precision.rounded_names(Layers(), "tf32") == frozenset()
+
+
+@pytest.mark.parametrize("kind", precision.ROUNDED_MODULES)
+def test_autocast_rounds_weight_and_bias_first(kind: Any) -> None:
+    layer = kind(4, 4) if kind is torch.nn.Linear else kind(4, 4, 3)
+    x = torch.randn(2, 4, *[5] * (layer.weight.ndim - 2))
+    with torch.no_grad(), precision.autocast("cpu", "bfloat16"):
+        exact = layer(x)
+        for weight in layer.parameters():
+            rounded = weight.bfloat16().float()
+            assert not torch.equal(rounded, weight)
+            weight.copy_(rounded)
+        assert torch.equal(layer(x), exact)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_rounded_weights_make_the_same_trajectory(lora_rank: int) -> None:
+    """Latents and log-probs bit for bit, in bfloat16; others in float32."""
+    (unit,) = make_units(1, plan=Plan(steps=3, eta=1.0, guidance=3.0))
+    made = {}
+    for kind in ("float32", "bfloat16"):
+        policy = loaded(lora_rank=lora_rank, precision=kind)
+        for weight in policy.trainable().values():
+            weight.data.add_(0.02 * torch.randn_like(weight))
+        names = precision.rounded_names(policy.network, "bfloat16")
+        exact = denoise_unit(policy, unit, 0)[0]
+        policy.set_weights(
+            {n: t.bfloat16().float() if n in names else t for n, t in policy.weights().items()}
+        )
+        made[kind] = (exact, denoise_unit(policy, unit, 0)[0])
+    for name in ("latents_BK1", "log_prob_BK"):
+        exact, rounded = (getattr(one, name) for one in made["bfloat16"])
+        np.testing.assert_array_equal(rounded, exact)
+        exact, rounded = (getattr(one, name) for one in made["float32"])
+        assert not np.array_equal(rounded, exact)
 
 
 def test_a_cpu_is_left_as_it_is() -> None:

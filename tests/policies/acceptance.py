@@ -31,6 +31,7 @@ from rlalign.core.prompts import Prompt, record_of
 from rlalign.core.records import Plan, with_prompts
 from rlalign.networks import lora
 from rlalign.networks.pipelines.packing import pack, unpack
+from rlalign.networks.precision import rounded_names
 from rlalign.policies.base import PipelineRecipe, Policy
 from tests.toy import collect, make_units
 
@@ -287,6 +288,23 @@ class Acceptance:
         assert passes
         for one in passes:
             assert algorithm.loss(one, policy).maxima["ratio/max_deviation"].item() == 0.0
+
+    @pytest.mark.parametrize("lora_rank", [0, RANK])
+    def test_bfloat16_needs_rounded_weights_only(
+        self, case: Case, lora_rank: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Bit for bit, of those that ``rounded_names`` names: workers are sent no more."""
+        policy = case.trained() if lora_rank else case.policy
+        own = policy.weights()
+        names = rounded_names(policy.network, "bfloat16") & own.keys()
+        assert names == own.keys() if lora_rank else len(names) > len(own) / 2
+        sent = {n: t.bfloat16().float() if n in names else t for n, t in own.items()}
+        assert any(not torch.equal(sent[n], own[n]) for n in names)
+        monkeypatch.setattr(policy, "precision", "bfloat16")
+        with torch.no_grad():
+            said = policy.answer(*asked(policy, case))
+            with policy.holding(sent):
+                assert torch.equal(policy.answer(*asked(policy, case)), said)
 
     def test_gradient_checkpointing_repeats_the_gradient(self, case: Case) -> None:
         """Bit for bit, of an adapter whose matrices are not zero."""

@@ -103,6 +103,22 @@ def test_new_weights_reach_a_copy_in_another_precision() -> None:
     torch.testing.assert_close(after.float(), denoise(policy), atol=1e-5, rtol=1e-5)
 
 
+def test_weights_that_come_in_rows_are_those_that_come_whole() -> None:
+    """In any order, and every row once."""
+    whole, parts = ToyPolicy(), ToyPolicy()
+    denoise(parts.in_precision(torch.float64))
+    weights = {n: torch.randn_like(t) for n, t in whole.weights().items()}
+    whole.set_weights(weights)
+    rows = [(n, t[at : at + 3], at) for n, t in weights.items() for at in range(0, len(t), 3)]
+    parts.set_rows(reversed(rows))
+    assert all(torch.equal(t, weights[n]) for n, t in parts.weights().items())
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(denoise(parts.in_precision(dtype)), denoise(whole.in_precision(dtype)))
+    for wrong in (rows[1:], [*rows, rows[0]]):
+        with pytest.raises(AssertionError, match="rows are missing, or came twice"):
+            parts.set_rows(wrong)
+
+
 def test_a_family_is_shared_but_for_its_network() -> None:
     """Nothing that a policy changes lies on its family."""
     policy = ToyPolicy()

@@ -118,17 +118,16 @@ async def fetched(parts: Sequence[Any], done: WorkResult) -> tuple[list[Any], Wo
 @pytest.mark.promise
 def test_a_unit_is_made_under_its_weights_which_travel_once(ray_cluster: None) -> None:
     """Bit for bit a rollout of this process, also by a worker that has died and lost them."""
-    import ray
-
-    from rlalign.runtime.engine import WeightsRef
+    from rlalign.runtime.weights import Rows, WeightsRef, publish
 
     actor = policy_worker()
     policy = DoubleToy(seed=5).load("cpu")
-    tensors = {name: tensor.numpy() for name, tensor in policy.weights().items()}
+    rows = Rows.of(policy.weights())
     first, second, third = make_units(3)
 
     async def scene(pools: Any) -> tuple[list[Any], int]:
-        weights = WeightsRef(tag=("current", 4), ref=ray.put(tensors))
+        manifests = (publish(rows[:1]), publish(rows[1:], limit=256))  # as of two processes
+        weights = WeightsRef(tag=("current", 4), manifests=manifests)
         made = [await pools.do("one", Rollout(unit=first, version=4), fetched, weights)]
 
         # a worker that holds them is asked without them

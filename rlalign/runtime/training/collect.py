@@ -11,22 +11,25 @@ checkpoint instead.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
+import torch
 from ray.actor import ActorHandle
 
 from rlalign.config import Run
 from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Scored, Unit, Weights
 from rlalign.core.registry import UserError
+from rlalign.networks.shares import are_shares, is_share, own_part, own_rows
 from rlalign.rewards.base import total
-from rlalign.runtime.engine import WeightsRef
 from rlalign.runtime.training.coordinator import Failure
 from rlalign.runtime.training.production import UnitResult
+from rlalign.runtime.weights import Rows, WeightsRef, publish
 
 Answer = TypeVar("Answer")
 
@@ -45,7 +48,7 @@ class CoordinatorLost(RuntimeError):
 class _Order:
     units: Sequence[Unit]
     tag: tuple[str, int]
-    weights: ray.ObjectRef | None
+    weights: WeightsRef | None
     """At the learner that orders."""
     reward: WeightsRef | None
     """Of the reward that the run fits anew."""
@@ -64,15 +67,34 @@ def ask_until_answered(call: Callable[[], ray.ObjectRef], seconds: float) -> Any
             time.sleep(0.2)
 
 
+def _own_rows(tensors: Mapping[str, torch.Tensor]) -> list[Rows]:
+    """What this process has of named tensors: of those that are spread its own rows."""
+    return [
+        Rows(name, own_part(one), own_rows(one)[0] if is_share(one) else 0)
+        for name, one in tensors.items()
+        if own_part(one).numel()
+    ]
+
+
 class RemoteCollect:
     """rlalign.alignment.loop's Collect over a cluster; one per learner process, of which the main
     one orders."""
 
     def __init__(
-        self, run: Run, coordinator: ActorHandle, *, incarnation: str, is_main: bool, learners: int
+        self,
+        run: Run,
+        coordinator: ActorHandle,
+        *,
+        incarnation: str,
+        is_main: bool,
+        learners: int,
+        rounded: frozenset[str] = frozenset(),
     ) -> None:
+        """``rounded`` names the policy's weights that rollouts need in bfloat16 only."""
         self._run, self._coordinator, self._incarnation = run, coordinator, incarnation
         self._is_main, self._learners = is_main, learners
+        self._rounded = rounded
+        self._name = uuid.uuid4().hex
         self._published: dict[str, WeightsRef] = {}
         """Whose weights -> the last ones."""
         self._orders: dict[int, _Order] = {}
@@ -84,19 +106,38 @@ class RemoteCollect:
         self._patience = runtime.max_attempts * attempt + runtime.start_seconds
 
     def order(self, units: Sequence[Unit], weights: Weights, reward: Weights | None = None) -> int:
-        ref = given = None
+        published = given = None
+        # of weights that are spread every learner publishes what it holds
+        if self._is_main or are_shares(weights.tensors.values()):
+            published = self._publish("policy", weights, self._rounded)
         if self._is_main:
-            ref = self._publish("policy", weights).ref
             given = self._publish("reward", reward) if reward is not None else None
-        return self._order(_Order(units=units, tag=weights.tag, weights=ref, reward=given))
+        return self._order(_Order(units=units, tag=weights.tag, weights=published, reward=given))
 
-    def _publish(self, whose: str, weights: Weights) -> WeightsRef:
+    def _publish(
+        self, whose: str, weights: Weights, rounded: frozenset[str] = frozenset()
+    ) -> WeightsRef:
         """Weights in shared memory, put there once."""
         found = self._published.get(whose)
         if found is None or found.tag != weights.tag:
-            arrays = {n: t.cpu().numpy() for n, t in weights.tensors.items()}
-            found = self._published[whose] = WeightsRef(tag=weights.tag, ref=ray.put(arrays))
+            manifests = (publish(_own_rows(weights.tensors), rounded),)
+            if are_shares(weights.tensors.values()):
+                manifests = self._survives(lambda: self._exchange(weights.tag, manifests))
+            found = self._published[whose] = WeightsRef(tag=weights.tag, manifests=manifests)
         return found
+
+    def _exchange(
+        self, tag: tuple[str, int], own: tuple[ray.ObjectRef, ...]
+    ) -> tuple[ray.ObjectRef, ...]:
+        """Tells which part of some weights this learner has published; gives the main one the parts
+        of all learners, and the others their own."""
+        coordinator = self._coordinator
+        given = coordinator.give_part.remote(self._incarnation, tag, self._name, own)
+        ray.get(given, timeout=self._patience)
+        if not self._is_main:
+            return own
+        parts = coordinator.take_parts.remote(self._incarnation, tag, self._learners)
+        return tuple(ray.get(parts, timeout=self._patience))
 
     def _order(self, order: _Order) -> int:
         self._next += 1
@@ -112,7 +153,7 @@ class RemoteCollect:
             ticket,
             list(order.units),
             order.tag,
-            [order.weights],
+            order.weights.manifests if order.weights is not None else (),
             order.reward,
         )
         ray.get(sent, timeout=self._patience)

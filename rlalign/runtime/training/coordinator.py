@@ -30,12 +30,12 @@ from ray.actor import ActorHandle
 from rlalign.config import Run
 from rlalign.core.records import Unit
 from rlalign.core.registry import UserError
-from rlalign.runtime.engine import WeightsRef
 from rlalign.runtime.gauges import Gauges
 from rlalign.runtime.pool import ObjectGone, PoolLost, PoolState, UnitFailed
 from rlalign.runtime.roles import ROLLOUT, Role
 from rlalign.runtime.training.production import Production, UnitResult
 from rlalign.runtime.training.scaling import WORKED
+from rlalign.runtime.weights import WeightsRef
 
 ANSWER_SECONDS = 30.0
 """A learner that waits for samples hears at least this often that there are none yet: how long they
@@ -95,6 +95,8 @@ class _Ledger:
     name: str
     tickets: dict[int, _Ticket] = field(default_factory=dict)
     ordered: asyncio.Condition = field(default_factory=asyncio.Condition)
+    parts: dict[tuple[str, int], dict[str, Sequence[ray.ObjectRef]]] = field(default_factory=dict)
+    """Tag of weights -> learner -> the manifests of the part that it has published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,18 +168,44 @@ class Coordinator:
         weights: Sequence[ray.ObjectRef],
         reward: WeightsRef | None = None,
     ) -> None:
-        """Starts units under the weights in ``weights[0]`` (wrapped, so that the reference travels
-        and not the arrays), and under those of the reward that the run fits anew."""
+        """Starts units under the weights whose manifests ``weights`` refers to (wrapped, so that
+        the references travel), and under those of the reward that the run fits anew."""
         ledger = self._ledger
         if incarnation != ledger.name or ticket in ledger.tickets:
             return
         self._production.count(units)
         make = self._production.unit
         ledger.tickets[ticket] = _Ticket(
-            [asyncio.ensure_future(make(u, tag, weights[0], reward)) for u in units]
+            [asyncio.ensure_future(make(u, tag, weights, reward)) for u in units]
         )
         async with ledger.ordered:
             ledger.ordered.notify_all()
+
+    async def give_part(
+        self,
+        incarnation: str,
+        tag: tuple[str, int],
+        learner: str,
+        manifests: Sequence[ray.ObjectRef],
+    ) -> None:
+        """One of several learners has published the part of some weights that it holds."""
+        ledger = self._ledger
+        if incarnation == ledger.name:
+            ledger.parts.setdefault(tag, {})[learner] = manifests
+            async with ledger.ordered:
+                ledger.ordered.notify_all()
+
+    async def take_parts(
+        self, incarnation: str, tag: tuple[str, int], learners: int
+    ) -> list[ray.ObjectRef]:
+        """The manifests of all learners' parts of some weights, once there are so many; for the one
+        that orders. They are kept no longer."""
+        ledger = self._ledger
+        if incarnation != ledger.name:
+            return []
+        async with ledger.ordered:
+            await ledger.ordered.wait_for(lambda: len(ledger.parts.get(tag, ())) == learners)
+        return [one for part in ledger.parts.pop(tag).values() for one in part]
 
     async def gather(
         self, incarnation: str, ticket: int, since: int, learners: int

@@ -20,9 +20,10 @@ from rlalign.config import Run
 from rlalign.core.records import Unit, UnitKey
 from rlalign.engine import WorkResult
 from rlalign.engine.pieces import Rollout
-from rlalign.runtime.engine import Pools, WeightsRef
+from rlalign.runtime.engine import Pools
 from rlalign.runtime.gauges import Gauges
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
+from rlalign.runtime.weights import WeightsRef
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,12 @@ class Production:
         self,
         unit: Unit,
         tag: tuple[str, int],
-        weights: ray.ObjectRef,
+        manifests: Sequence[ray.ObjectRef],
         reward: WeightsRef | None = None,
     ) -> UnitResult:
-        """Produced and scored, with ``reward`` the weights of the one that the run fits anew. What
-        lay on a lost node between the two is produced again."""
+        """Produced under the weights of the manifests and scored, with ``reward`` the weights of
+        the one that the run fits anew. What lay on a lost node between the two is produced
+        again."""
 
         async def scored(parts: Sequence[ray.ObjectRef], done: WorkResult) -> UnitResult:
             self.count((vars(done.cost), done.reason))
@@ -93,7 +95,7 @@ class Production:
                 f"unit {unit.key}",
                 Rollout(unit=unit, version=tag[1], spaces=self._spaces[unit.key.stream]),
                 scored,
-                WeightsRef(tag=tag, ref=weights),
+                WeightsRef(tag=tag, manifests=tuple(manifests)),
             )
             self._gauges.count("rlalign_units_total", stream=unit.key.stream)
             self._count_samples(unit, tag)

@@ -198,6 +198,7 @@ def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failur
     from accelerate.utils import broadcast_object_list
 
     from rlalign.alignment.loop import align
+    from rlalign.networks.precision import rounded_names
     from rlalign.runtime.training.collect import RemoteCollect, ask_until_answered
     from rlalign.runtime.workers import naming_the_node
 
@@ -214,8 +215,14 @@ def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failur
     if over is not None:
         return over
 
+    policy = learner.policy
     collect = RemoteCollect(
-        run, coordinator, incarnation=incarnation, is_main=learner.is_main, learners=learners
+        run,
+        coordinator,
+        incarnation=incarnation,
+        is_main=learner.is_main,
+        learners=learners,
+        rounded=rounded_names(policy.network, policy.precision),
     )
 
     # pairs that Ray Data reads end with the learner

@@ -214,12 +214,13 @@ def test_the_dashboard_shows_what_real_workers_do(ray_cluster: None) -> None:
 
     async def scene() -> None:
         from rlalign.policies.tiny import Tiny
+        from rlalign.runtime.weights import Rows, publish
 
         coordinator = Coordinator(run)
         await coordinator.adopt(real, None)
-        tensors = {n: t.numpy() for n, t in Tiny().load("cpu").weights().items()}
+        weights = publish(Rows.of(Tiny().load("cpu").weights()))
         await coordinator.begin("learner")
-        await coordinator.order("learner", 1, units(run)[:1], TAG, [ray.put(tensors)])
+        await coordinator.order("learner", 1, units(run)[:1], TAG, [weights])
         while not (
             found := await coordinator.gather("learner", 1, 0, 1)
         ):  # none of them for now, on a busy machine
