@@ -341,19 +341,7 @@ class PipelineFamily(Family):
             merging.save_pipeline(self._whole_pipeline(), folder, {})
 
     def save_with(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-        prefixes = {id(module): name for name, module in self.network.named_modules()}
-
-        def reader(network: torch.nn.Module) -> merging.Read:
-            own = network.state_dict()
-            above = prefixes[id(network)]
-
-            def read(name: str) -> torch.Tensor:
-                trained = f"{above}.{name}" if above else name
-                return weights[trained] if trained in weights else own[name]
-
-            return read
-
-        reads = {part: reader(network) for part, network in self.denoisers.items()}
+        reads = merging.trained_readers(self.network, self.denoisers, weights)
         merging.save_pipeline(self._whole_pipeline(), folder, reads)
 
     def _whole_pipeline(self) -> Any:
