@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlalign.algorithms.base import Memory
-from rlalign.alignment import control, costs, cursors
+from rlalign.alignment import _weights, control, costs, cursors
 from rlalign.alignment._constraints import apply_constraints
 from rlalign.alignment._display import Display, OnRecord
 from rlalign.alignment.assemble import differentiable_scorer, preference_pairs
 from rlalign.alignment.collect import Collect
 from rlalign.alignment.refit import Refit
-from rlalign.config import Run, dump, identity_of, plain_identity_of
+from rlalign.config import Run, dump
 from rlalign.core.batches import Batch, DifferentiableScorer, PairBatch, PromptBatch
 from rlalign.core.files import write_whole
 from rlalign.core.progress import Tell
@@ -74,7 +74,6 @@ class Alignment:
         self.base: _Shown | None = None
         self.display: Display | None = None
         """Of the one process that writes."""
-        self.identity = identity_of(run)
         self.pairs: Pairing | None = None
         self.refit = Refit(run, folder) if run.refit is not None else None
         self.scorer: DifferentiableScorer | None = None
@@ -85,11 +84,8 @@ class Alignment:
 
     def resume(self) -> None:
         """Takes up the newest checkpoint, or starts with the base model's evaluation."""
-        found = checkpoint.latest(
-            self.folder, run_identity=self.identity, older=plain_identity_of(self.run)
-        )
+        found = _weights.resume(self.learner, self.folder, self.run, self.on_record)
         if found is not None:
-            self.learner.load_state_dict(found.tensors)
             self.memory.load(found.facts["memory"], found.tensors)
             self.guard.load(found.facts["guard"])
             self.follow_guard()
@@ -294,23 +290,14 @@ class Alignment:
 
     def save(self) -> None:
         """A checkpoint of this round."""
-        if not self.learner.is_main:
-            return
-        checkpoint.save(
-            self.folder,
-            checkpoint.Checkpoint(
-                round=self.done,
-                tensors={**self.learner.state_dict(), **self.memory.tensors()},
-                facts={
-                    "memory": self.memory.facts(),
-                    "guard": self.guard.facts(),
-                    "counts": self.counts,
-                    **cursors.facts(self.votes),
-                },
-            ),
-            run_identity=self.identity,
-            keep=self.run.checkpoint.keep,
-        )
+        facts = {
+            "memory": self.memory.facts(),
+            "guard": self.guard.facts(),
+            "counts": self.counts,
+            **cursors.facts(self.votes),
+        }
+        saved = checkpoint.Checkpoint(round=self.done, tensors=self.memory.tensors(), facts=facts)
+        _weights.save(self.learner, self.folder, saved, self.run)
 
     def sample_fixed(self, weights: Weights) -> list[Scored]:
         """The evaluation's prompts and noise under these weights."""
@@ -378,8 +365,6 @@ class Alignment:
             return
 
         # compared, exported and reported by one process
-        policy = self.learner.policy
-        policy.set_weights(dict(aligned_weights.tensors))
         by = self.run.evaluate.by
         result = evaluate.compare(
             base.scored, self.shown.scored, self.trained, self.held_out, by, before=base.summary
@@ -389,7 +374,7 @@ class Alignment:
             result["stopped"] = self.guard.reason
         result[KL] = self.shown.kl
         with checkpoint.disk_errors(self.folder):
-            policy.save(self.folder / "policy")
+            _weights.export(self.learner, self.folder, aligned_weights)
         self.display.finish(result)
 
     def close(self) -> None:

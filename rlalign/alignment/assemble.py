@@ -32,7 +32,7 @@ def build_learner(run: Run, reader: Reader | None = None, *, whole: bool = False
     # the policy must be able to draw what the plan asks for
     device = usable(run.runtime.device, "runtime.device")
     parts = WHOLE if whole else run.learner_parts
-    spread = run.learner.shard == "base"
+    spread = run.learner.shard != "none"
     policy = run.policy.load(device, parts=parts, reader=reader, spread=spread)
     check_plan(run, policy)
     algorithm = run.algorithm

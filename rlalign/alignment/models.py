@@ -35,14 +35,7 @@ class Model:
             return None
         from rlalign.learning import checkpoint
 
-        tensors = checkpoint.read_tensors(self.run_folder)
-        for kind in ("average/", "policy/"):
-            found = {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
-            if found:
-                return found
-        raise UserError(
-            f"the newest checkpoint of {self.run_folder} holds no policy; name another folder"
-        )
+        return checkpoint.read_weights(self.run_folder, "average", "policy")
 
     def load(self, device: str, **how: Any) -> Policy:
         """The live policy under these weights. ``how`` are keywords of ``PolicyRecipe.load``:
@@ -50,7 +43,7 @@ class Model:
         policy: Policy = self.recipe.load(device, **how)  # type: ignore[attr-defined]
         weights = self.weights()
         if weights is not None:
-            policy.set_weights(dict(weights))
+            policy.set_weights(weights)
         return policy
 
 

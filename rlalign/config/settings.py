@@ -135,25 +135,50 @@ class Run(BaseModel):
     def _can_shard(self) -> Run:
         policy = self.policy
         algorithm = self.algorithm
-        if self.learner.shard == "none":
+        shard = self.learner.shard
+        if shard == "none":
             return self
-        if not (policy.lora_rank or policy.adapter):
+        adapted = bool(policy.lora_rank or policy.adapter)
+        if shard == "base" and not adapted:
             raise UserError(
                 "learner.shard base needs a frozen base under an adapter, and all weights are"
-                " trained here; set policy.lora_rank or policy.adapter, or take none"
+                " trained here; take all, or set policy.lora_rank or policy.adapter"
+            )
+        if shard == "all" and adapted:
+            raise UserError(
+                "learner.shard all is for runs that train all weights, and an adapter is trained"
+                " here, which stays whole; take base, which spreads what is under it"
             )
         if not policy.family.can_spread:
             raise UserError(
                 f"learner.shard must be none for policy {policy.name}, whose denoiser is no row of"
-                " transformer blocks, got 'base'"
+                f" transformer blocks, got {shard!r}"
             )
         if not algorithm.passes_are_even:
             raise UserError(
-                f"learner.shard must be none for {algorithm.name} as it is set, got 'base': its"
+                f"learner.shard must be none for {algorithm.name} as it is set, got {shard!r}: its"
                 " passes ask the denoiser unequally often, and learners that share one take theirs"
                 " in step"
             )
+        if shard == "all":
+            self._refuse_whole_parts()
         return self
+
+    def _refuse_whole_parts(self) -> None:
+        """Raises UserError for what keeps learners from holding a part of the trained weights
+        each."""
+        optimizer = self.learner.optimizer
+        if not optimizer.can_spread:
+            raise UserError(
+                "learner.optimizer must be adamw with learner.shard all, which steps a weight by"
+                f" its rows, got {optimizer.name}: its state needs whole weights"
+            )
+        trained = getattr(self.policy, "trained_experts", "both")
+        if trained != "both":
+            raise UserError(
+                f"policy.trained_experts must be both with learner.shard all, got {trained!r}: a"
+                " pass that asks the frozen one alone has no gradient to sum"
+            )
 
     @model_validator(mode="after")
     def _can_refit(self) -> Run:

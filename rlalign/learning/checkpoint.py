@@ -3,7 +3,9 @@ at all.
 
 ``checkpoints/round-00010/`` holds ``state.safetensors`` (every tensor that the next update depends
 on) and ``state.json`` (round, statistics, the run's identity, and one checksum over both files).
-Randomness needs no state: it is keyed.
+Of learners that hold a part of the tensors each, every one writes a file of its own beside
+``state.json``, which has their checksums (``shard_files.py``); any number of learners resumes from
+either. Randomness needs no state: it is keyed.
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as group
 from pydantic import BaseModel, ConfigDict, Field
 
 from rlalign.core.files import replacing, sync_folder, write_durably
 from rlalign.core.registry import UserError
+from rlalign.learning.shard_files import ShardFiles, damage, write_together
+from rlalign.networks.shares import are_shares
 
 FORMAT = "rlalign checkpoint 1"
+IN_SHARDS = "rlalign checkpoint 1 in shards"
 _UNWRITABLE = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -72,8 +78,9 @@ def identity(resolved: Mapping[str, Any]) -> str:
     """A digest of what may not change between a checkpoint and the run that resumes it.
 
     ``rounds`` may be extended; names, placement, checkpoint and evaluation settings, sinks, what is
-    written beside or decoded by how many threads, over which processes a denoiser is spread, and
-    where the words of prompts come from do not touch the weights.
+    written beside or decoded by how many threads, and where the words of prompts come from do not
+    touch the weights. Over which processes a denoiser is spread does by rounding alone, where it is
+    trained: ``learner.shard`` and the number of learners may change all the same.
     """
     kept = dict(resolved)
     if "write_pairs" in kept:
@@ -109,35 +116,70 @@ def plain_identity(resolved: Mapping[str, Any]) -> str:
 
 
 def save(run_folder: Path, checkpoint: Checkpoint, *, run_identity: str, keep: int) -> Path:
-    """Writes a checkpoint atomically, then removes all but the newest ``keep``."""
-    from safetensors.torch import save as to_bytes
-
-    # the facts, with a checksum over them and the tensors
+    """Writes a checkpoint atomically, then removes all but the newest ``keep``. Where other
+    processes hold parts of its tensors, all of them have to ask."""
     target = folder_of(run_folder, checkpoint.round)
-    state = {
-        "format": FORMAT,
-        "run": run_identity,
-        "round": checkpoint.round,
-        "facts": checkpoint.facts,
-    }
+    state = {"run": run_identity, "round": checkpoint.round, "facts": checkpoint.facts}
     state = json.loads(json.dumps(state))
-    blob = to_bytes({n: t.detach().cpu().contiguous() for n, t in checkpoint.tensors.items()})
-    state["sha256"] = _checksum(blob, state)
-
-    # the files are on the disk before the folder has its name, and the name before an older goes
     with disk_errors(run_folder):
-        _sweep(target.parent)
-        with replacing(target) as scratch:
-            scratch.mkdir(parents=True)
-            write_durably(scratch / "state.safetensors", blob)
-            write_durably(scratch / "state.json", json.dumps(state, indent=1).encode())
-            sync_folder(scratch)
-        sync_folder(target.parent)
+        if are_shares(checkpoint.tensors.values()):
+            _save_together(target, checkpoint.tensors, {"format": IN_SHARDS, **state})
+            if group.get_rank():
+                return target
+        else:
+            _save_alone(target, checkpoint.tensors, {"format": FORMAT, **state})
 
     # older ones go last
     for old in _rounds(run_folder)[:-keep]:
         shutil.rmtree(folder_of(run_folder, old))
     return target
+
+
+def _save_alone(
+    target: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> None:
+    from safetensors.torch import save as to_bytes
+
+    # the facts, with a checksum over them and the tensors
+    blob = to_bytes({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    state = {**state, "sha256": _checksum(blob, state)}
+
+    # the files are on the disk before the folder has its name, and the name before an older goes
+    _sweep(target.parent)
+    with replacing(target) as scratch:
+        scratch.mkdir(parents=True)
+        write_durably(scratch / "state.safetensors", blob)
+        _write_state(scratch, state)
+    sync_folder(target.parent)
+
+
+def _save_together(
+    target: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> None:
+    """The same by all processes of torch's group: the first makes the folder and gives it its name,
+    each writes what it holds."""
+    is_first = group.get_rank() == 0
+    with contextlib.ExitStack() as stack:
+        told: list[Path | None] = [None]
+        if is_first:
+            _sweep(target.parent)
+            told = [stack.enter_context(replacing(target))]
+            told[0].mkdir(parents=True)
+        group.broadcast_object_list(told, src=0)
+        scratch = told[0]
+        assert scratch is not None, "the first process has told it"
+        state = {**state, "files": write_together(scratch, tensors)}
+        if is_first:
+            _write_state(scratch, {**state, "sha256": _checksum(b"", state)})
+    if is_first:
+        sync_folder(target.parent)
+    # it is there for every process that goes on
+    group.barrier()
+
+
+def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    write_durably(folder / "state.json", json.dumps(state, indent=1).encode())
+    sync_folder(folder)
 
 
 def latest(run_folder: Path, *, run_identity: str, older: str = "") -> Checkpoint | None:
@@ -160,6 +202,38 @@ def read_tensors(run_folder: Path) -> Mapping[str, torch.Tensor]:
     return read_newest(run_folder).tensors
 
 
+class _Under(Mapping[str, torch.Tensor]):
+    """The tensors whose names begin with a prefix, without it; each is read when it is asked
+    for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
+        self._tensors = tensors
+        self._prefix = prefix
+        self._names = [n.removeprefix(prefix) for n in tensors if n.startswith(prefix)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[f"{self._prefix}{name}"]
+
+
+def read_weights(run_folder: Path, *kinds: str) -> Mapping[str, torch.Tensor]:
+    """The trained weights of the newest checkpoint: the first of these kinds that it has, "average"
+    or "policy". Raises UserError where it has none."""
+    tensors = read_tensors(run_folder)
+    found = (_Under(tensors, f"{kind}/") for kind in kinds)
+    weights = next((one for one in found if len(one)), None)
+    if weights is None:
+        raise UserError(
+            f"the newest checkpoint of {run_folder} holds no policy; name another folder"
+        )
+    return weights
+
+
 def read_newest(run_folder: Path) -> Checkpoint:
     """The newest checkpoint, whatever run made it. Raises UserError where there is none."""
     rounds = _rounds(run_folder)
@@ -171,44 +245,55 @@ def read_newest(run_folder: Path) -> Checkpoint:
 
 
 def _read(folder: Path, identities: tuple[str, ...] | None) -> Checkpoint:
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
-
-    way_out = f"delete {folder} to resume from the one before it"
-
-    # both files are there, and one is JSON
-    try:
-        state = json.loads((folder / "state.json").read_bytes())
-        blob = (folder / "state.safetensors").read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"checkpoint {folder} is incomplete: {Path(error.filename).name} is missing; {way_out}"
-        ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"checkpoint {folder} is damaged: state.json is not JSON; {way_out}"
-        ) from error
-
-    # they are of a checkpoint, of this run, and undamaged
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"checkpoint {folder} is foreign: its format must be {FORMAT!r}; {way_out}")
+    # it is a checkpoint, and of this run
+    state = _read_state(folder)
     if identities is not None and state.get("run") not in identities:
         raise UserError(
             f"checkpoint {folder} belongs to another run: its settings differ from config.yaml;"
             " start anew in another folder"
         )
+    in_shards = state["format"] == IN_SHARDS
+    read = _read_shards if in_shards else _read_whole
+    return Checkpoint(round=int(state["round"]), tensors=read(folder, state), facts=state["facts"])
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """What state.json holds."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+    except FileNotFoundError as error:
+        raise damage(folder, "is incomplete: state.json is missing") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise damage(folder, "is damaged: state.json is not JSON") from error
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, IN_SHARDS):
+        raise damage(folder, f"is foreign: its format must be {FORMAT!r}")
+    return state
+
+
+def _read_whole(folder: Path, state: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    name = "state.safetensors"
+    try:
+        blob = (folder / name).read_bytes()
+    except FileNotFoundError as error:
+        raise damage(folder, f"is incomplete: {name} is missing") from error
     if _checksum(blob, state) != state.get("sha256"):
-        raise UserError(
-            f"checkpoint {folder} is damaged: state.safetensors or state.json does not match the"
-            f" checksum; {way_out}"
-        )
+        raise damage(folder, f"is damaged: {name} or state.json does not match the checksum")
 
     # the checksum fits, so that only safetensors itself can refuse
     try:
-        tensors = from_bytes(blob)
+        return from_bytes(blob)
     except SafetensorError as error:
-        raise UserError(f"checkpoint {folder} is damaged: {error}; {way_out}") from error
-    return Checkpoint(round=int(state["round"]), tensors=tensors, facts=state["facts"])
+        raise damage(folder, f"is damaged: {error}") from error
+
+
+def _read_shards(folder: Path, state: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """The tensors, each of which is read when it is asked for."""
+    if _checksum(b"", state) != state.get("sha256"):
+        raise damage(folder, "is damaged: state.json does not match the checksum")
+    return ShardFiles(folder, state["files"])
 
 
 def _checksum(blob: bytes, state: Mapping[str, Any]) -> str:

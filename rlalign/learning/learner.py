@@ -23,11 +23,12 @@ from rlalign.core.records import Scored, Weights
 from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import generator
 from rlalign.learning.evaluate import kl_of_unit, mean_kl
-from rlalign.learning.gradients import ShardSum, are_finite, take_gradients
+from rlalign.learning.gradients import ShardSum, are_finite, clip_norm, take_gradients
 from rlalign.learning.lanes import Lane, PassLoss
 from rlalign.learning.optimizers.base import pack_state, unpack_state
 from rlalign.learning.settings import LearnerSettings
 from rlalign.networks.precision import explained, here, start_thread
+from rlalign.networks.shares import equal, is_share, own_part, read_like
 from rlalign.policies.base import Policy
 
 
@@ -44,7 +45,7 @@ def _start_weights(policy: Policy) -> Mapping[str, torch.Tensor]:
     are the same."""
     own = policy.trainable()
     kept = policy.reference
-    is_kept = own.keys() == kept.keys() and all(torch.equal(kept[n], p) for n, p in own.items())
+    is_kept = own.keys() == kept.keys() and all(equal(kept[n], p) for n, p in own.items())
     return kept if is_kept else policy.weights()
 
 
@@ -151,7 +152,7 @@ class Learner:
 
         # the step of the optimiser
         self._place(gradient)
-        norm = torch.nn.utils.clip_grad_norm_(self._own.values(), self.settings.max_grad_norm)
+        norm = clip_norm(list(self._own.values()), self.settings.max_grad_norm)
         self._set_rates()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -162,7 +163,7 @@ class Learner:
         means = self._reduced([m for m, _ in measured], "sum")
         maxima = self._reduced([m for _, m in measured], "max")
         self._maxima = frozenset(maxima)
-        return {**means, **maxima, "grad_norm": float(norm)}
+        return {**means, **maxima, "grad_norm": norm}
 
     _maxima: frozenset[str] = frozenset()
 
@@ -184,15 +185,14 @@ class Learner:
         """Adds the gradients of a shard a lane, computed side by side; returns what they
         measured."""
         own = [passes[shard :: self.settings.shards] for shard in shards]
-        done = list(self._pool.map(self._shard, own, self._lanes))
-        if self.policy.is_spread:
-            self._keep_step(shards, passes)
+        extra = self._extra(shards, passes)
+        done = list(self._pool.map(lambda p, lane: self._shard(p, lane, extra), own, self._lanes))
         for shard, (gradients, _, _) in zip(shards, done, strict=True):
             total.add(shard, gradients)
         return [(means, maxima) for _, means, maxima in done]
 
     def _shard(
-        self, passes: Sequence[Pass], lane: Lane
+        self, passes: Sequence[Pass], lane: Lane, extra: Sequence[Pass] = ()
     ) -> tuple[list[torch.Tensor], dict[str, float], dict[str, float]]:
         """The summed gradient of one shard, a tensor for each parameter, with its weighted means
         and its maxima."""
@@ -214,15 +214,29 @@ class Learner:
                 maxima[name] = max(maxima.get(name, 0.0), float(value))
 
         means["update_calls"] = float(lane.policy.meter.calls - calls)
-        return take_gradients(parameters), means, maxima
+        gradients = take_gradients(parameters)
+        for one in extra:
+            self._keep_step(one, lane, gradients)
+        return gradients, means, maxima
 
-    def _keep_step(self, shards: Sequence[int], passes: Sequence[Pass]) -> None:
-        """Asks a denoiser that is spread over processes as often as those do whose shard has a pass
-        more: a pass of which nothing is kept."""
+    def _extra(self, shards: Sequence[int], passes: Sequence[Pass]) -> Sequence[Pass]:
+        """A pass to ask a denoiser with that is spread over processes, where others' shards have a
+        pass more: all ask it equally often."""
         count = self.settings.shards
         first = shards[0] - self.accelerator.process_index
-        if len(passes[first::count]) > len(passes[shards[0] :: count]):
-            list(self._pool.map(self._shard, [passes[:1]], self._lanes[:1]))
+        is_shorter = len(passes[first::count]) > len(passes[shards[0] :: count])
+        return passes[:1] if self.policy.is_spread and is_shorter else ()
+
+    def _keep_step(self, one: Pass, lane: Lane, gradients: Sequence[torch.Tensor]) -> None:
+        """Asks with a pass of which nothing is kept but what it brings of the other processes'
+        gradients."""
+        (lane.loss_of(one, self.loss).value * 0.0).backward()
+        lane.policy.meter.take_means()
+        for mine, others in zip(
+            gradients, take_gradients(list(lane.parameters().values())), strict=True
+        ):
+            if is_share(mine):
+                own_part(mine).add_(own_part(others))
 
     def _place(self, gradient: Sequence[torch.Tensor]) -> None:
         for parameter, one in zip(self._parameters.values(), gradient, strict=True):
@@ -303,7 +317,7 @@ class Learner:
             return 0.0
 
         def measure(lane: Lane, units: Sequence[Scored]) -> list[list[torch.Tensor]]:
-            with lane.policy.holding(dict(weights.tensors)):
+            with torch.no_grad(), lane.policy.holding(weights.tensors):
                 return [kl_of_unit(lane.policy, one) for one in units]
 
         # each lane measures some of the units, whose values are put into their order
@@ -331,26 +345,23 @@ class Learner:
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """The inverse of ``state_dict``; raises KeyError when a tensor is missing."""
         # the weights that are trained
-        self.policy.set_weights({n: tensors[f"policy/{n}"] for n in self._own})
+        self.policy.set_weights(self._read(tensors, "policy/"))
         with torch.no_grad():
             for name in self._parameters.keys() - self._own.keys():
                 self._parameters[name].copy_(tensors[name])
 
         # the other copies of the policy
         for kind in {k.split("/")[1] for k in tensors if k.startswith("snapshot/")}:
-            self._snapshots[kind] = {
-                n: tensors[f"snapshot/{kind}/{n}"].to(p.device, copy=True)
-                for n, p in self._own.items()
-            }
+            self._snapshots[kind] = self._read(tensors, f"snapshot/{kind}/")
 
         # the state of the optimiser
-        prefix = "optimiser/"
-        state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        unpack_state(self.optimiser, self._parameters, state)
+        unpack_state(self.optimiser, self._parameters, tensors, "optimiser/")
 
         # the average and the version
         if self._average is not None:
-            self._average = {
-                n: tensors[f"average/{n}"].to(p.device, copy=True) for n, p in self._own.items()
-            }
+            self._average = self._read(tensors, "average/")
         self.version = int(tensors["version"])
+
+    def _read(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+        """A tensor like each trained weight, under a prefix of its name."""
+        return {n: read_like(tensors, f"{prefix}{n}", p) for n, p in self._own.items()}

@@ -48,11 +48,12 @@ class LearnerSettings(BaseModel):
         ge=1,
         description="parts whose gradients are summed apart; they run side by side on a CPU",
     )
-    shard: Annotated[Literal["none", "base"], Before("none")] = Field(
+    shard: Annotated[Literal["none", "base", "all"], Before("none")] = Field(
         default="none",
         description=(
             "base spreads the frozen denoiser under a LoRA over the learner's workers (FSDP2): the"
-            " same numbers, and its memory divided by their number"
+            " same numbers, and its memory divided by their number; all does so where all weights"
+            " are trained, with gradients, moments and copies: the same numbers up to rounding"
         ),
     )
     ema_decay: float = Field(

@@ -51,6 +51,21 @@ def exact_weights(network: torch.nn.Module, path: str, pipelines: Any, part: str
     return read_network(path, pipelines, part).state_dict().__getitem__
 
 
+def trained_readers(
+    network: torch.nn.Module, parts: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> dict[str, Read]:
+    """Part of a pipeline -> how its weights are read where the trained ones, whose names are those
+    in ``network``, are kept elsewhere. Each of ``parts`` is a module in it, or all of it."""
+    prefixes = {module: f"{name}." if name else "" for name, module in network.named_modules()}
+
+    def reader(part: torch.nn.Module) -> Read:
+        own = part.state_dict()
+        above = prefixes[part]
+        return lambda name: weights[above + name] if above + name in weights else own[name]
+
+    return {name: reader(part) for name, part in parts.items()}
+
+
 class StoredTensors:
     """The tensors of a network's folder, each read when it is asked for."""
 

@@ -20,12 +20,16 @@ from rlalign.core.registry import UserError
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
-def autocast(device: str, precision: Precision) -> contextlib.AbstractContextManager[object]:
+def autocast(
+    device: str, precision: Precision, *, keeps_rounded: bool = True
+) -> contextlib.AbstractContextManager[object]:
     """Inside, matrix products and convolutions of float32 tensors are done in ``precision``;
-    float64 ones stay as they are."""
+    float64 ones stay as they are. With ``keeps_rounded`` the rounded copy of a trained weight is
+    kept until the end, for the next time that it is used."""
     if precision != "bfloat16":
         return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, cache_enabled=keeps_rounded)
 
 
 def keep_frozen(network: torch.nn.Module, precision: Precision) -> None:

@@ -1,10 +1,10 @@
-"""A frozen denoiser spread over the processes of a learner with FSDP2 (Zhao 2023,
-arXiv:2304.11277): each holds an equal part of every weight, and a block's are gathered while it
-computes.
+"""A denoiser spread over the processes of a learner with FSDP2 (Zhao 2023, arXiv:2304.11277): each
+holds an equal part of every weight, and a block's are gathered while it computes.
 
-Adapters stay whole in every process. What is gathered is what was spread, so the numbers are those
-of the whole network, bit for bit. Every process must ask a network equally often, forwards and
-backwards: gathering is a collective.
+Of a frozen one adapters stay whole in every process, and the numbers are those of the whole
+network, bit for bit: what is gathered is what was spread. Of one that is trained each process
+holds its rows of the gradients too, which are summed in the order of the processes. Every process
+must ask a network equally often, forwards and backwards: gathering is a collective.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as group
 
 from rlalign.core.registry import UserError, read_reason
 from rlalign.networks.pipelines.loading import empty_copy
+from rlalign.networks.shares import OrderedSum, range_of_rows
 
 Loaded = TypeVar("Loaded")
 
@@ -90,7 +91,8 @@ def make_stand_in(network: Any, dtypes: Mapping[str, torch.dtype], device: str) 
 def spread(network: torch.nn.Module, whole: torch.nn.Module | None, device: str) -> None:
     """Spreads the weights of ``whole``, which one process has read, over the stand-in ``network``
     in all of them, a block after the other: at any time memory holds one block whole beside what is
-    spread. ``whole`` is left without weights."""
+    spread. ``whole`` is left without weights. Gradients, where weights have some, are summed over
+    the processes."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -105,7 +107,13 @@ def spread(network: torch.nn.Module, whole: torch.nn.Module | None, device: str)
         for tensor in [*module.parameters(), *module.buffers()]:
             if name := places.pop(tensor, ""):
                 _fill(tensor, source, name.replace(".base_layer.", "."))
-        fully_shard(module, mesh=mesh, ignored_params=adapters, reshard_after_forward=True)
+        part: Any = fully_shard(
+            module, mesh=mesh, ignored_params=adapters, reshard_after_forward=True
+        )
+        # a sum, as that over the shards of one process; not FSDP2's mean
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+        part.set_custom_reduce_scatter(OrderedSum())
 
 
 def blocks_of(network: torch.nn.Module) -> list[torch.nn.Module]:
@@ -180,12 +188,27 @@ def bytes_of_share(network: torch.nn.Module, count: int) -> tuple[int, int]:
     inside = {id(weight) for block in blocks for weight in block.parameters()}
     kept = sum(b.numel() * b.element_size() for b in network.buffers())
     for name, weight in network.named_parameters():
-        rows = weight.shape[0] if weight.ndim else 1
-        share = 1.0 if _is_adapter(name) else -(-rows // count) / rows
-        kept += int(weight.numel() * share) * weight.element_size()
+        share = weight if _is_adapter(name) else share_of(weight, count)
+        kept += share.numel() * share.element_size()
     sizes = sorted((_frozen_bytes(block.named_parameters()) for block in blocks), reverse=True)
     others = ((n, w) for n, w in network.named_parameters() if id(w) not in inside)
     return kept, _frozen_bytes(others) + sum(sizes[:2])
+
+
+def share_of(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """The largest share of a weight that one of ``count`` processes holds, without numbers."""
+    if not weight.ndim:
+        return weight
+    rows = range_of_rows(weight.shape[0], count, 0)[1]
+    return torch.empty((rows, *weight.shape[1:]), dtype=weight.dtype, device="meta")
+
+
+def largest_block(network: torch.nn.Module) -> int:
+    """Bytes of the largest block of a network, or of what is in no block where that is more."""
+    inside = [block.parameters() for block in blocks_of(network)]
+    found = [sum(w.numel() * w.element_size() for w in weights) for weights in inside]
+    others = sum(w.numel() * w.element_size() for w in network.parameters()) - sum(found)
+    return max([others, *found])
 
 
 def _frozen_bytes(named: Iterator[tuple[str, torch.nn.Parameter]]) -> int:

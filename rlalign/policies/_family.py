@@ -60,7 +60,7 @@ class Family(ABC):
     reads_embeddings: ClassVar[bool] = True
     """Whether its words may come from a file of ``rlalign encode``."""
     can_spread: ClassVar[bool] = False
-    """Whether its frozen denoiser can be spread over processes, a block after the other."""
+    """Whether its denoiser can be spread over processes, a block after the other."""
     own_per_thread: tuple[str, ...] = ()
     """Attributes with frozen parts that write on themselves while they compute, as causal video
     autoencoders do, which keep the features of the frames before: each thread has a copy."""
@@ -215,6 +215,11 @@ class Family(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes what plain diffusers loads: a pipeline folder, or a LoRA file."""
+
+    def save_with(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """Writes a pipeline folder with these trained weights, whole, in place of its own; where
+        the family ``can_spread``."""
+        raise NotImplementedError
 
     def save_merged(self, folder: Path) -> None:
         """Writes what ``merged`` saves; families of large networks do it weight by weight."""

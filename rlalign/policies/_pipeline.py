@@ -340,6 +340,10 @@ class PipelineFamily(Family):
         if not adapted:
             merging.save_pipeline(self._whole_pipeline(), folder, {})
 
+    def save_with(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        reads = merging.trained_readers(self.network, self.denoisers, weights)
+        merging.save_pipeline(self._whole_pipeline(), folder, reads)
+
     def _whole_pipeline(self) -> Any:
         """The pipeline; with the parts that this process lacks read for it, on the CPU."""
         held = self.parts()

@@ -83,13 +83,15 @@ class PipelineRecipe(PolicyRecipe):
 
     def load_spread(self, device: str, parts: frozenset[Part], reader: Reader | None) -> Policy:
         # one process reads the denoiser, in the precision in which its frozen weights are kept
+        adapted = bool(self.lora_rank or self.adapter)
+
         def read() -> Any:
             held = parts if sharding.reads() else parts - {"denoiser"}
             pipeline = self._read(held, reader)
             for name, network in pipeline.components.items():
                 if isinstance(network, torch.nn.Module) and not is_absent(network):
                     refuse_weights({name: network})
-                    if self.family.role_of(name) == "denoiser":
+                    if self.family.role_of(name) == "denoiser" and adapted:
                         keep_frozen(network.requires_grad_(False), self.precision)
             return pipeline
 
@@ -101,9 +103,11 @@ class PipelineRecipe(PolicyRecipe):
         wholes = sharding.put_stand_ins(pipeline, networks, device)
         family = self._around(pipeline, device, parts, reader)
         settle(device, self.precision, deterministic=self.deterministic)
-        policy = self.assemble(family)
+        policy = self.assemble(family) if adapted else None
         for part, network in family.denoisers.items():
             sharding.spread(network, wholes.pop(part, None), device)
+        # what is trained is kept as the reference too: in shares, once it is spread
+        policy = policy or self.assemble(family)
         family.try_out(self.precision)
         return policy
 

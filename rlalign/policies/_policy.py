@@ -22,6 +22,7 @@ from rlalign.diffusion.predictions import PredictionType, target, to_clean_and_n
 from rlalign.networks import lora, sharding
 from rlalign.networks.precision import Precision, autocast
 from rlalign.networks.replicas import replicate
+from rlalign.networks.shares import are_shares, assign
 from rlalign.policies._family import OWN_SIZE, Family
 from rlalign.policies._sample import sample
 
@@ -89,6 +90,11 @@ class Policy:
     def is_spread(self) -> bool:
         """Whether other processes hold parts of the denoiser; all must ask it equally often."""
         return sharding.is_spread(self.network)
+
+    @cached_property
+    def is_trained_spread(self) -> bool:
+        """Whether other processes hold, and train, the other rows of the trained weights."""
+        return are_shares(self.trainable().values())
 
     @property
     def path(self) -> NoisePath:
@@ -195,7 +201,9 @@ class Policy:
         if torch.is_grad_enabled():
             for name, value_B in self.family.measure(timestep_B).items():
                 self.meter.learned.setdefault(name, []).append(value_B)
-        with autocast(self.device, self.precision):
+        # of weights that are gathered block by block no copies may stay
+        keeps = not self.is_trained_spread
+        with autocast(self.device, self.precision, keeps_rounded=keeps):
             output = self.family.predict(x, timestep_B, words)
         if watched_place() and not all_finite(output):
             refuse_answer(self, x, timestep_B, words)
@@ -228,14 +236,10 @@ class Policy:
         return {n: p.detach().clone() for n, p in self.trainable().items()}
 
     @torch.no_grad()
-    def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Takes over trainable weights; names and shapes must match."""
-        own = self.trainable()
-        assert own.keys() == weights.keys(), (
-            f"weights differ in {sorted(own.keys() ^ weights.keys())[:3]}"
-        )
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
+    def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Takes over trainable weights; names and shapes must match. A policy whose weights are
+        spread takes whole ones too."""
+        self._write(weights)
         self._copies.clear()
 
     @torch.no_grad()
@@ -280,6 +284,11 @@ class Policy:
     @contextlib.contextmanager
     def holding(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Inside, the policy has these trainable weights instead of its own."""
+        if self.is_trained_spread:
+            with self._overwritten(weights):
+                yield
+            return
+
         # pointers move, numbers do not: other replicas on these weights, and graphs built before,
         # stay as they are
         own = self.trainable()
@@ -292,6 +301,29 @@ class Policy:
         finally:
             for name, parameter in own.items():
                 parameter.data = current[name]
+
+    @contextlib.contextmanager
+    def _overwritten(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, the policy's own weights, which are spread, have these numbers: FSDP2 gathers
+        them from where it keeps them. The backward pass gathers them again, so that nothing inside
+        may have one."""
+        assert not torch.is_grad_enabled(), "a pass under other weights has no backward pass here"
+        current = self.weights()
+        self._write(weights)
+        try:
+            yield
+        finally:
+            self._write(current)
+
+    @torch.no_grad()
+    def _write(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """The numbers of trainable weights, and nothing else."""
+        own = self.trainable()
+        assert own.keys() == weights.keys(), (
+            f"weights differ in {sorted(own.keys() ^ weights.keys())[:3]}"
+        )
+        for name, parameter in own.items():
+            assign(parameter, weights[name])
 
     # --- copies ----------------------------------------------------------------------------------
 
@@ -318,9 +350,13 @@ class Policy:
             self._copies[dtype] = twin
         return self._copies[dtype]
 
-    def save(self, folder: Path) -> None:
-        """Writes what plain diffusers loads: a pipeline folder, or a LoRA file."""
-        self.family.save(folder)
+    def save(self, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Writes what plain diffusers loads: a pipeline folder, or a LoRA file. Where trained
+        weights are spread, ``weights`` are what is written, each read when it is its turn."""
+        if weights is None:
+            self.family.save(folder)
+        else:
+            self.family.save_with(folder, weights)
 
     def save_merged(self, folder: Path) -> None:
         """Writes a pipeline folder, an adapter merged into it. Raises UserError for a family that

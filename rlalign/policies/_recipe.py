@@ -86,8 +86,8 @@ class PolicyRecipe(Recipe):
         spread: bool = False,
     ) -> Policy:
         """The live policy on ``device``: the family, with its adapter, in its precision. ``parts``
-        and ``reader`` are as in ``build_parts``; with ``spread`` the frozen denoiser is spread over
-        the processes of torch's group, which all have to ask."""
+        and ``reader`` are as in ``build_parts``; with ``spread`` the denoiser is spread over the
+        processes of torch's group, which all have to ask: one that is trained too."""
         if self.adapter and not self.family.reads_adapters:
             raise UserError(
                 f"policy.adapter must be empty for {self.name}, which takes none, got"

@@ -303,6 +303,7 @@ def test_the_score_function_takes_no_stale_samples():
 
 SPREAD = "learner.shard=base"
 FLUX = ("policy={name: flux, path: some/flux, lora_rank: 2}", SPREAD)
+FULL = ("policy={name: flux, path: some/flux}", "learner.shard=all")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +316,14 @@ FLUX = ("policy={name: flux, path: some/flux, lora_rank: 2}", SPREAD)
             (*FLUX, "algorithm={name: reward_backprop, form: refl}"),
             "learner.shard must be none for reward_backprop as it is set",
         ),
-        (("learner.shard=all",), "learner.shard must be "),
+        ((*FLUX, "learner.shard=all"), "learner.shard all is for runs that train all weights"),
+        ((*FULL, "policy.name=tiny"), "learner.shard must be none for policy tiny, whose"),
+        ((*FULL, "learner.optimizer={name: adafactor}"), "learner.optimizer must be adamw with"),
+        (
+            (*FULL, "policy={name: wan, path: some/wan, trained_experts: high}"),
+            "policy.trained_experts must be both with learner.shard all, got 'high'",
+        ),
+        (("learner.shard=some",), "learner.shard must be "),
     ],
 )
 def test_a_denoiser_is_spread_where_that_can_be(more, expected):
@@ -326,6 +334,11 @@ def test_over_how_many_learners_a_denoiser_is_spread_changes_no_number():
     assert identity_of(least(*FLUX)) == identity_of(least(FLUX[0]))
     shared = least(*FLUX, "learner.shards=4", "runtime.learner.workers=4")
     assert identity_of(shared) == identity_of(least(FLUX[0], "learner.shards=4"))
+
+
+def test_a_run_whose_trained_weights_are_spread_is_the_same_run():
+    """Its numbers are so up to rounding, and a run that goes on so says it."""
+    assert identity_of(least(*FULL)) == identity_of(least(FULL[0]))
 
 
 def test_a_missing_setting_is_named():

@@ -55,6 +55,7 @@ def change(before: tuple[str, ...], *changes: str) -> None:
         ),
         (("learner.shards=4",), ["runtime.learner.workers=4"]),
         (("policy={name: flux, path: some/flux, lora_rank: 2}",), ["learner.shard=base"]),
+        (("policy={name: flux, path: some/flux}",), ["learner.shard=all"]),
         ((), ["runtime={rollout: {workers: 3}}"]),
         ((), ["runtime={rollout_workers: 3}"]),
         ((), ["runtime.rollout_workers=3", "runtime.rollout_labels={zone: b}"]),

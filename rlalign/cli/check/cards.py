@@ -82,6 +82,11 @@ def _of_learner(run: Run, policy: Policy, parts: Parts) -> list[str]:
             f"policy.lora_rank=16 (most of {megabytes(size)} of start weights, copies, gradients"
             " and state)"
         )
+    if full and run.learner.shard == "none" and policy.family.can_spread:
+        found.append(
+            "learner.shard=all (of weights, start weights, copies, gradients and state each of"
+            " runtime.learner.workers holds a part)"
+        )
     if run.policy.precision != "bfloat16":
         frozen = "" if full else " and of the frozen weights"
         found.append(f"policy.precision=bfloat16 (about half of a pass{frozen})")

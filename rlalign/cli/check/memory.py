@@ -16,7 +16,7 @@ import torch
 
 from rlalign.core.records import kept_latents, moved_latents
 from rlalign.diffusion.noise import noise_masks
-from rlalign.networks.sharding import bytes_of_share
+from rlalign.networks.sharding import bytes_of_share, largest_block, share_of
 from rlalign.policies.base import WHOLE
 from rlalign.runtime.roles import ENCODER, LEARNER, ROLLOUT, Role
 
@@ -36,6 +36,8 @@ WORTH_LEAVING_OUT = 10**8
 """Bytes of text encoders that are worth a hint."""
 START = "start weights"
 GATHERED = "gathered blocks"
+SUMMED = "a block's gradients"
+ASIDE = "weights set aside"
 PASS = "a pass"
 STEP = "the optimiser's step"
 
@@ -176,7 +178,12 @@ def needs_of(
 
 def shares_denoiser(run: Run) -> bool:
     """Whether a learner holds a part of the denoiser, and others hold the rest."""
-    return run.learner.shard == "base" and run.runtime.learner.workers > 1
+    return run.learner.shard != "none" and run.runtime.learner.workers > 1
+
+
+def shares_trained(run: Run) -> bool:
+    """Whether that is so of the trained weights too, and of all that is kept for each of them."""
+    return run.learner.shard == "all" and shares_denoiser(run)
 
 
 def learner_weights(run: Run, policy: Policy) -> dict[str, int]:
@@ -189,7 +196,11 @@ def learner_weights(run: Run, policy: Policy) -> dict[str, int]:
     workers = run.runtime.learner.workers
     shares = {part: bytes_of_share(net, workers) for part, net in family.denoisers.items()}
     found |= {part: kept for part, (kept, _) in shares.items()}
-    return found | _own(GATHERED, max(gathered for _, gathered in shares.values()))
+    found |= _own(GATHERED, max(gathered for _, gathered in shares.values()))
+    if shares_trained(run):
+        # a block's gradients, sorted by who gets them, and those that come from the others
+        found |= _own(SUMMED, 3 * max(map(largest_block, family.denoisers.values())))
+    return found
 
 
 def _own(name: str, size: int) -> dict[str, int]:
@@ -208,6 +219,14 @@ def on_gpu(runtime: RuntimeSettings) -> frozenset[str]:
 def trained(policy: Policy) -> int:
     """Bytes of the trained weights."""
     return sum(p.numel() * p.element_size() for p in policy.trainable().values())
+
+
+def _trained_here(run: Run, policy: Policy) -> list[torch.Tensor]:
+    """What a learner holds of the trained weights."""
+    own: list[torch.Tensor] = list(policy.trainable().values())
+    if not shares_trained(run):
+        return own
+    return [share_of(weight, run.runtime.learner.workers) for weight in own]
 
 
 def _critic(run: Run, policy: Policy) -> list[torch.Tensor]:
@@ -229,31 +248,35 @@ def learning(run: Run, policy: Policy) -> dict[str, int]:
     state."""
     algorithm = run.algorithm
     settings = run.learner
-    weights = trained(policy)
+    held = _trained_here(run, policy)
+    weights = sum(p.numel() * p.element_size() for p in held)
     of_critic = _critic(run, policy)
     values = sum(p.numel() * p.element_size() for p in of_critic)
-    state = settings.optimizer.bytes_of_state([*policy.trainable().values(), *of_critic])
+    state = settings.optimizer.bytes_of_state([*held, *of_critic])
 
     # one gradient is the sum; others are computed beside it, one a lane. Several learners have a
-    # table of all shards, and the sum of all tables
+    # table of all shards, and the sum of all tables, but of gradients that are spread as weights
     lanes = _lanes(run)
     own = settings.shards // run.runtime.learner.workers
-    gradients = max(lanes, min(2, own))
+    alone = max(lanes, min(2, own))
+    together = alone
     if run.runtime.learner.workers > 1:
-        gradients = settings.shards + max(lanes, settings.shards)
+        together = settings.shards + max(lanes, settings.shards)
+    of_policy = alone if shares_trained(run) else together
     return {
         START: weights,  # before the first update: the policy's reference and the run's base
         **{f"copy {kind}": weights for kind in algorithm.copies},
         **_own("average", weights if settings.ema_decay else 0),
         **_own("value network", values),
-        "gradients": gradients * (weights + values),
+        "gradients": of_policy * weights + together * values,
+        **_own(ASIDE, weights if shares_trained(run) else 0),
         f"{settings.optimizer.name} state": state,
     }
 
 
 def step_scratch(run: Run, policy: Policy) -> int:
     """What the optimiser takes while it steps."""
-    tensors = [*policy.trainable().values(), *_critic(run, policy)]
+    tensors = [*_trained_here(run, policy), *_critic(run, policy)]
     return run.learner.optimizer.bytes_of_step(tensors, run.runtime.device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,6 +16,8 @@ class AdamW(Optimizer):
 
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
+
+    can_spread: ClassVar[bool] = True
 
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="the moments' decays")
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")

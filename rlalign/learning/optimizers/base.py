@@ -8,12 +8,15 @@ from typing import Any, ClassVar
 import torch
 
 from rlalign.core.registry import Recipe
+from rlalign.networks.shares import read_like
 
 
 class Optimizer(Recipe):
     """Base of an optimiser: its settings, and the torch optimiser that they make."""
 
     shelf: ClassVar[str] = "optimizers"
+    can_spread: ClassVar[bool] = False
+    """Whether it steps a weight by its rows, so that processes may hold some of them each."""
 
     def refuse_device(self, device: str) -> None:
         """Raises UserError where it does not compute on this device."""
@@ -56,18 +59,21 @@ def unpack_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, torch.nn.Parameter],
     tensors: Mapping[str, torch.Tensor],
+    prefix: str = "",
 ) -> None:
-    """The inverse of ``pack_state``."""
+    """The inverse of ``pack_state``, of the tensors whose names begin with ``prefix``."""
     optimizer.state.clear()
-    for packed in sorted(tensors):
-        key, _, name = packed.partition("/")
+    for packed in sorted(name for name in tensors if name.startswith(prefix)):
+        key, _, name = packed.removeprefix(prefix).partition("/")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = _unpacked(key, tensors[packed], parameter)
+        optimizer.state[parameter][key] = _unpacked(key, tensors, packed, parameter)
 
 
-def _unpacked(key: str, tensor: torch.Tensor, parameter: torch.nn.Parameter) -> Any:
+def _unpacked(
+    key: str, tensors: Mapping[str, torch.Tensor], packed: str, parameter: torch.nn.Parameter
+) -> Any:
+    # AdamW keeps its step count on the CPU, its moments beside the weights and spread as they are
+    beside = parameter if key != "step" else torch.empty(0)
+    tensor = read_like(tensors, packed, beside)
     # Adafactor and bitsandbytes count in Python
-    if tensor.dtype == torch.int64 and not tensor.ndim:
-        return int(tensor)
-    # AdamW keeps its step count on the CPU, its moments beside the weights
-    return tensor.to("cpu" if key == "step" else parameter.device, copy=True)
+    return int(tensor) if tensor.dtype == torch.int64 and not tensor.ndim else tensor

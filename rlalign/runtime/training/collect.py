@@ -11,18 +11,21 @@ checkpoint instead.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
+import torch
 from ray.actor import ActorHandle
 
 from rlalign.config import Run
 from rlalign.core.progress import Tell, tell_nobody
 from rlalign.core.records import Scored, Unit, Weights
 from rlalign.core.registry import UserError
+from rlalign.networks.shares import are_shares, is_share, own_part, own_rows
 from rlalign.rewards.base import total
 from rlalign.runtime.training.coordinator import Failure
 from rlalign.runtime.training.production import UnitResult
@@ -64,6 +67,15 @@ def ask_until_answered(call: Callable[[], ray.ObjectRef], seconds: float) -> Any
             time.sleep(0.2)
 
 
+def _own_rows(tensors: Mapping[str, torch.Tensor]) -> list[Rows]:
+    """What this process has of named tensors: of those that are spread its own rows."""
+    return [
+        Rows(name, own_part(one), own_rows(one)[0] if is_share(one) else 0)
+        for name, one in tensors.items()
+        if own_part(one).numel()
+    ]
+
+
 class RemoteCollect:
     """rlalign.alignment.loop's Collect over a cluster; one per learner process, of which the main
     one orders."""
@@ -82,6 +94,7 @@ class RemoteCollect:
         self._run, self._coordinator, self._incarnation = run, coordinator, incarnation
         self._is_main, self._learners = is_main, learners
         self._rounded = rounded
+        self._name = uuid.uuid4().hex
         self._published: dict[str, WeightsRef] = {}
         """Whose weights -> the last ones."""
         self._orders: dict[int, _Order] = {}
@@ -94,8 +107,10 @@ class RemoteCollect:
 
     def order(self, units: Sequence[Unit], weights: Weights, reward: Weights | None = None) -> int:
         published = given = None
-        if self._is_main:
+        # of weights that are spread every learner publishes what it holds
+        if self._is_main or are_shares(weights.tensors.values()):
             published = self._publish("policy", weights, self._rounded)
+        if self._is_main:
             given = self._publish("reward", reward) if reward is not None else None
         return self._order(_Order(units=units, tag=weights.tag, weights=published, reward=given))
 
@@ -105,9 +120,24 @@ class RemoteCollect:
         """Weights in shared memory, put there once."""
         found = self._published.get(whose)
         if found is None or found.tag != weights.tag:
-            manifest = publish(Rows.of(weights.tensors), rounded)
-            found = self._published[whose] = WeightsRef(tag=weights.tag, manifests=(manifest,))
+            manifests = (publish(_own_rows(weights.tensors), rounded),)
+            if are_shares(weights.tensors.values()):
+                manifests = self._survives(lambda: self._exchange(weights.tag, manifests))
+            found = self._published[whose] = WeightsRef(tag=weights.tag, manifests=manifests)
         return found
+
+    def _exchange(
+        self, tag: tuple[str, int], own: tuple[ray.ObjectRef, ...]
+    ) -> tuple[ray.ObjectRef, ...]:
+        """Tells which part of some weights this learner has published; gives the main one the parts
+        of all learners, and the others their own."""
+        coordinator = self._coordinator
+        given = coordinator.give_part.remote(self._incarnation, tag, self._name, own)
+        ray.get(given, timeout=self._patience)
+        if not self._is_main:
+            return own
+        parts = coordinator.take_parts.remote(self._incarnation, tag, self._learners)
+        return tuple(ray.get(parts, timeout=self._patience))
 
     def _order(self, order: _Order) -> int:
         self._next += 1

@@ -95,6 +95,8 @@ class _Ledger:
     name: str
     tickets: dict[int, _Ticket] = field(default_factory=dict)
     ordered: asyncio.Condition = field(default_factory=asyncio.Condition)
+    parts: dict[tuple[str, int], dict[str, Sequence[ray.ObjectRef]]] = field(default_factory=dict)
+    """Tag of weights -> learner -> the manifests of the part that it has published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +180,32 @@ class Coordinator:
         )
         async with ledger.ordered:
             ledger.ordered.notify_all()
+
+    async def give_part(
+        self,
+        incarnation: str,
+        tag: tuple[str, int],
+        learner: str,
+        manifests: Sequence[ray.ObjectRef],
+    ) -> None:
+        """One of several learners has published the part of some weights that it holds."""
+        ledger = self._ledger
+        if incarnation == ledger.name:
+            ledger.parts.setdefault(tag, {})[learner] = manifests
+            async with ledger.ordered:
+                ledger.ordered.notify_all()
+
+    async def take_parts(
+        self, incarnation: str, tag: tuple[str, int], learners: int
+    ) -> list[ray.ObjectRef]:
+        """The manifests of all learners' parts of some weights, once there are so many; for the one
+        that orders. They are kept no longer."""
+        ledger = self._ledger
+        if incarnation != ledger.name:
+            return []
+        async with ledger.ordered:
+            await ledger.ordered.wait_for(lambda: len(ledger.parts.get(tag, ())) == learners)
+        return [one for part in ledger.parts.pop(tag).values() for one in part]
 
     async def gather(
         self, incarnation: str, ticket: int, since: int, learners: int

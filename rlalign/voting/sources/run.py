@@ -213,12 +213,7 @@ class RunSource:
     def _weights(self) -> dict[str, Any]:
         from rlalign.learning import checkpoint
 
-        tensors = checkpoint.read_tensors(self.folder)
-        found = {
-            n.removeprefix("policy/"): t for n, t in tensors.items() if n.startswith("policy/")
-        }
-        assert found, "a checkpoint holds a policy"
-        return found
+        return dict(checkpoint.read_weights(self.folder, "policy"))
 
 
 def draw_here(run: Run, rows: int) -> Drawing:
