@@ -10,6 +10,7 @@ from ray.actor import ActorHandle
 
 from rlalign.config import RuntimeSettings
 from rlalign.rewards.base import Reward
+from rlalign.runtime.engine import SEATS
 from rlalign.runtime.placement import Bundle
 from rlalign.runtime.reservation import bundle_of
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
@@ -35,7 +36,9 @@ def create_policy_worker(
     """A rollout worker. Without ``counts`` it reserves its GPU's share alone."""
     kind = actor_class(PolicyWorker, bundle_of(ROLLOUT, source.runtime.rollout), counts=counts)
     name = actor_name(owner, ROLLOUT, number)
-    return kind.options(name=name).remote(source, f"{ROLLOUT} {number}")
+    # a thread for each piece that it has, and one for what asks how it is
+    options = {"name": name, "max_concurrency": SEATS + 1}
+    return kind.options(**options).remote(source, f"{ROLLOUT} {number}")
 
 
 def create_reward_worker(

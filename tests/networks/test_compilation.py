@@ -1,0 +1,168 @@
+"""Compiled blocks and channels-last weights: the learner's numbers are the rollout's, what is read
+and written stays, and a machine that cannot compile says so. torch.compile is real, on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlalign.algorithms._advantages import PromptStatistics
+from rlalign.algorithms.ddpo import DDPO
+from rlalign.core.records import Plan
+from rlalign.core.registry import UserError, build
+from rlalign.learning.learner import Learner
+from rlalign.learning.settings import LearnerSettings
+from rlalign.networks import compilation
+from rlalign.policies.base import Policy
+from tests.toy import collect, make_units
+
+PLAN = Plan(steps=2, eta=1.0, guidance=2.0)
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_limits() -> Iterator[None]:
+    """torch's settings are the process's."""
+    import torch._dynamo
+
+    found = torch._dynamo.config
+    kept = found.recompile_limit, found.accumulated_recompile_limit
+    yield
+    found.recompile_limit, found.accumulated_recompile_limit = kept
+    found.fail_on_recompile_limit_hit = False
+
+
+def loaded(name: str = "tiny", **settings: Any) -> Policy:
+    recipe: Any = build("policies", {"name": name, **settings})
+    return recipe.load("cpu")
+
+
+def answer(policy: Policy, rows: int = 2) -> torch.Tensor:
+    """What a policy's denoiser says of a fixed latent."""
+    x = torch.randn(rows, *policy.latent_shape(Plan()), generator=torch.Generator().manual_seed(0))
+    condition = policy.encode(["a red circle above a blue square"] * rows)
+    return policy.denoise(x, policy.path.levels(10)[4], condition, 2.0)[1]
+
+
+def first_ratio(policy: Policy, lanes: int = 1) -> float:
+    """max |ratio - 1| before the first update of a run with this policy, as its learner measures
+    it; an update is made with it."""
+    scored = collect(policy, make_units(lanes, per_unit=2, plan=PLAN))
+    algorithm = DDPO(advantage="global")
+    settings = LearnerSettings(lr=1e-4, shards=lanes, updates_per_round=1)
+    learner = Learner(policy, algorithm.loss, settings, seed=0)
+    return learner.update(algorithm.make_batch(scored, PromptStatistics()), round=1)[
+        "ratio/first_update"
+    ]
+
+
+# --- channels last --------------------------------------------------------------------------------
+
+
+def test_channels_last_changes_the_layout_and_no_weight(tmp_path: Path) -> None:
+    """What travels and what is written is as without it, and the ratio is exactly 1."""
+    plain = loaded()
+    policy = loaded(channels_last=True)
+    assert policy.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not policy.network.conv_in.weight.is_contiguous()
+    for name, weight in policy.weights().items():
+        assert weight.is_contiguous()
+        assert torch.equal(weight, plain.weights()[name])
+    with torch.no_grad():
+        torch.testing.assert_close(answer(policy), answer(plain), rtol=1e-4, atol=1e-5)
+    assert first_ratio(policy) == 0.0
+
+    policy.set_weights(plain.weights())
+    policy.save(tmp_path / "saved")
+    again = loaded(path=str(tmp_path / "saved"))
+    for name, weight in again.weights().items():
+        assert torch.equal(weight, plain.weights()[name])
+    assert not policy.network.conv_in.weight.is_contiguous(), "saving leaves it as it was"
+
+
+# --- what is compiled -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("tiny", {"BasicTransformerBlock", "ResnetBlock2D"}),
+        ("tiny_flow", {"JointTransformerBlock"}),
+        ("tiny_video", {"WanTransformerBlock"}),
+    ],
+)
+def test_the_blocks_that_repeat_are_compiled(name: str, classes: set[str]) -> None:
+    network = loaded(name).network
+    blocks = compilation.blocks_to_compile(network)
+    assert {type(block).__name__ for block in blocks} == classes
+    names = list(network.state_dict())
+    compilation.compile_blocks(network)
+    assert compilation.is_compiled(network)
+    assert list(network.state_dict()) == names
+    assert not compilation.is_compiled(loaded(name).network)
+
+
+def test_a_replica_is_compiled_too_and_a_copy_for_other_numbers_is_not() -> None:
+    policy = loaded()
+    compilation.compile_blocks(policy.network)
+    assert compilation.is_compiled(policy.replica().network)
+    assert not compilation.is_compiled(policy.in_precision(torch.float64).network)
+
+
+def test_a_network_without_blocks_says_so() -> None:
+    with pytest.raises(UserError, match=r"policy\.compile must be false for Linear"):
+        compilation.compile_blocks(torch.nn.Linear(1, 1))
+
+
+def test_a_spread_denoiser_is_not_compiled() -> None:
+    recipe: Any = build("policies", {"name": "tiny_flow", "compile": True, "lora_rank": 2})
+    with pytest.raises(UserError, match=r"policy\.compile must be false where the denoiser"):
+        recipe.load_spread("cpu", frozenset({"denoiser"}), None)
+
+
+@pytest.mark.promise
+def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(UserError, match=r"policy\.compile must be false here: .* C\+\+ compiler"):
+        loaded(compile=True)
+
+
+# --- its numbers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.promise
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_compiled_rollouts_and_learners_have_a_ratio_of_one(lora_rank: int) -> None:
+    """Within what the check of a run allows for a clip range of 1e-4, on two lanes; and the answers
+    are the uncompiled ones but for rounding."""
+    policy = loaded(compile=True, lora_rank=lora_rank)
+    policy.warm_up(PLAN, 2)
+    assert policy.meter.calls == 0
+    with torch.no_grad():
+        torch.testing.assert_close(answer(policy), answer(loaded()), rtol=1e-4, atol=1e-5)
+    assert first_ratio(policy, lanes=2) <= 1e-5
+
+
+@pytest.mark.promise
+def test_a_compiled_gradient_is_the_uncompiled_one(tmp_path: Path) -> None:
+    """With an adapter, and with activations that are computed twice; the adapter is written under
+    its own names."""
+    found = []
+    for settings in ({}, {"compile": True, "gradient_checkpointing": True}):
+        policy = loaded("tiny_flow", lora_rank=2, **settings)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in policy.trainable().values():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        answer(policy).square().mean().backward()
+        gradients = {n: p.grad for n, p in policy.trainable().items() if p.grad is not None}
+        found.append(torch.cat([g.flatten() for g in gradients.values()]))
+        policy.save(tmp_path / str(len(found)))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-7)
+    first, second = (next((tmp_path / n).glob("*.safetensors")).read_bytes() for n in ("1", "2"))
+    assert first == second
