@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from rlalign.networks.sharding import blocks_of
 
 CONVOLUTIONAL = frozenset({"ResnetBlock2D"})
 """Blocks of a UNet that diffusers does not name among those that repeat."""
-SETTINGS = {"dynamic": False}
+SETTINGS: dict[str, Any] = {"dynamic": False}
 SHAPES = 512
 """Kinds of call (shape, dtype, with or without gradients) that a block may be compiled for. torch's
 own 8 are less than a UNet's widths; what came after them would be computed uncompiled."""
@@ -38,19 +39,24 @@ def blocks_to_compile(network: torch.nn.Module) -> list[torch.nn.Module]:
 def compile_blocks(network: torch.nn.Module) -> None:
     """Has torch compile the blocks of a denoiser, each when it is first asked; names of weights
     stay. Raises UserError for a network in which no block is known."""
-    import torch._dynamo
-
     blocks = blocks_to_compile(network)
     if not blocks:
         raise UserError(
             f"policy.compile must be false for {type(network).__name__}, which has no list of"
             " blocks to compile"
         )
-    limits = torch._dynamo.config
-    limits.recompile_limit = limits.accumulated_recompile_limit = SHAPES
-    limits.fail_on_recompile_limit_hit = True  # uncompiled code would give other last bits
     for block in blocks:
         block.compile(**SETTINGS)
+
+
+def allow_shapes() -> None:
+    """Lets this thread compile a block for ``SHAPES`` kinds of call; one more raises, since
+    uncompiled code would give other last bits. torch keeps these settings for each thread."""
+    import torch._dynamo.config as limits
+
+    if limits.recompile_limit != SHAPES:
+        limits.recompile_limit = limits.accumulated_recompile_limit = SHAPES
+        limits.fail_on_recompile_limit_hit = True
 
 
 def is_compiled(network: torch.nn.Module) -> bool:

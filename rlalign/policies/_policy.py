@@ -91,6 +91,11 @@ class Policy:
         """Whether other processes hold parts of the denoiser; all must ask it equally often."""
         return sharding.is_spread(self.network)
 
+    @cached_property
+    def is_compiled(self) -> bool:
+        """Whether the denoiser's blocks are compiled."""
+        return compilation.is_compiled(self.network)
+
     @property
     def path(self) -> NoisePath:
         return self.family.path
@@ -195,6 +200,8 @@ class Policy:
         """The family's ``predict`` in the policy's precision; what came out in bfloat16 is given
         back in the latent's. Counts what was asked."""
         take_turn()
+        if self.is_compiled:
+            compilation.allow_shapes()
         self.meter.calls += len(x)
         self.meter.backward_calls += len(x) if x.requires_grad else 0
         if torch.is_grad_enabled():
@@ -210,7 +217,7 @@ class Policy:
     def warm_up(self, plan: Plan, rows: int) -> None:
         """Has the code made that a compiled denoiser answers ``rows`` samples of a plan with; does
         nothing for another one. Nothing of it is counted."""
-        if not compilation.is_compiled(self.network):
+        if not self.is_compiled:
             return
         shape = self.latent_shape(plan)
         levels = self.path.at(plan).levels(plan.steps)

@@ -136,8 +136,7 @@ def test_a_gradient_keeps_the_policy_until_it_has_gone_through_it() -> None:
         policy.decode(clean)
         assert holds(shared, turn), "who asks the policy has its turn"
         with torch.enable_grad():
-            samples = {s: v.detach() for s, v in policy.show(clean, own.spaces()).items()}
-            own.scores(samples, ["a red circle"])
+            own.scores(policy.show(clean, own.spaces()), ["a red circle"])
         assert holds(shared, turn)
 
 
