@@ -89,7 +89,7 @@ def reason_not_compiled(error: BaseException) -> str:
     if not any(kind.__module__.startswith(places) for kind in kinds):
         return ""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0] if lines else type(error).__name__
+    said = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
     return (
         f"policy.compile must be false here: torch cannot compile the denoiser ({said[:200]}); or"
         " install what it compiles with, a C++ compiler (g++) and Python's headers on a CPU, Triton"

@@ -3,6 +3,9 @@ and written stays, and a machine that cannot compile says so. torch.compile is r
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -116,12 +119,26 @@ def test_a_spread_denoiser_is_not_compiled() -> None:
 
 
 @pytest.mark.promise
-def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch._inductor.config as inductor
-
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(UserError, match=r"policy\.compile must be false here: .* C\+\+ compiler"):
-        loaded(compile=True)
+def test_a_machine_without_a_compiler_says_so(tmp_path: Path) -> None:
+    """In a process of its own: torch remembers what it found."""
+    code = (
+        "from rlalign.networks.compilation import try_compiler\n"
+        "from rlalign.core.registry import UserError\n"
+        "try:\n    try_compiler('cpu')\nexcept UserError as error:\n    print(error)\n"
+    )
+    scene = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **scene},
+        check=True,
+    )
+    said = done.stdout.strip()
+    assert said.startswith("policy.compile must be false here: torch cannot compile the denoiser")
+    assert "No working C++ compiler" in said
+    assert "install what it compiles with, a C++ compiler (g++)" in said
+    assert len(said.splitlines()) == 1
 
 
 # --- its numbers ----------------------------------------------------------------------------------
