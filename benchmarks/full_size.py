@@ -47,6 +47,42 @@ def stable_diffusion_15(small: bool = False) -> Any:
     )
 
 
+def stable_diffusion_xl(small: bool = False) -> Any:
+    """A StableDiffusionXLPipeline with the UNet (2.6 B) of Stable Diffusion XL."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    widths = (32, 32) if small else (768, 1280)
+    down: Any = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    up: Any = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    made: Any = StableDiffusionXLPipeline
+    return made(
+        unet=UNet2DConditionModel(
+            sample_size=16 if small else 128,
+            down_block_types=down,
+            up_block_types=up,
+            block_out_channels=(32, 64, 64) if small else (320, 640, 1280),
+            transformer_layers_per_block=(1, 1, 2) if small else (1, 2, 10),
+            attention_head_dim=(2, 4, 4) if small else (5, 10, 20),
+            cross_attention_dim=sum(widths),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8 if small else 256,
+            projection_class_embeddings_input_dim=widths[1] + 6 * (8 if small else 256),
+        ),
+        vae=autoencoder(latent_channels=4, scaling_factor=0.13025, small=small),
+        text_encoder=CLIPTextModel(words("tiny", width=widths[0], layers=2)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            words("tiny", width=widths[1], layers=2, projection=widths[1])
+        ),
+        tokenizer=tokenizer("tiny"),
+        tokenizer_2=tokenizer("tiny"),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+    )
+
+
 def stable_diffusion_3(small: bool = False) -> Any:
     """A StableDiffusion3Pipeline with the transformer (2.2 to 2.5 B) of Stable Diffusion 3.5
     medium, without T5.

@@ -224,10 +224,11 @@ class Alignment:
         found = learned.get("ratio/first_update", 0.0)
         limit = algorithm.ratio_limit(self.done + 1)
         if limit is not None and staleness == 0 and found > limit:
+            also = " policy.compile to false," if getattr(self.run.policy, "compile", False) else ""
             raise UserError(
                 f"max|ratio - 1| before the first update must be <= {limit:g} (a tenth of the clip"
                 f" range), got {found:g}; give rollout and learner the same device and threads, set"
-                " learner.steps_per_pass to 1, or widen the clip range"
+                f" learner.steps_per_pass to 1,{also} or widen the clip range"
             )
 
     def record(

@@ -54,6 +54,8 @@ OF_A_RUN = (
     "embeddings",
     "decode_rows",
     "vae_tiling",
+    "compile",
+    "channels_last",
     "vae_tile",
     "decode_frames",
 )

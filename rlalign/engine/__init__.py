@@ -4,6 +4,7 @@ policy and the rewards.
 base.py    a piece (``Work``), who does pieces (``Engine``), what they cost (``Cost``), where
            rewards are asked (``Rewards``)
 swarm.py   groups of weighted particles on their way through a chain
+shared.py  one policy for pieces on several threads: the next asks while one waits for a score
 local.py   pieces on threads of this process; the rewards where they are loaded (``rlalign.runtime``
            has both on Ray)
 chains.py  whole chains as one function of their noises: values and gradients
@@ -35,6 +36,7 @@ from rlalign.engine.pieces import (
     Position,
     Score,
     View,
+    advance_and_score_rows,
     advance_rows,
     join_views,
     look_rows,
@@ -59,6 +61,7 @@ __all__ = [
     "View",
     "Work",
     "WorkResult",
+    "advance_and_score_rows",
     "advance_rows",
     "expand",
     "flat_rows",

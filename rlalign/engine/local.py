@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -16,8 +17,10 @@ from rlalign.core.finite import WEAKER, NotFinite, all_finite, refuse, watching
 from rlalign.core.media import as_arrays
 from rlalign.core.records import Plan, Space
 from rlalign.core.registry import UserError
+from rlalign.core.turns import give_turn, waited_seconds
 from rlalign.engine.base import Cost, Engine, Rewards, Scores, Work, WorkResult
 from rlalign.engine.pieces import latent_dtype
+from rlalign.engine.shared import SharedPolicy, read_words
 from rlalign.policies.base import Policy
 from rlalign.rewards.base import Reward, Scorer, score, spaces_of, total
 
@@ -44,6 +47,8 @@ class LiveRewards:
         self.queries = self.gradients = self.missing = 0
         self.reason = ""
         """What the last scorer that failed said."""
+        self.lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        """Held while scorers score, by those who share one."""
 
     def asked(self, held_out: bool) -> list[Reward]:
         """The rewards that are followed, and the held-out ones where asked for."""
@@ -64,13 +69,15 @@ class LiveRewards:
     def score_arrays(
         self, samples: Mapping[Space, np.ndarray], prompts: Sequence[str], *, held_out: bool = False
     ) -> Scores:
+        let_others_ask()
         raw: dict[str, np.ndarray] = {}
         seconds: dict[str, float] = {}
-        for reward in self.asked(held_out):
-            start = time.monotonic()
-            scorer = self._scorers[reward.title]
-            raw[reward.title] = score(reward, scorer, samples[reward.sees], prompts)
-            seconds[reward.title] = time.monotonic() - start
+        with self.lock:
+            for reward in self.asked(held_out):
+                start = time.monotonic()
+                scorer = self._scorers[reward.title]
+                raw[reward.title] = score(reward, scorer, samples[reward.sees], prompts)
+                seconds[reward.title] = time.monotonic() - start
         return self.counted(raw)._replace(seconds=seconds)
 
     def counted(self, raw: Mapping[str, np.ndarray]) -> Scores:
@@ -96,7 +103,7 @@ class LiveRewards:
         self, reward: Reward, samples_B: torch.Tensor, prompts: Sequence[str]
     ) -> tuple[np.ndarray, torch.Tensor]:
         """((B,) raw scores, d score / d samples) of one reward, of what it sees."""
-        with torch.enable_grad():
+        with torch.enable_grad(), self.lock:
             given_B = samples_B.detach().float().requires_grad_()
             value_B = self._scorers[reward.title](given_B, prompts)
             if not value_B.requires_grad:
@@ -126,6 +133,13 @@ class LiveRewards:
         return asked
 
 
+def let_others_ask() -> None:
+    """Lets the next piece have the policy while this one waits for scores, unless a gradient goes
+    on through the policy afterwards: two graphs at once would take twice the memory."""
+    if not torch.is_grad_enabled():
+        give_turn()
+
+
 def drop_errors(reward: Reward) -> Reward:
     """The reward where a failing score is missing and ends nothing."""
     return reward.model_copy(update={"on_error": "drop"}) if reward.on_error == "raise" else reward
@@ -134,10 +148,10 @@ def drop_errors(reward: Reward) -> Reward:
 def do_and_count(work: Work, policy: Policy, rewards: Rewards) -> WorkResult:
     """Does a piece of work and counts what it took."""
     before = _read_meters(policy, rewards)
-    start = time.monotonic()
+    start = time.monotonic() - waited_seconds()
     value = do_finite(work, policy, rewards)
     cost = _read_meters(policy, rewards) - before
-    cost = replace(cost, seconds=time.monotonic() - start)
+    cost = replace(cost, seconds=time.monotonic() - waited_seconds() - start)
     return WorkResult(value, cost, getattr(rewards, "reason", ""))
 
 
@@ -184,8 +198,10 @@ class LocalEngine(Engine):
         rows: int,
         threads: int = 1,
         parallel: bool = True,
+        seats: int = 1,
     ) -> None:
-        """One lane for each of ``rewards``, with ``threads`` threads inside an operation."""
+        """One lane for each ``seats`` of ``rewards``, with ``threads`` threads inside an operation.
+        With two seats a lane's policy makes the next piece while one waits for its scores."""
         self.path = policy.path
         self.dtype = latent_dtype(policy)
         self.rows = rows
@@ -193,9 +209,12 @@ class LocalEngine(Engine):
         self.reason = ""
         self._policy = policy
         # a lane is a replica of the policy with rewards of its own
-        self._idle = deque(
-            (policy if i == 0 else policy.replica(), r) for i, r in enumerate(rewards)
-        )
+        self._lanes: list[SharedPolicy] = []
+        for start in range(0, len(rewards), seats):
+            own = rewards[start : start + seats]
+            _share_scorers(own)
+            self._lanes.append(SharedPolicy(policy.replica() if start else policy, own))
+        self._choosing = threading.Lock()
         self._pool = None
         if parallel:
             limit = {"initializer": torch.set_num_threads, "initargs": (threads,)}
@@ -210,11 +229,13 @@ class LocalEngine(Engine):
         workers: int,
         rows: int,
         threads: int = 1,
+        seats: int = 1,
     ) -> LocalEngine:
-        """One lane for each of ``workers``, with rewards of its own; on a GPU one lane is
-        enough."""
+        """One lane for each of ``workers``, with rewards of its own for each seat; on a GPU one
+        lane is enough."""
         lanes = workers if policy.device == "cpu" else 1
-        return cls(policy, [rewards() for _ in range(lanes)], rows=rows, threads=threads)
+        made = [rewards() for _ in range(lanes * seats)]
+        return cls(policy, made, rows=rows, threads=threads, seats=seats)
 
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
         return self._policy.latent_shape(plan)
@@ -231,8 +252,23 @@ class LocalEngine(Engine):
         return list((self._pool.map if self._pool else map)(self._do, works))
 
     def _do(self, work: Work) -> WorkResult:
-        policy, rewards = self._idle.pop()
+        with self._choosing:
+            lane = min(self._lanes, key=lambda lane: lane.taken)
+            lane.taken += 1
         try:
-            return do_and_count(work, policy, rewards)
+            with lane.seat() as (policy, rewards, turn):
+                if lane.seats > 1:
+                    read_words(work, policy)
+                    turn.take()
+                return do_and_count(work, policy, rewards)
         finally:
-            self._idle.append((policy, rewards))
+            with self._choosing:
+                lane.taken -= 1
+
+
+def _share_scorers(some: Sequence[Rewards]) -> None:
+    """Has those who share a lane score one after the other, as one alone would."""
+    lock = threading.Lock()
+    for one in some if len(some) > 1 else ():
+        if isinstance(one, LiveRewards):
+            one.lock = lock

@@ -13,6 +13,7 @@ import torch
 
 from rlalign.core.media import as_arrays
 from rlalign.core.records import MEDIA, Space, Trajectory, Unit
+from rlalign.core.turns import waited_seconds
 from rlalign.diffusion.noise import unit_noise
 from rlalign.diffusion.paths import NoisePath
 from rlalign.diffusion.rollout import Schedule, advance, denoise_unit, denoised, schedule_of
@@ -106,6 +107,21 @@ class Advance(Work):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredAdvance(Advance):
+    """The same with scores of the latents at the plan's end, and before it of the clean samples: of
+    one piece they are asked for while the next one is made."""
+
+    @torch.no_grad()
+    def do(self, policy: Policy, rewards: Rewards) -> Any:
+        """(Position, Scores)."""
+        reached = super().do(policy, rewards)
+        ended = self.stop == self.unit.plan.steps
+        clean = (reached.x if ended else reached.clean).to(policy.device)
+        samples = policy.show(clean, rewards.spaces())
+        return reached, rewards.scores(samples, self.unit.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Look(Work):
     """What the policy sees at step ``k``, with the reward of the clean sample where asked for."""
 
@@ -180,12 +196,15 @@ class Produce(Rollout):
     parts: ClassVar[int] = 1
 
     def do(self, policy: Policy, rewards: Rewards) -> Produced:
-        start = time.monotonic()
+        start = time.monotonic() - waited_seconds()
         trajectory, samples = super().do(policy, rewards)
-        middle = time.monotonic()
+        middle = time.monotonic() - waited_seconds()
         held_out = self.unit.key.stream == "evaluate"
         scores = rewards.score_arrays(samples, self.unit.prompts, held_out=held_out)
-        seconds = {"rollout": middle - start, "reward": time.monotonic() - middle}
+        seconds = {
+            "rollout": middle - start,
+            "reward": time.monotonic() - waited_seconds() - middle,
+        }
         seconds |= {f"reward/{title}": s for title, s in scores.seconds.items()}
         return Produced(trajectory, samples, scores, seconds)
 
@@ -287,6 +306,19 @@ def advance_rows(
         unit, lambda some, cut: Advance(unit=some, x=begun[cut], start=start, stop=stop)
     )
     return Position(torch.cat([f.x for f in found]), torch.cat([f.clean for f in found]))
+
+
+def advance_and_score_rows(
+    engine: Engine, unit: Unit, x: torch.Tensor | None, start: int, stop: int
+) -> tuple[Position, Scores]:
+    """``ScoredAdvance`` on every row, in pieces."""
+    begun = x if x is not None else engine.begin(unit)
+    found: list[tuple[Position, Scores]] = engine.each(
+        unit, lambda some, cut: ScoredAdvance(unit=some, x=begun[cut], start=start, stop=stop)
+    )
+    reached = [position for position, _ in found]
+    position = Position(torch.cat([r.x for r in reached]), torch.cat([r.clean for r in reached]))
+    return position, join_scores([scores for _, scores in found])
 
 
 def look_rows(engine: Engine, unit: Unit, x: torch.Tensor, k: int, *, score: bool = False) -> View:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rlalign.networks import lora
+from rlalign.networks.compilation import plain_layout
 from rlalign.networks.exports import CODES, write_header
 from rlalign.networks.pipelines.checkpoints import read_network
 from rlalign.networks.pipelines.loading import (
@@ -92,8 +93,9 @@ def save_pipeline(pipeline: Any, folder: Path, reads: Mapping[str, Read]) -> Non
     other = copy.copy(pipeline)
     for part, read in reads.items():
         setattr(other, part, _stand_in(getattr(pipeline, part), read))
+    networks = [p for p in pipeline.components.values() if isinstance(p, torch.nn.Module)]
     # parts that a pipeline may lack are no news
-    with quiet_libraries():
+    with quiet_libraries(), plain_layout(networks):
         other.save_pretrained(folder, safe_serialization=True)
 
 

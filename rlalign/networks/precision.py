@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from rlalign.core.registry import UserError
+from rlalign.networks.compilation import reason_not_compiled
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -109,11 +110,12 @@ def unrepeatable(error: RuntimeError) -> str:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Inside, an operation that cannot repeat its numbers is a UserError with the way out."""
+    """Inside, an operation that cannot repeat its numbers, or that cannot be compiled, is a
+    UserError with the way out."""
     try:
         yield
     except RuntimeError as error:
-        if message := unrepeatable(error):
+        if message := unrepeatable(error) or reason_not_compiled(error):
             raise UserError(message) from error
         raise
 

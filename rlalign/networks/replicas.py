@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from rlalign.networks.compilation import compile_as
+
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
@@ -15,4 +17,5 @@ def replicate(module: Module) -> Module:
     twin = copy.deepcopy(module)
     for mine, other in zip(module.parameters(), twin.parameters(), strict=True):
         other.data = mine.data
+    compile_as(module, twin)
     return twin

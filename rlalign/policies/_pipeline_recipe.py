@@ -13,15 +13,15 @@ from pydantic import Field
 
 from rlalign.core.finite import refuse_weights
 from rlalign.core.locations import LocalPathOrHubId
-from rlalign.core.registry import Before
-from rlalign.networks import sharding
+from rlalign.core.registry import Before, UserError
+from rlalign.networks import compilation, sharding
 from rlalign.networks.embeddings import EmbeddingsFile, Reader
 from rlalign.networks.pipelines.absent import is_absent
 from rlalign.networks.pipelines.checkpoints import load_checkpoint
 from rlalign.networks.pipelines.files import check_files
 from rlalign.networks.pipelines.schedulers import say_steps
 from rlalign.networks.precision import keep_frozen, settle
-from rlalign.policies._family import WHOLE, Part
+from rlalign.policies._family import WHOLE, Family, Part
 from rlalign.policies._policy import Policy
 from rlalign.policies._recipe import PolicyRecipe
 from rlalign.policies._words import ACTOR, Embeddings
@@ -52,6 +52,14 @@ class PipelineRecipe(PolicyRecipe):
         default=False,
         description="decode in tiles that blend (diffusers): less memory, and other pixels",
     )
+    compile: Annotated[bool, Before(False)] = Field(
+        default=False,
+        description="the denoiser's blocks through torch.compile: faster, and other last bits",
+    )
+    channels_last: Annotated[bool, Before(False)] = Field(
+        default=False,
+        description="convolutions of a UNet and of the autoencoder with channels last in memory",
+    )
 
     @property
     def location(self) -> str:
@@ -81,7 +89,31 @@ class PipelineRecipe(PolicyRecipe):
     def build_parts(self, device: str, parts: frozenset[Part], reader: Reader | None = None) -> Any:
         return self._around(self._read(parts, reader), device, parts, reader)
 
+    def make_policy(self, family: Family) -> Policy:
+        policy = super().make_policy(family)
+        self._speed_up(policy)
+        return policy
+
+    def _speed_up(self, policy: Policy) -> None:
+        """What makes the same weights faster once the parts are known to fit."""
+        family: Any = policy.family
+        if self.channels_last:
+            # a transformer has no convolution but that of its patches
+            networks = list(family.denoisers.values()) if family.part == "unet" else []
+            for network in [*networks, *([family.vae] if family.has("vae") else [])]:
+                compilation.use_channels_last(network)
+        if self.compile:
+            compilation.try_compiler(family.device)
+            for network in family.denoisers.values():
+                compilation.compile_blocks(network)
+
     def load_spread(self, device: str, parts: frozenset[Part], reader: Reader | None) -> Policy:
+        if self.compile:
+            raise UserError(
+                "policy.compile must be false where the denoiser is spread over processes"
+                " (learner.shard), got true"
+            )
+
         # one process reads the denoiser, in the precision in which its frozen weights are kept
         adapted = bool(self.lora_rank or self.adapter)
 

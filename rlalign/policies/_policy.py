@@ -16,10 +16,11 @@ import torch
 
 from rlalign.core.finite import all_finite, refuse_answer, watched_place
 from rlalign.core.records import Plan, Space
+from rlalign.core.turns import take_turn
 from rlalign.diffusion.condition import Condition, Words
 from rlalign.diffusion.paths import NoisePath, coefficients
 from rlalign.diffusion.predictions import PredictionType, target, to_clean_and_noise
-from rlalign.networks import lora, sharding
+from rlalign.networks import compilation, lora, sharding
 from rlalign.networks.precision import Precision, autocast
 from rlalign.networks.replicas import replicate
 from rlalign.networks.shares import are_shares, assign
@@ -96,6 +97,11 @@ class Policy:
         """Whether other processes hold, and train, the other rows of the trained weights."""
         return are_shares(self.trainable().values())
 
+    @cached_property
+    def is_compiled(self) -> bool:
+        """Whether the denoiser's blocks are compiled."""
+        return compilation.is_compiled(self.network)
+
     @property
     def path(self) -> NoisePath:
         return self.family.path
@@ -110,6 +116,7 @@ class Policy:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Clean latents (B, *latent) -> media (B, F, 3, H, W) float32 in [0, 1]."""
+        take_turn()
         return self.family.decode(latents)
 
     def show(self, clean: torch.Tensor, spaces: Iterable[Space]) -> dict[Space, torch.Tensor]:
@@ -118,11 +125,13 @@ class Policy:
 
     def encode_media(self, media_BFCHW: torch.Tensor) -> torch.Tensor:
         """Media in [0, 1] -> clean latents."""
+        take_turn()
         return self.family.encode_media(media_BFCHW)
 
     def posterior(self, media_BFCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean and standard deviation of the encoder's posterior over clean latents; None in place
         of the latter where the encoder has none."""
+        take_turn()
         return self.family.posterior(media_BFCHW)
 
     def latent_shape(self, plan: Plan) -> tuple[int, ...]:
@@ -196,6 +205,9 @@ class Policy:
     def answer(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
         """The family's ``predict`` in the policy's precision; what came out in bfloat16 is given
         back in the latent's. Counts what was asked."""
+        take_turn()
+        if self.is_compiled:
+            compilation.allow_shapes()
         self.meter.calls += len(x)
         self.meter.backward_calls += len(x) if x.requires_grad else 0
         if torch.is_grad_enabled():
@@ -203,11 +215,26 @@ class Policy:
                 self.meter.learned.setdefault(name, []).append(value_B)
         # of weights that are gathered block by block no copies may stay
         keeps = not self.is_trained_spread
-        with autocast(self.device, self.precision, keeps_rounded=keeps):
+        rounds = autocast(self.device, self.precision, keeps_rounded=keeps)
+        with rounds, compilation.explained():
             output = self.family.predict(x, timestep_B, words)
         if watched_place() and not all_finite(output):
             refuse_answer(self, x, timestep_B, words)
         return output.to(x.dtype) if output.dtype == torch.bfloat16 else output
+
+    @torch.no_grad()
+    def warm_up(self, plan: Plan, rows: int) -> None:
+        """Has the code made that a compiled denoiser answers ``rows`` samples of a plan with; does
+        nothing for another one. Nothing of it is counted."""
+        if not self.is_compiled:
+            return
+        shape = self.latent_shape(plan)
+        levels = self.path.at(plan).levels(plan.steps)
+        twin = self.beside()
+        condition = twin.encode([self.family.trial_prompt] * rows, plan)
+        x = torch.zeros(rows, *shape, device=self.device)
+        for level in (levels[0], levels[-2]):
+            twin.denoise(x, level, condition, plan.guidance)
 
     def error(
         self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, condition: Condition
@@ -233,7 +260,7 @@ class Policy:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the trainable weights: what a rollout worker needs to become this version."""
-        return {n: p.detach().clone() for n, p in self.trainable().items()}
+        return {n: p.detach().clone().contiguous() for n, p in self.trainable().items()}
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -327,6 +354,12 @@ class Policy:
 
     # --- copies ----------------------------------------------------------------------------------
 
+    def beside(self) -> Policy:
+        """The same policy with a meter of its own: for a thread that takes turns with others."""
+        twin = copy.copy(self)
+        twin.meter = Meter()
+        return twin
+
     def replica(self) -> Policy:
         """A second policy on the same weights (updates in place reach both) with gradients and a
         meter of its own: one per thread."""
@@ -348,7 +381,13 @@ class Policy:
             twin.reference = {n: t.to(dtype) for n, t in self.reference.items()}
             twin._copies = {}
             self._copies[dtype] = twin
-        return self._copies[dtype]
+
+        # those who take turns with this one share it, and count for themselves
+        found = self._copies[dtype]
+        if found.meter is not self.meter:
+            found = copy.copy(found)
+            found.meter = self.meter
+        return found
 
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Writes what plain diffusers loads: a pipeline folder, or a LoRA file. Where trained

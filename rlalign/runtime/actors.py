@@ -10,6 +10,7 @@ from ray.actor import ActorHandle
 
 from rlalign.config import RuntimeSettings
 from rlalign.rewards.base import Reward
+from rlalign.runtime.engine import SEATS
 from rlalign.runtime.placement import Bundle
 from rlalign.runtime.reservation import bundle_of
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
@@ -32,11 +33,13 @@ def actor_name(owner: str, role: Role, number: int) -> str:
 def create_policy_worker(
     owner: str, number: int, source: PolicySource, *, counts: bool = True
 ) -> ActorHandle:
-    """A rollout worker, which may be called for its next piece amid one. Without ``counts`` it
-    reserves its GPU's share alone."""
+    """A rollout worker, which is called for its next piece amid one. Without ``counts`` it reserves
+    its GPU's share alone."""
     kind = actor_class(PolicyWorker, bundle_of(ROLLOUT, source.runtime.rollout), counts=counts)
     name = actor_name(owner, ROLLOUT, number)
-    return kind.options(name=name, max_concurrency=2).remote(source, f"{ROLLOUT} {number}")
+    # a thread for each piece that it has, and one for what asks how it is
+    options = {"name": name, "max_concurrency": SEATS + 1}
+    return kind.options(**options).remote(source, f"{ROLLOUT} {number}")
 
 
 def create_reward_worker(

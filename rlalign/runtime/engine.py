@@ -34,6 +34,10 @@ from rlalign.runtime.weights import Rows, WeightsRef, publish
 
 Used = TypeVar("Used")
 
+SEATS = 2
+"""Pieces that a policy worker has at a time: one asks the policy, the other gets ready, waits for a
+score or is handed over."""
+
 
 class RewardAnswer(NamedTuple):
     """What one reward says of samples."""
@@ -55,16 +59,18 @@ class Pools(Mapping[Role, Pool]):
         *,
         again: Callable[[Role], None] = lambda role: None,
         units_per_call: Mapping[str, int] | None = None,
+        seats: int = SEATS,
     ) -> None:
         """``again`` is told of every try after the first. ``units_per_call``: reward title -> units
-        that may be scored in one call; 1 where it is not there."""
+        that may be scored in one call; 1 where it is not there. ``seats``: pieces that a policy
+        worker is given at a time."""
         self._runtime = runtime
         self._again = again
         self._pools = {
             role: Pool(
                 role,
                 start_seconds=runtime.start_seconds,
-                in_flight=2 if role == ROLLOUT else 1,
+                in_flight=seats if role == ROLLOUT else 1,
             )
             for role in roles
         }
@@ -226,16 +232,17 @@ class RayEngine(Engine):
         unit: Unit,
         *,
         rows: int,
+        seats: int = SEATS,
     ) -> None:
         """Waits until a worker of each role is loaded, so that no piece waits for a reward, and
-        asks what the policy is to the plan of ``unit``."""
+        asks what the policy is to the plan of ``unit``. ``seats`` are as in ``Pools``."""
         self.rows = rows
         self.cost = Cost()
         self.reason = ""
         self._unit = unit
         self._weights: WeightsRef | None = None
         self._loop = asyncio.new_event_loop()
-        self._pools = Pools(runtime, members)
+        self._pools = Pools(runtime, members, seats=seats)
         self._shapes: dict[Plan, tuple[int, ...]] = {}
         numbered = {role: dict(enumerate(actors)) for role, actors in members.items()}
         try:

@@ -25,7 +25,7 @@ import enum
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -84,8 +84,8 @@ class Member:
     state: State = State.STARTING
     calls: int = 0
     """That it was given and has not been released from."""
-    last_call: asyncio.Task[Any] | None = None
-    """The one that it was given last and has not answered."""
+    unanswered: set[asyncio.Task[Any]] = field(default_factory=set)
+    """The calls that it was given and has not answered."""
     question: asyncio.Task[None] | None = None
     """Asks it, while it starts or is away, until it answers."""
     error: BaseException | None = None
@@ -113,8 +113,8 @@ class Pool:
         in_flight: int = 1,
     ) -> None:
         """``start_seconds`` is how long an actor may take to answer, at first and after it died.
-        ``in_flight`` 2 keeps the next call waiting at the actor, so that it need not wait for
-        the way back."""
+        ``in_flight`` 2 keeps the next call at the actor, which gets ready for it and need not wait
+        for the way back."""
         self.role = role
         self.restarts = 0
         self._start = start_seconds
@@ -227,19 +227,18 @@ class Pool:
         """The answer to a call that an actor was given just now; TimeoutError when the actor works
         on it for longer.
 
-        An actor does one call after another, so a call that waits behind another one has not begun.
-        A caller that goes away leaves the call at the actor, and so its time running: those behind
-        it still wait for it.
+        An actor does one call after another, so a call that waits behind others has not begun; it
+        may be answered before them where they wait for something else. A caller that goes away
+        leaves the call at the actor, and so its time running: those behind it still wait for it.
         """
         member = next(one for one in self._members.values() if one.actor is actor)
-        call = asyncio.ensure_future(_await_in_turn(ref, member.last_call, seconds))
-        member.last_call = call
+        call = asyncio.ensure_future(_await_in_turn(ref, set(member.unanswered), seconds))
+        member.unanswered.add(call)
         call.add_done_callback(lambda done: self._note_answer(member, done))
         return await asyncio.shield(call)
 
     def _note_answer(self, member: Member, call: asyncio.Task[Any]) -> None:
-        if member.last_call is call:
-            member.last_call = None
+        member.unanswered.discard(call)
         if not call.cancelled():
             call.exception()  # its caller may have gone away
 
@@ -317,15 +316,17 @@ async def _ping(actor: ActorHandle) -> BaseException | None:
     return None
 
 
-async def _await_in_turn(
-    ref: ray.ObjectRef, before: asyncio.Task[Any] | None, seconds: float
-) -> Any:
-    """The object; TimeoutError when it takes longer than ``seconds`` after the call before it was
+async def _await_in_turn(ref: ray.ObjectRef, before: set[asyncio.Task[Any]], seconds: float) -> Any:
+    """The object; TimeoutError when it takes longer than ``seconds`` after the calls before it were
     over."""
-    if before is not None and not before.done():
-        await asyncio.wait([before])
+    answer: Any = ref
+    if before:
+        answer = asyncio.ensure_future(answer)
+    while before and not answer.done():
+        await asyncio.wait({answer, *before}, return_when=asyncio.FIRST_COMPLETED)
+        before = {call for call in before if not call.done()}
     async with asyncio.timeout(seconds):
-        return await ref
+        return await answer
 
 
 async def call_with_retries(

@@ -1,7 +1,8 @@
 """Rewards for pieces of work: asked by a policy worker in the reward pools, with a pool's retries.
 
-Every policy worker has ``Pools`` of its own over the same actors, which do one call after another.
-It prefers another actor than its neighbours do, so that they share the work.
+Each of a policy worker's seats has ``Pools`` of its own over the same actors, which do one call
+after another. It prefers another actor than its neighbours do, so that they share the work. While
+it waits for scores, the worker's next piece asks the policy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ray.actor import ActorHandle
 from rlalign.config import RuntimeSettings
 from rlalign.core.records import Space
 from rlalign.engine import Scores
-from rlalign.engine.local import LiveRewards
+from rlalign.engine.local import LiveRewards, let_others_ask
 from rlalign.rewards.base import Reward
 from rlalign.runtime.engine import Pools
 from rlalign.runtime.roles import reward_role
@@ -59,6 +60,7 @@ class RemoteRewards(LiveRewards):
     def score_arrays(
         self, samples: Mapping[Space, np.ndarray], prompts: Sequence[str], *, held_out: bool = False
     ) -> Scores:
+        let_others_ask()
         titles = [r.title for r in self.asked(held_out)]
         asked = self._pools.score(titles, ray.put(samples), tuple(prompts), drop=True)
         found = self._loop.run_until_complete(asked)

@@ -56,6 +56,7 @@ def create_actors(
         runtime=runtime,
         interpolation=sample.interpolation,
         reader=reader_of(encoder, runtime),
+        shapes=((sample.plan, sample.rows),),
     )
 
     # each rollout worker prefers another reward worker

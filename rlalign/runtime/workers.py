@@ -20,15 +20,17 @@ import torch
 from rlalign.alignment.models import Model, ready_policy
 from rlalign.config import RuntimeSettings
 from rlalign.core.garbage import pause_collection
-from rlalign.core.records import Space
+from rlalign.core.records import Plan, Space
 from rlalign.core.registry import UserError
 from rlalign.engine import Work
 from rlalign.engine.local import LiveRewards, do_and_count
+from rlalign.engine.shared import SharedPolicy, read_words
 from rlalign.networks.devices import usable
 from rlalign.networks.embeddings import Reader
 from rlalign.networks.precision import here, start_thread
 from rlalign.rewards.base import FittedScorer, Reward
 from rlalign.runtime.began import BEGAN
+from rlalign.runtime.engine import SEATS
 from rlalign.runtime.gauges import shown
 from rlalign.runtime.rewards import RemoteRewards, RewardActors
 from rlalign.runtime.weights import Manifest, expect, receive, receive_tensors
@@ -115,26 +117,35 @@ class PolicySource:
     """None where its work asks for none."""
     reader: Reader | None = None
     """Gives the words of prompts; None where the policy has text encoders or a file."""
+    shapes: tuple[tuple[Plan, int], ...] = ()
+    """Plans, each with the rows of a piece, that compiled code is made for before it is ready."""
 
 
 class PolicyWorker(Worker):
-    """Holds a policy and does pieces of work, one at a time, each under the weights that come with
-    it or that are there. Those of the next piece are brought to the node meanwhile, where Ray lets
-    it call (``max_concurrency``)."""
+    """Holds a policy and does pieces of work, each under the weights that come with it or that are
+    there.
+
+    Where Ray gives it threads, the next piece reads its words, and has its weights brought to the
+    node, while one asks the policy; it asks the policy while that one waits for scores or goes into
+    the object store. The policy is asked by one at a time.
+    """
 
     def __init__(self, source: PolicySource, label: str) -> None:
-        threads = source.runtime.rollout.threads
-        torch.set_num_threads(threads)
+        torch.set_num_threads(source.runtime.rollout.threads)
         self.label = label
         with naming_the_node():
             device = usable(source.runtime.device, "runtime.device")
-            self._start = functools.partial(start_thread, threads, here(device))
             self._policy = ready_policy(
                 source.model, device, source.interpolation, reader=source.reader
             )
-        self._rewards = LiveRewards(()) if source.rewards is None else RemoteRewards(source.rewards)
+        for plan, rows in source.shapes:
+            self._policy.warm_up(plan, rows)
+        asked = source.rewards
+        rewards = [RemoteRewards(asked) if asked else LiveRewards(()) for _ in range(SEATS)]
+        self._shared = SharedPolicy(self._policy, rewards)
         self._tag: tuple[str, int] | None = None
-        self._turn = threading.Lock()
+        self._thread = threading.local()
+        self._begin = (source.runtime.rollout.threads, here(device))
         self.ready_at = time.time()
 
     def do(
@@ -150,24 +161,24 @@ class PolicyWorker(Worker):
         ``tag`` is that of the weights that are meant; None for whatever the worker has. It need not
         be told where those are that it holds; None in place of the facts says that it holds others.
         """
-        expect(manifests)  # while the piece before this one is still being done
-        with self._turn:
-            self._start()  # Ray has several threads for calls
-            return self._do(work, tag, manifests)
-
-    def _do(
-        self, work: Work, tag: tuple[str, int] | None, manifests: Sequence[Manifest]
-    ) -> tuple[Any, ...]:
         start = time.monotonic()
+        expect(manifests)  # while the piece before this one is still being done
+        if not hasattr(self._thread, "begun"):
+            start_thread(*self._begin)
+            self._thread.begun = True
         under = f" under {tag[0]} v{tag[1]}" if tag is not None else ""
-        with shown(f"{work.unit.key}{under}"):
-            if not self._take_over(tag, manifests):
-                return (*[None] * work.parts, None)
-            done = do_and_count(work, self._policy, self._rewards)
+        with self._shared.seat(tag) as (policy, rewards, turn):
+            read_words(work, policy)
+            turn.take()
+            with shown(f"{work.unit.key}{under}"):
+                if not self._take_over(tag, manifests):
+                    return (*[None] * work.parts, None)
+                done = do_and_count(work, policy, rewards)
+            # words and taking over weights are work too, waiting for another piece is not
+            seconds = time.monotonic() - start - turn.waited
 
-        # taking over weights is work too
         parts = done.value if work.parts > 1 else (done.value,)
-        cost = replace(done.cost, seconds=time.monotonic() - start)
+        cost = replace(done.cost, seconds=seconds)
         spent = {name: amount for name, amount in vars(cost).items() if amount}
         return *parts, (spent, done.reason)
 

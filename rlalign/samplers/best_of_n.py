@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from rlalign.core.records import Plan, Unit
-from rlalign.engine import Engine, advance_rows, expand, score_rows
+from rlalign.engine import Engine, advance_and_score_rows, expand
 from rlalign.samplers.base import Result, Sampler, best, group_rows, refuse_unscored, take
 
 
@@ -36,13 +36,14 @@ class BestOfN(Sampler):
         count = stages[0][1]
         rows = expand(unit, count)
         x = None
+        total_BN = np.zeros((0, count))
         # from one stage to the next with the seeds that are kept
         for number, (start, _) in enumerate(stages):
             stop = stages[number + 1][0] if number + 1 < len(stages) else steps
-            reached = advance_rows(engine, rows, x, start, stop)
+            reached, scores = advance_and_score_rows(engine, rows, x, start, stop)
             x = reached.x
+            total_BN = group_rows(scores.total_B, count)
             if number + 1 < len(stages):
-                total_BN = group_rows(score_rows(engine, rows, reached.clean, steps).total_B, count)
                 refuse_unscored(np.isfinite(total_BN), x)
                 kept = stages[number + 1][1]
                 keep = _keep(total_BN, kept)
@@ -51,7 +52,6 @@ class BestOfN(Sampler):
                 count = kept
         # the best of what is left
         assert x is not None
-        total_BN = group_rows(score_rows(engine, rows, x, steps).total_B, count)
         return Result(latents=take(x, best(total_BN, x), count))
 
     def _stages(self, steps: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from rlalign.core.records import Plan, Unit
 from rlalign.diffusion.paths import coefficients
 from rlalign.diffusion.rollout import schedule_of
 from rlalign.diffusion.steps import noise_of, step
-from rlalign.engine import Engine, advance_rows, expand, look_rows, score_rows
+from rlalign.engine import Engine, advance_and_score_rows, expand, look_rows
 from rlalign.engine.particles import normalise
 from rlalign.samplers.base import NonNegative, Result, Sampler, group_rows, refuse_unscored
 
@@ -69,8 +69,9 @@ class Lidar(Sampler):
         steps = self.look_ahead_steps
         short = unit.with_plan(steps=steps, eta=0.0, rule="ddim", window=0)
         rows = expand(short, self.look_aheads)
-        x = advance_rows(engine, rows, None, 0, steps).x
-        reward_BM = group_rows(score_rows(engine, rows, x, steps).total_B, self.look_aheads)
+        reached, scores = advance_and_score_rows(engine, rows, None, 0, steps)
+        x = reached.x
+        reward_BM = group_rows(scores.total_B, self.look_aheads)
         known_BM = np.isfinite(reward_BM)
         refuse_unscored(known_BM, x)
         samples = x.double().reshape(len(unit.prompts), self.look_aheads, *x.shape[1:])

@@ -163,5 +163,6 @@ def sample_local(sample: Sample, folder: Path, on_record: OnRecord) -> dict[str,
         workers=runtime.rollout.workers,
         rows=sample.rows,
         threads=runtime.rollout.threads,
+        seats=2,
     )
     return run_sample(sample, folder, engine, on_record)

@@ -309,6 +309,7 @@ def test_describe_takes_settings_of_the_classes_between(tmp_path):
     assert found.settings == {"path": "'x'", "more": "1", "own": "2"}
     shelf = {d.name: d for d in describe("policies")}
     shared = ["path", "negative_prompt", "embeddings", "decode_rows", "vae_tiling"]
+    shared += ["compile", "channels_last"]
     assert list(shelf["stable_diffusion"].settings) == shared
     assert shelf["stable_diffusion"].settings["path"] == "required"
     assert list(shelf["tiny_flow"].settings) == [*shared, "t5_tokens"]

@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,15 @@ from rlalign.alignment.models import Model
 from rlalign.config import RuntimeSettings
 from rlalign.core.records import Plan, Unit
 from rlalign.core.registry import UserError, build
+from rlalign.diffusion.condition import Condition, Words
 from rlalign.diffusion.rollout import rollout
 from rlalign.engine import Look, WorkResult, expand
 from rlalign.engine.local import LiveRewards, LocalEngine
 from rlalign.engine.pieces import Pictures, Rollout
+from rlalign.policies.base import OWN_SIZE
 from rlalign.rewards.base import Reward, Scorer
 from rlalign.runtime.roles import ROLLOUT, Role, reward_role
-from tests.toy import Toy, ToyPolicy, make_units
+from tests.toy import Toy, ToyFamily, ToyPolicy, make_units
 
 pytestmark = pytest.mark.ray
 
@@ -253,3 +257,111 @@ def test_an_engine_begins_where_every_role_has_a_worker(members: dict[Role, list
     (unit,) = make_units(1)
     with pytest.raises(UserError, match="there is none; take another"):
         RayEngine(RUNTIME, {**members, reward_role("refused"): [worker]}, unit, rows=3)
+
+
+# --- pieces that overlap -------------------------------------------------------------------------
+
+LIMIT = 100.0
+"""Seconds after which what never comes has failed; no outcome depends on it otherwise."""
+
+
+def wait_for(file: Path) -> None:
+    """Waits for a file that another piece, or a worker of a reward, makes."""
+    deadline = time.monotonic() + LIMIT
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file.name} did not come meanwhile"
+        time.sleep(0.005)
+
+
+class MeetingFamily(ToyFamily):
+    """The toy that leaves a file for each prompt that it reads, and for each that its denoiser is
+    asked about; the denoiser of the first prompt waits for the words of the last."""
+
+    def __init__(self, folder: Path, prompts: Sequence[str]) -> None:
+        super().__init__()
+        self._folder = folder
+        self._prompts = prompts
+
+    def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
+        for prompt in prompts:
+            (self._folder / f"read {prompt}").touch()
+        return super().encode(prompts, plan)
+
+    def predict(self, x: torch.Tensor, timestep_B: torch.Tensor, words: Words) -> torch.Tensor:
+        known = super().encode(self._prompts).caption["embeds_BLD"]
+        asked = next(
+            p
+            for p, row in zip(self._prompts, known, strict=True)
+            if torch.equal(row, words["embeds_BLD"][0])
+        )
+        if asked == self._prompts[0]:
+            wait_for(self._folder / f"read {self._prompts[-1]}")
+        (self._folder / f"asked {asked}").touch()
+        return super().predict(x, timestep_B, words)
+
+
+class MeetingToy(Toy):
+    """Its recipe. Source: none, a test's own."""
+
+    folder: str = ""
+    prompts: tuple[str, ...] = ()
+
+    def build(self, device: str) -> ToyFamily:
+        return MeetingFamily(Path(self.folder), self.prompts)
+
+
+class MeetingReward(Reward):
+    """The red of each picture, once the denoiser is asked about another prompt. Source: none, a
+    test's own."""
+
+    file: str = ""
+
+    def load(self, device: str) -> Scorer:
+        def score(media_BFCHW: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+            wait_for(Path(self.file))
+            return media_BFCHW[:, :, 0].mean((1, 2, 3))
+
+        return score
+
+
+@pytest.mark.promise
+def test_one_worker_makes_the_next_piece_while_one_waits(ray_cluster: None, tmp_path: Path) -> None:
+    """The denoiser of the first piece waits until the second one's words are read, and its score
+    until the denoiser is asked for the second: both would hang where pieces do not overlap. Values
+    and costs are those of one process."""
+    import ray
+
+    from rlalign.runtime.actors import create_policy_worker, create_reward_worker
+    from rlalign.runtime.engine import RayEngine
+    from rlalign.runtime.rewards import RewardActors
+    from rlalign.runtime.workers import PolicySource
+
+    first, second = make_units(2, per_unit=1)
+    prompts = (*first.prompts, *second.prompts)
+    recipe = MeetingToy(folder=str(tmp_path), prompts=prompts)
+    reward = MeetingReward(file=str(tmp_path / f"asked {prompts[-1]}"))
+    scorer = create_reward_worker("meeting", 0, reward, RUNTIME, counts=False)
+    asked = RewardActors(
+        rewards=(reward,), held_out=(), actors={reward.title: [scorer]}, runtime=RUNTIME
+    )
+    model = Model(title="meeting", recipe=recipe)
+    source = PolicySource(model=model, runtime=RUNTIME, rewards=asked)
+    worker = create_policy_worker("meeting", 0, source, counts=False)
+
+    x = torch.full((1, 2, 1, 1), 0.3)
+    works = [Look(unit=unit, x=x, k=1, score=True) for unit in (first, second)]
+    engine = RayEngine(
+        RUNTIME, {ROLLOUT: [worker], reward_role(reward.title): [scorer]}, first, rows=1
+    )
+    try:
+        (tmp_path / f"read {prompts[-1]}").unlink(missing_ok=True)
+        found = engine.perform(works)
+    finally:
+        engine.close()
+        ray.kill(worker)
+        ray.kill(scorer)
+    alone = LocalEngine(ToyPolicy(), [LiveRewards([reward])], rows=1, parallel=False).perform(works)
+    for mine, other in zip(found, alone, strict=True):
+        assert torch.equal(mine.value.clean, other.value.clean)
+        np.testing.assert_array_equal(mine.value.total_B, other.value.total_B)
+        assert replace(mine.cost, seconds=0.0) == replace(other.cost, seconds=0.0)

@@ -287,7 +287,7 @@ def test_an_answer_of_before_a_rest_of_the_loop_says_nothing_of_now(
 # --- how long a call may take --------------------------------------------------------------------
 
 
-def gated(count: int) -> list[Any]:
+def gated(count: int, **options: Any) -> list[Any]:
     """Actors whose call says in a file that it has begun, waits until another file is there, and
     answers with its process."""
     import ray
@@ -299,7 +299,7 @@ def gated(count: int) -> list[Any]:
                 time.sleep(0.02)
             return os.getpid()
 
-    kind = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(Gated)
+    kind = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0, **options)(Gated)
     return [kind.remote() for _ in range(count)]
 
 
@@ -344,6 +344,33 @@ def test_a_call_that_waits_behind_another_has_not_begun(ray_cluster: None, tmp_p
     assert restarts == 0
 
 
+def test_a_call_may_be_answered_before_one_that_was_given_earlier(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """By an actor of several threads, whose first call waits for something else."""
+    from rlalign.runtime.pool import Pool
+
+    gate = tmp_path / "gate"
+
+    async def scene() -> tuple[int, int, int]:
+        actors = gated(1, max_concurrency=2)
+        pool = Pool(plain_role("test"), actors, start_seconds=3600, in_flight=2)
+        (actor,) = actors
+        await pool.acquire()
+        waits = asyncio.ensure_future(
+            pool.answer(actor, actor.work.remote(tmp_path / "first", gate), 3600.0)
+        )
+        await there(tmp_path / "first")
+        second = await pool.answer(actor, actor.work.remote(tmp_path / "second"), 3600.0)
+        assert not waits.done()
+        gate.touch()
+        return second, await waits, sum(len(m.unanswered) for m in pool._members.values())
+
+    second, first, left = asyncio.run(scene())
+    assert second == first
+    assert left == 0
+
+
 @pytest.mark.promise
 def test_a_worker_that_hangs_is_replaced_also_where_nobody_waits_for_it_any_more(
     ray_cluster: None, tmp_path: Path
@@ -373,7 +400,7 @@ def test_a_worker_that_hangs_is_replaced_also_where_nobody_waits_for_it_any_more
             "after", pool, lambda actor: work("after", next(limits))(actor), runtime
         )
         assert after != process
-        return pool.restarts, sum(m.last_call is not None for m in pool._members.values())
+        return pool.restarts, sum(len(m.unanswered) for m in pool._members.values())
 
     assert asyncio.run(scene()) == (1, 0)
 

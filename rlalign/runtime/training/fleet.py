@@ -150,4 +150,5 @@ def policy_source(run: Run, encoder: ActorHandle | None = None) -> PolicySource:
         model=Model(title=run.policy.name, recipe=run.policy),
         runtime=run.runtime,
         reader=reader_of(encoder, run.runtime),
+        shapes=((run.plan, run.samples_per_unit),),
     )
