@@ -228,8 +228,8 @@ def this_machine(bundles: Sequence[Bundle], gpus: int) -> Node:
 
 
 def cluster_nodes() -> list[Node]:
-    """The nodes of the cluster that this process has joined, and those that its autoscaler may
-    still add."""
+    """The nodes of the cluster that this process has joined and that stay, and those that its
+    autoscaler may still add."""
     import ray
     from ray._private.state import available_resources_per_node, state
 
@@ -237,8 +237,9 @@ def cluster_nodes() -> list[Node]:
     free = available_resources_per_node()
     found = list[Node]()
     groups = defaultdict[str, list[dict[str, str]]](list)
+    draining = state.get_draining_nodes()
     for node in ray.nodes():
-        if not node["Alive"]:
+        if not node["Alive"] or node["NodeID"] in draining:
             continue
         total = {n: a for n, a in node["Resources"].items() if not n.startswith("node:")}
         labels: dict[str, str] = node.get("Labels") or {}

@@ -215,6 +215,10 @@ class Pool:
             self._dismiss(member)
         self._serve()
 
+    def leaves(self, number: int) -> bool:
+        """Whether it is not wanted any more, as where its node will be taken away."""
+        return self._members[number].state == State.LEAVING
+
     def lost(self, number: int, error: BaseException) -> None:
         """The actor died under a call: waits in the background until it answers again."""
         member = self._members[number]
@@ -340,18 +344,23 @@ async def call_with_retries(
 
     A user's mistake is raised as it is, at once, as is what the call itself had tried often enough
     (UnitFailed, PoolLost); ObjectGone where what the call was given is no
-    more. An actor that hangs is killed and comes back fresh. ``again`` is told of every try after
-    the first.
+    more. An actor that hangs is killed and comes back fresh. What ends with a worker that leaves,
+    or with a node that was taken away with notice, is no failed try. ``again`` is told of every try
+    after the first.
     """
     last = ""
     seconds = runtime.unit_timeout_seconds
-    for attempt in range(runtime.max_attempts):
-        if attempt:
+    failed = tries = 0
+    while failed < runtime.max_attempts:
+        if tries:
             again()
+        failed += 1
+        tries += 1
         actor_id, actor = await pool.acquire()
         try:
             answer = await call(actor)
         except ray.exceptions.RayActorError as error:
+            failed -= pool.leaves(actor_id) or error.preempted
             pool.lost(actor_id, error)
             last = f"its process died at work: {error}"
         # before TimeoutError: a task's error is also of its cause's class

@@ -26,6 +26,7 @@ from rlalign.core.registry import UserError
 from rlalign.rewards.base import total
 from rlalign.runtime.engine import WeightsRef
 from rlalign.runtime.training.coordinator import Failure
+from rlalign.runtime.training.nodes import draining_nodes
 from rlalign.runtime.training.production import UnitResult
 
 Answer = TypeVar("Answer")
@@ -69,10 +70,18 @@ class RemoteCollect:
     one orders."""
 
     def __init__(
-        self, run: Run, coordinator: ActorHandle, *, incarnation: str, is_main: bool, learners: int
+        self,
+        run: Run,
+        coordinator: ActorHandle,
+        *,
+        incarnation: str,
+        is_main: bool,
+        homes: Sequence[str],
     ) -> None:
+        """``homes``: the node of each learner process, by Ray's id."""
         self._run, self._coordinator, self._incarnation = run, coordinator, incarnation
-        self._is_main, self._learners = is_main, learners
+        self._is_main, self._learners = is_main, len(homes)
+        self._homes = frozenset(homes)
         self._published: dict[str, WeightsRef] = {}
         """Whose weights -> the last ones."""
         self._orders: dict[int, _Order] = {}
@@ -213,6 +222,9 @@ class RemoteCollect:
         for name in [n for n in found if n.startswith("restarts/")]:
             found[name] = self._restarts[name] = max(found[name], self._restarts.get(name, 0))
         return found
+
+    def leaves(self) -> bool:
+        return bool(self._homes & draining_nodes().keys())
 
     def record(self, line: dict[str, Any]) -> None:
         """A metrics line or an evaluation, for the driver's screen and Ray's metrics."""
