@@ -215,17 +215,16 @@ class Pool:
             self._dismiss(member)
         self._serve()
 
-    def leaves(self, number: int) -> bool:
-        """Whether it is not wanted any more, as where its node will be taken away."""
-        return self._members[number].state == State.LEAVING
-
-    def lost(self, number: int, error: BaseException) -> None:
-        """The actor died under a call: waits in the background until it answers again."""
+    def lost(self, number: int, error: BaseException) -> bool:
+        """The actor died under a call: waits in the background until it answers again. Returns
+        whether it was taken away: it was leaving, or its node was given notice."""
         member = self._members[number]
+        taken = member.state == State.LEAVING or getattr(error, "preempted", False)
         if member.state == State.READY:
             member.state = State.AWAY
             self._ask(member, error)
         self.release(number)
+        return taken
 
     async def answer(self, actor: ActorHandle, ref: ray.ObjectRef, seconds: float) -> Any:
         """The answer to a call that an actor was given just now; TimeoutError when the actor works
@@ -349,24 +348,20 @@ async def call_with_retries(
     after the first.
     """
     last = ""
-    seconds = runtime.unit_timeout_seconds
-    failed = tries = 0
-    while failed < runtime.max_attempts:
-        if tries:
+    left = runtime.max_attempts
+    while left:
+        if last:
             again()
-        failed += 1
-        tries += 1
+        left -= 1
         actor_id, actor = await pool.acquire()
         try:
             answer = await call(actor)
         except ray.exceptions.RayActorError as error:
-            failed -= pool.leaves(actor_id) or error.preempted
-            pool.lost(actor_id, error)
+            left += pool.lost(actor_id, error)
             last = f"its process died at work: {error}"
         # before TimeoutError: a task's error is also of its cause's class
         except ray.exceptions.RayTaskError as error:
             pool.release(actor_id)
-            # nor is a question that was asked often enough asked once more
             if isinstance(error.cause, UserError | UnitFailed | PoolLost):
                 raise error.cause from None
             if isinstance(error.cause, ray.exceptions.ObjectLostError):
@@ -378,7 +373,7 @@ async def call_with_retries(
         except TimeoutError:
             ray.kill(actor, no_restart=False)  # hangs: a fresh process takes its place
             pool.lost(actor_id, TimeoutError(what))
-            last = f"no answer in {seconds:g} s"
+            last = f"no answer in {runtime.unit_timeout_seconds:g} s"
         except BaseException:
             pool.release(actor_id)
             raise

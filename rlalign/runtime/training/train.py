@@ -88,10 +88,10 @@ def _supervise(
     supervisor = Supervisor(run, folder, fleet, status, on_record)
     supervisor.start()
     crash = ""
-    told = LEAVES
+    told = None
     try:
-        while told == LEAVES:  # with a checkpoint, off a node that will be taken away
-            told = fit(run, folder, fleet.coordinator, fleet.encoder)
+        while isinstance(told := fit(run, folder, fleet.coordinator, fleet.encoder), str):
+            pass  # it has left its node, with a checkpoint
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
     except BaseException:
@@ -100,7 +100,7 @@ def _supervise(
         raise
 
     # the supervisor may have heard a better reason than Ray Train has
-    failure = supervisor.stop() or (told if told != LEAVES else None)
+    failure = supervisor.stop() or told
     fleet.end()
     ended = read_final(folder, run.rounds) is not None
     failed = failure or crash or (supervisor.error and not ended)
