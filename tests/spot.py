@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from ray._raylet import GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FakeMultiNodeProvider,
@@ -25,7 +24,6 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 from ray.cluster_utils import AutoscalingCluster
 
 MARK = "RLALIGN_TEST_CLUSTER"
-CONFIG = (GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), GCS_AUTOSCALER_STATE_NAMESPACE.encode())
 
 
 def give_notice(address: str, node: str, seconds: float) -> None:
@@ -142,12 +140,6 @@ class LocalAutoscaling(AutoscalingCluster):
         subprocess.run(
             [ray, "start", *given], env=os.environ | marks | (override_env or {}), check=True
         )
-        # the autoscaler says which nodes it may add once it runs
-        from ray._raylet import GcsClient
-
-        client: Any = GcsClient(address=self.address)
-        while client.internal_kv_get(*CONFIG, timeout=10) is None:
-            time.sleep(0.1)
 
     def shutdown(self) -> None:
         """Kills what ``start`` has started, and what that has."""

@@ -126,7 +126,7 @@ def connect(
     else:
         context = join_ray(address)
         try:
-            refuse_what_cannot_fit(bundles, address)
+            refuse_what_cannot_fit(bundles, address, say)
         except UserError:
             leave()
             raise
@@ -227,11 +227,19 @@ def refuse_what_is_not_here(bundles: Iterable[Bundle], here: Node) -> None:
     placement.refuse(placement.place(bundles, [here]), [here], placement.HERE)
 
 
-def refuse_what_cannot_fit(bundles: Iterable[Bundle], address: str) -> None:
+def refuse_what_cannot_fit(
+    bundles: Iterable[Bundle], address: str, say: Callable[[str], None] = print_note
+) -> None:
     """Raises UserError when the cluster lacks, or others hold, what is reserved; its autoscaler's
-    nodes count as there."""
+    nodes count as there. Where there is one that does not say what it may add, that is a note."""
     nodes = placement.cluster_nodes()
-    placement.refuse(placement.place(bundles, nodes), nodes, f"on the cluster at {address}")
+    left = placement.place(bundles, nodes)
+    try:
+        placement.refuse(left, nodes, f"on the cluster at {address}")
+    except UserError as error:
+        if not placement.has_autoscaler():
+            raise
+        say(f"{error}; the cluster's autoscaler may add one, and is waited for")
 
 
 def _dashboard_installed() -> bool:

@@ -83,8 +83,7 @@ def _supervise(
     if job:
         publish_status(folder, job)
     status = control.Status(folder, run.rounds, name=run.name, dashboard=dashboard, job=job)
-    nodes = Nodes.after(status.nodes)
-    fleet = Fleet(run, places_are_cores=places_are_cores, nodes=nodes)
+    fleet = Fleet(run, places_are_cores=places_are_cores, nodes=Nodes.after(status.nodes))
     supervisor = Supervisor(run, folder, fleet, status, on_record)
     supervisor.start()
     crash = ""
