@@ -35,7 +35,7 @@ SMALL = (
     "evaluate.grid=2",
 )
 OF_PAIRS = ("preferences.pairs_per_round=8", "preferences.pairs_per_pass=4")
-OF_A_CLOCK = ("seconds", "driver_bytes", "restarts/", "time")
+OF_A_CLOCK = ("seconds", "driver_bytes", "restarts/", "nodes/", "time")
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def quiet(_: object) -> None:
 def metrics(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The lines of a run, without what depends on the clock or on accidents."""
     lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    volatile = ("seconds", "restarts/", "driver_bytes")
+    volatile = ("seconds", "restarts/", "nodes/", "driver_bytes")
     return [{k: v for k, v in line.items() if not k.startswith(volatile)} for line in lines]
 
 

@@ -46,7 +46,7 @@ def scripted(
             else:
                 self._send(*answer)
 
-        do_POST = do_GET
+        do_POST = do_PUT = do_GET
 
         def _send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
             self.send_response(status)

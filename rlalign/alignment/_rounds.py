@@ -79,7 +79,7 @@ class Alignment:
         self.scorer: DifferentiableScorer | None = None
         if run.algorithm.eats.sampled_by_loss:
             self.scorer = differentiable_scorer(run, learner.policy.device)
-        self.asked_to_stop = False
+        self.asked_to_stop = self.leaves = False
         self.began = self.told = time.monotonic()
 
     def resume(self) -> None:
@@ -148,18 +148,19 @@ class Alignment:
         # written again on resume
         if self.due(self.run.evaluate.every):
             self.evaluate(self.learner.weights_to_show())
-        # a stop waits for rounds that were ordered ahead, which is until the next checkpoint at
-        # most: a run that goes on from here orders under the same weights as one that was never
-        # stopped
-        may_stop = not self.tickets and self.done < self.run.rounds
-        self.asked_to_stop = may_stop and control.stop_agreed(self.folder, self.learner.accelerator)
-        if self.due(self.run.checkpoint.every) or self.guard.stopped or self.asked_to_stop:
+        # rounds that were ordered ahead are finished first: until the next checkpoint at most
+        if not self.tickets and self.done < self.run.rounds:
+            self.asked_to_stop, self.leaves = control.stop_or_leave(
+                self.folder, self.collect.leaves, self.learner.accelerator
+            )
+        if self.due(self.run.checkpoint.every) or not self.goes_on:
             self.save()
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is another round to do."""
-        return self.done < self.run.rounds and not self.guard.stopped and not self.asked_to_stop
+        """Whether there is another round to do, here."""
+        ends = self.guard.stopped or self.asked_to_stop or self.leaves
+        return self.done < self.run.rounds and not ends
 
     def units(self, round: int) -> list[Unit]:
         """A round's units of work."""

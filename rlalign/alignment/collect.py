@@ -40,6 +40,11 @@ class Collect(Protocol):
         """Counters for the metrics line: restarts, driver bytes per sample."""
         ...
 
+    def leaves(self) -> bool:
+        """Whether a machine of the learner will be taken away, so that the run has to go on
+        elsewhere. Asked of the main process, between two rounds."""
+        ...
+
 
 def local_parts(run: Run) -> tuple[LocalCollect, Learner]:
     """Who does the work of a run in one process, and who learns."""
@@ -114,6 +119,9 @@ class LocalCollect:
 
     def facts(self) -> Mapping[str, float]:
         return {"restarts/rollout": 0, "restarts/reward": 0, "driver_bytes_per_sample": 0}
+
+    def leaves(self) -> bool:
+        return False
 
     def _scored(self, work: Produce, done: WorkResult) -> Scored:
         self.cost = self.cost + done.cost

@@ -15,7 +15,7 @@ import socket
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +67,19 @@ def forget(folder: Path) -> None:
     (folder / "control.json").unlink(missing_ok=True)
 
 
-def stop_agreed(folder: Path, accelerator: Accelerator) -> bool:
-    """Whether a stop was asked for: what the main learner process reads, in all of them."""
-    return agreed(accelerator.is_main_process and asked(folder).stop, accelerator)
+def stop_or_leave(
+    folder: Path, leaves: Callable[[], bool], accelerator: Accelerator
+) -> tuple[bool, bool]:
+    """Whether a stop was asked for, and whether the run has to go on on another machine: what the
+    main learner process reads and hears of ``leaves``, in all of them.
+
+    Asked where no round is ordered: a run that goes on from there orders under the same weights as
+    one that never stopped.
+    """
+    said = (False, False)
+    if accelerator.is_main_process:
+        said = (asked(folder).stop, leaves())
+    return agreed(said, accelerator)
 
 
 def agreed(value: Any, accelerator: Accelerator) -> Any:
@@ -89,11 +99,19 @@ class Status:
         self._folder = folder
         self._seconds = deque[float](maxlen=10)
         self._facts: dict[str, Any] = {"state": "starting", "round": 0, "rounds": rounds, **facts}
+        with contextlib.suppress(OSError, ValueError):  # what was counted before goes on to count
+            said = json.loads((folder / "status.json").read_bytes())
+            self._facts |= {"nodes": said["nodes"]} if "nodes" in said else {}
         self._facts |= {
             "host": socket.gethostname(),
             "process": os.getpid(),
             "started": time.time(),
         }
+
+    @property
+    def nodes(self) -> Mapping[str, Any]:
+        """What the run's last driver on a cluster has said of nodes and their hours."""
+        return self._facts.get("nodes", {})
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Takes what concerns it from whatever a run reports."""

@@ -39,8 +39,9 @@ def align(
     on_record: OnRecord,
     *,
     pairs: Pairing | None = None,
-) -> None:
+) -> bool:
     """Runs (or goes on with) a run until its last round, then evaluates, exports and reports.
+    Returns whether it has to go on on another machine, from the checkpoint that it has left.
 
     ``pairs`` reads the run's set of preferences; rlalign's own reader does where none is given.
     """
@@ -58,8 +59,10 @@ def align(
             alignment.resume()
             while alignment.goes_on and alignment.has_pairs():
                 alignment.one_round()
-            if not alignment.asked_to_stop:
+            moves = alignment.leaves and not (alignment.asked_to_stop or alignment.guard.stopped)
+            if not alignment.asked_to_stop and not moves:
                 alignment.finish()
+            return moves
         finally:
             alignment.close()
 

@@ -141,16 +141,19 @@ def status(run: RunName, address: Address = "") -> None:
         "run folder": (job.get("metadata") or {}).get("folder", ""),
         **_progress(found, over=not is_running),
     }
-    print_columns(rows | (_pools(found) if is_running else {}))
+    rows |= _pools(found) if is_running else {}
+    print_columns(rows | _nodes(found, over=not is_running))
 
 
 def _folder_rows(found: Mapping[str, Any]) -> dict[str, str]:
     """What the status.json of a run folder says."""
     job = f", job {found['job']}" if found.get("job") else ""
+    over = found["state"] not in ("starting", "running", "stopping")
     rows = {
         "run": f"{found['name']}: {found['state']}{job}",
-        **_progress(found, over=found["state"] not in ("starting", "running", "stopping")),
+        **_progress(found, over=over),
         **_pools(found),
+        **_nodes(found, over=over),
     }
     if found.get("dashboard"):
         rows["Ray dashboard"] = found["dashboard"]
@@ -173,6 +176,22 @@ def _pools(found: Mapping[str, Any]) -> dict[str, str]:
     if "queue" in found:
         rows["queue"] = f"{found['queue']} units under way"
     return rows
+
+
+def _nodes(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:
+    """Which nodes hold the run, unless it is ``over``, and the hours that it has used of them."""
+    said = found.get("nodes")
+    if not said:
+        return {}
+    drained = f"{said['drained']} had to go so far" if said["drained"] else ""
+    now = [f"{said['used']} in use", f"{said['draining']} draining" if said["draining"] else ""]
+    held = ", ".join(part for part in (*([] if over else now), drained) if part)
+    kinds = [f"{row['group'] or 'no group'} {row['hours']:.2f}" for row in said["kinds"]]
+    by_kind = f" ({', '.join(kinds)})" if len(kinds) > 1 else ""
+    return ({"nodes": held} if held else {}) | {
+        "node hours": f"{said['hours']:.2f}{by_kind}; {said['cpu_hours']:.2f} CPU hours,"
+        f" {said['gpu_hours']:.2f} GPU hours"
+    }
 
 
 def _progress(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:

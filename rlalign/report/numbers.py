@@ -168,9 +168,22 @@ def cost(run: RunFiles) -> list[tuple[str, str]]:
             " + ".join(f"{n} {role}" for role, n in restarts.items() if n) or "none",
         ),
         ("Largest staleness", f"{max(r.get('staleness/max', 0) for r in run.rounds)} rounds"),
+        *_node_hours(run),
     ]
     through = last.get("driver_bytes_per_sample")
     return rows + ([("Through the driver", f"{through:,.0f} bytes a sample")] if through else [])
+
+
+def _node_hours(run: RunFiles) -> list[tuple[str, str]]:
+    """What a cluster's nodes cost, without their price; none for runs in one process."""
+    last = next((r for r in reversed(run.rounds) if "nodes/hours" in r), None)
+    if last is None:
+        return []
+    hours = {name: last[f"nodes/{name}"] for name in ("hours", "cpu_hours", "gpu_hours")}
+    said = "{hours:,.2f}, with {cpu_hours:,.2f} CPU hours and {gpu_hours:,.2f} GPU hours"
+    drained = last["nodes/drained"]
+    gone = [("Nodes taken away with notice", f"{drained:,.0f}")] if drained else []
+    return [("Node hours", said.format(**hours)), *gone]
 
 
 def _reward_times(run: RunFiles) -> list[tuple[str, str]]:

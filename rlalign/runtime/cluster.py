@@ -35,8 +35,9 @@ def prepare_environment(address: str | None, auth_mode: str = "") -> None:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # would ship the working directory
         # how soon a dead learner is noticed; polling takes its time
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        # one process less; a lost node is noticed by its actors
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        # a process more, that restarts learners whose node's notice runs out amid a round
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0" if address is None else "1",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         # today's default of the next release; silences a warning
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a run file keep their meaning
@@ -125,7 +126,7 @@ def connect(
     else:
         context = join_ray(address)
         try:
-            refuse_what_cannot_fit(bundles, address)
+            refuse_what_cannot_fit(bundles, address, say)
         except UserError:
             leave()
             raise
@@ -226,11 +227,19 @@ def refuse_what_is_not_here(bundles: Iterable[Bundle], here: Node) -> None:
     placement.refuse(placement.place(bundles, [here]), [here], placement.HERE)
 
 
-def refuse_what_cannot_fit(bundles: Iterable[Bundle], address: str) -> None:
+def refuse_what_cannot_fit(
+    bundles: Iterable[Bundle], address: str, say: Callable[[str], None] = print_note
+) -> None:
     """Raises UserError when the cluster lacks, or others hold, what is reserved; its autoscaler's
-    nodes count as there."""
+    nodes count as there. Where there is one that does not say what it may add, that is a note."""
     nodes = placement.cluster_nodes()
-    placement.refuse(placement.place(bundles, nodes), nodes, f"on the cluster at {address}")
+    left = placement.place(bundles, nodes)
+    try:
+        placement.refuse(left, nodes, f"on the cluster at {address}")
+    except UserError as error:
+        if not placement.has_autoscaler():
+            raise
+        say(f"{error}; the cluster's autoscaler may add one, and is waited for")
 
 
 def _dashboard_installed() -> bool:

@@ -32,6 +32,10 @@ COUNTERS = {
 POOL_GAUGES = {
     "rlalign_queue_depth": ("units ordered and not finished", ("run",)),
     "rlalign_workers": ("workers by role and state", ("run", "role", "state")),
+    "rlalign_nodes": (
+        "nodes with actors of the run: used, and of these draining",
+        ("run", "state"),
+    ),
     "rlalign_pairs_ready": ("pairs of a campaign that wait for a vote", ("run",)),
     "rlalign_ballots_open": ("ballots that people have before them", ("run",)),
 }

@@ -9,6 +9,7 @@ count too.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -228,8 +229,8 @@ def this_machine(bundles: Sequence[Bundle], gpus: int) -> Node:
 
 
 def cluster_nodes() -> list[Node]:
-    """The nodes of the cluster that this process has joined, and those that its autoscaler may
-    still add."""
+    """The nodes of the cluster that this process has joined and that stay, and those that its
+    autoscaler may still add."""
     import ray
     from ray._private.state import available_resources_per_node, state
 
@@ -237,8 +238,9 @@ def cluster_nodes() -> list[Node]:
     free = available_resources_per_node()
     found = list[Node]()
     groups = defaultdict[str, list[dict[str, str]]](list)
+    draining = state.get_draining_nodes()
     for node in ray.nodes():
-        if not node["Alive"]:
+        if not node["Alive"] or node["NodeID"] in draining:
             continue
         total = {n: a for n, a in node["Resources"].items() if not n.startswith("node:")}
         labels: dict[str, str] = node.get("Labels") or {}
@@ -259,6 +261,25 @@ def cluster_nodes() -> list[Node]:
             group.name, dict(sorted(group.resources.items())), group.max_count, groups[group.name]
         )
     return found
+
+
+def has_autoscaler() -> bool:
+    """Whether an autoscaler may add nodes to the cluster that this process has joined, of which
+    Ray's state says nothing: its own (2.60) does not report its groups there.
+
+    A cluster without one has a monitor too, which calls each node a kind of its own.
+    """
+    from ray import _raylet
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    keys = (_raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, _raylet.GCS_AUTOSCALER_STATE_NAMESPACE)
+    key, namespace = (text.encode() for text in keys)
+    if _internal_kv_get(key, namespace=namespace) == b"1":
+        return True
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    kinds = (status.get("autoscaler_report") or {}).get("active_nodes") or {}
+    return any(not kind.startswith("node_") for kind in kinds)
 
 
 def to_be_added(

@@ -215,13 +215,16 @@ class Pool:
             self._dismiss(member)
         self._serve()
 
-    def lost(self, number: int, error: BaseException) -> None:
-        """The actor died under a call: waits in the background until it answers again."""
+    def lost(self, number: int, error: BaseException) -> bool:
+        """The actor died under a call: waits in the background until it answers again. Returns
+        whether it was taken away: it was leaving, or its node was given notice."""
         member = self._members[number]
+        taken = member.state == State.LEAVING or getattr(error, "preempted", False)
         if member.state == State.READY:
             member.state = State.AWAY
             self._ask(member, error)
         self.release(number)
+        return taken
 
     async def answer(self, actor: ActorHandle, ref: ray.ObjectRef, seconds: float) -> Any:
         """The answer to a call that an actor was given just now; TimeoutError when the actor works
@@ -341,24 +344,25 @@ async def call_with_retries(
 
     A user's mistake is raised as it is, at once, as is what the call itself had tried often enough
     (UnitFailed, PoolLost); ObjectGone where what the call was given is no
-    more. An actor that hangs is killed and comes back fresh. ``again`` is told of every try after
-    the first.
+    more. An actor that hangs is killed and comes back fresh. What ends with a worker that leaves,
+    or with a node that was taken away with notice, is no failed try. ``again`` is told of every try
+    after the first.
     """
     last = ""
-    seconds = runtime.unit_timeout_seconds
-    for attempt in range(runtime.max_attempts):
-        if attempt:
+    left = runtime.max_attempts
+    while left:
+        if last:
             again()
+        left -= 1
         actor_id, actor = await pool.acquire()
         try:
             answer = await call(actor)
         except ray.exceptions.RayActorError as error:
-            pool.lost(actor_id, error)
+            left += pool.lost(actor_id, error)
             last = f"its process died at work: {error}"
         # before TimeoutError: a task's error is also of its cause's class
         except ray.exceptions.RayTaskError as error:
             pool.release(actor_id)
-            # nor is a question that was asked often enough asked once more
             if isinstance(error.cause, UserError | UnitFailed | PoolLost):
                 raise error.cause from None
             if isinstance(error.cause, ray.exceptions.ObjectLostError):
@@ -370,7 +374,7 @@ async def call_with_retries(
         except TimeoutError:
             ray.kill(actor, no_restart=False)  # hangs: a fresh process takes its place
             pool.lost(actor_id, TimeoutError(what))
-            last = f"no answer in {seconds:g} s"
+            last = f"no answer in {runtime.unit_timeout_seconds:g} s"
         except BaseException:
             pool.release(actor_id)
             raise

@@ -66,6 +66,28 @@ def test_the_status_command_names_the_rewards_that_take_long(
     assert "slow rewards my judge 60 %, ocr 10 % of the last round" in said
 
 
+def test_the_status_command_tells_nodes_and_their_hours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that has ended the hours alone are left, and the nodes that had to go."""
+    kinds = [
+        {"group": name, "market": "", "cpus": 4.0, "gpus": gpus, "hours": hours}
+        for name, gpus, hours in (("", 0.0, 0.5), ("spot", 1.0, 1.25))
+    ]
+    hours = {"hours": 1.75, "cpu_hours": 7.0, "gpu_hours": 1.25}
+    status = control.Status(tmp_path, 10, name="test")
+    status.write(nodes={"used": 3, "draining": 1, "drained": 2, **hours, "kinds": kinds})
+    said = []
+    for state in ("running", "stopped"):
+        status.write(state=state)
+        assert main(["status", str(tmp_path)]) == 0
+        said.append(" ".join(capsys.readouterr().out.split()))
+    assert "nodes 3 in use, 1 draining, 2 had to go so far" in said[0]
+    assert "nodes 2 had to go so far" in said[1]
+    for one in said:
+        assert "node hours 1.75 (no group 0.50, spot 1.25); 7.00 CPU hours, 1.25 GPU hours" in one
+
+
 def test_what_is_not_a_round_changes_nothing(tmp_path: Path) -> None:
     status = control.Status(tmp_path, 10, name="test")
     status.record({"note": "hello"})

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import scripted
+
 CLUSTER = Path(__file__).parents[2] / "cluster"
 
-SCRIPTS = ("start-head.sh", "start-worker.sh", "slurm.sbatch", "ray-env.sh")
+SCRIPTS = ("start-head.sh", "start-worker.sh", "slurm.sbatch", "ray-env.sh", "spot-notice.sh")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -71,6 +73,39 @@ def test_workers_refuse_mistakes(tmp_path: Path, arguments: list[str], message: 
     refused = script("start-worker.sh", *arguments, RAY_AUTH_TOKEN_PATH=str(token))
     assert refused.returncode == 2
     assert message in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("cloud", "answers", "seconds"),
+    [
+        ("aws", [(200, "session"), (404, ""), (200, "session"), (200, '{"action": "stop"}')], 115),
+        ("gcp", [(200, "TRUE")], 25),
+        ("azure", [(200, '{"Events": [{"EventType": "Preempt"}]}')], 25),
+    ],
+)
+def test_a_clouds_notice_is_told_to_ray(
+    tmp_path: Path, cloud: str, answers: list[tuple[int, str]], seconds: int
+) -> None:
+    """The cloud's metadata and ``ray`` are stood in for."""
+    ray = tmp_path / "ray"
+    ray.write_text('#!/bin/sh\necho "$@"\n')
+    ray.chmod(0o755)
+    with scripted(*((code, {}, text.encode()) for code, text in answers)) as metadata:
+        told = script(
+            "spot-notice.sh",
+            *("--cloud", cloud, "--address", "10.0.0.5:6379"),
+            RLALIGN_METADATA=metadata.url,
+            PATH=f"{tmp_path}:{os.environ['PATH']}",
+        )
+    assert told.returncode == 0, told.stderr
+    assert len(metadata.sent) == len(answers)
+    assert told.stdout.startswith("drain-node --address 10.0.0.5:6379 --reason DRAIN_NODE_REASON_P")
+    assert told.stdout.endswith(f"--deadline-remaining-seconds {seconds}\n")
+
+
+def test_a_cloud_that_is_not_known_is_refused() -> None:
+    refused = script("spot-notice.sh", "--cloud", "mist")
+    assert refused.returncode == 2 and "must be aws, gcp or azure, got 'mist'" in refused.stderr
 
 
 def test_a_worker_without_the_token_or_with_an_open_one_is_refused(tmp_path: Path) -> None:

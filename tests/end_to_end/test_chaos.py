@@ -1,5 +1,5 @@
-"""Thirty kills in one run: workers, coordinator, learner and whole nodes of a cluster of several;
-the result does not change.
+"""Thirty kills in one run, and four nodes that are taken away with notice: workers, coordinator,
+learner and whole nodes of a cluster of several; the result does not change.
 
     make chaos
 
@@ -30,10 +30,13 @@ from rlalign.alignment import control
 from rlalign.alignment.loop import train_local
 from rlalign.learning import checkpoint
 from tests.runs import assert_same_run, small_run
+from tests.spot import give_notice
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-KILLS = {"rollout": 12, "reward": 8, "coordinator": 4, "learner": 4, "node": 2}
+KILLS = {"rollout": 12, "reward": 8, "coordinator": 4, "learner": 4, "node": 2, "drained node": 4}
+NOTICE_SECONDS = 20.0
+"""Before a node that drains is killed: the shortest that a cloud gives is 30."""
 SEED = 7
 CPUS = 3
 """Of a node, as Ray counts. The run reserves 4; two nodes have room for it, however the quarters of
@@ -85,6 +88,8 @@ class Chaos:
         self.pool: dict[str, list[float]] = {}
         """Seconds until a worker of the same pool works."""
         self.loading: dict[str, list[float]] = {}
+        self.left: list[float] = []
+        """Seconds from the notice until no worker of a node that drains is left on it."""
         self.placed: list[float] = []
         """Seconds until the last worker of a killed node began to load elsewhere."""
         self.errors: list[BaseException] = []
@@ -121,6 +126,12 @@ class Chaos:
             self.placed.append(max(began, default=killed_at) - killed_at)
             self._cluster.add_node(num_cpus=CPUS)
             self._another_round()
+        elif kind == "drained node":
+            self._until(self._all_answer, 600)
+            node, there = self._busy_node()
+            self._drain(node, there)
+            self._cluster.add_node(num_cpus=CPUS)
+            self._another_round()
         elif kind == "learner":
             process = checkpoint.writer(self._folder)
             before = self.lines[-1]["round"]
@@ -145,6 +156,23 @@ class Chaos:
                 self.loading.setdefault(kind, []).append(
                     ray.get(actor.loading_seconds.remote(), timeout=600)
                 )
+
+    def _drain(self, node: Any, there: dict[Any, int | None]) -> None:
+        """Gives notice to a node, and kills it when the time is over, whether or not its workers
+        have left it; they are to have."""
+        start = time.monotonic()
+        give_notice(self._cluster.address, node.node_id, NOTICE_SECONDS)
+
+        def is_left() -> bool:
+            # a handle of an actor that was ended fails at once
+            return not set(there) & {a for k in ("rollout", "reward") for a in self._actors(k)}
+
+        self._until(is_left, NOTICE_SECONDS)
+        self.left.append(time.monotonic() - start)
+        self._until(self._all_answer, 600)
+        self.took["drained node"].append(time.monotonic() - start)
+        time.sleep(max(0.0, start + NOTICE_SECONDS - time.monotonic()))
+        self._cluster.remove_node(node, allow_graceful=False)
 
     def _busy_node(self) -> tuple[Any, dict[Any, int | None]]:
         """(a node, not the head, that holds a worker, its workers with their processes); any node
@@ -254,14 +282,14 @@ def test_thirty_kills_change_nothing(
     done = state["round"]
     with capsys.disabled():
         print(
-            f"\n{sum(KILLS.values())} kills in {chaos.rounds()} rounds made, {done} of them"
+            f"\n{sum(KILLS.values())} accidents in {chaos.rounds()} rounds made, {done} of them"
             " different"
         )
         for kind, seconds in chaos.took.items():
             loading = chaos.loading.get(kind)
             of_it = f", of which loading {statistics.median(loading):.1f} s" if loading else ""
             took = f"{statistics.median(seconds):5.1f} s (at most {max(seconds):.1f} s){of_it}"
-            print(f"{kind:12} {len(seconds):3} kills, works again after {took}")
+            print(f"{kind:12} {len(seconds):3} times, works again after {took}")
         for kind, seconds in chaos.pool.items():
             print(
                 f"{kind:12} pool works again after {statistics.median(seconds):.2f} s (at most"
@@ -270,6 +298,10 @@ def test_thirty_kills_change_nothing(
         print(
             "node: noticed and its workers placed elsewhere after"
             f" {[round(s, 1) for s in chaos.placed]} s, net of loading"
+        )
+        print(
+            "drained node: left by its workers after"
+            f" {[round(s, 1) for s in chaos.left]} s; {state['nodes']}"
         )
         print(
             f"rounds redone after a learner's death: {chaos.redone} (a checkpoint every"

@@ -23,7 +23,7 @@ from rlalign.config import Run, dump, load_run
 from rlalign.core.records import Unit, Weights
 from rlalign.core.registry import UserError
 from rlalign.learning import checkpoint
-from tests.runs import assert_same_run, final_tensors, metrics, quiet, small_run
+from tests.runs import assert_same_run, final_tensors, metrics, points_run, quiet, small_run
 
 pytestmark = pytest.mark.usefixtures("without_report")
 Make = Callable[..., Run]
@@ -199,6 +199,27 @@ def test_a_stop_leaves_a_run_that_ends_as_an_undisturbed_one(
     # the resumed run draws the base's pictures once more, the whole one keeps their scores
     found = [(one / "evaluation.json").read_bytes() for one in (folder, whole)]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("staleness", "leaves_after"), [(0, 1), (1, 2)])
+def test_a_learner_whose_machine_is_taken_away_goes_on_elsewhere(
+    staleness: int, leaves_after: int, tmp_path: Path
+) -> None:
+    """It is told from the first round on; with rounds ordered ahead it leaves at the checkpoint."""
+
+    class Leaving(LocalCollect):
+        def leaves(self) -> bool:
+            return True
+
+    run = points_run(f"runtime.max_staleness={staleness}", "checkpoint.every=2")
+    here, whole = tmp_path / "here", tmp_path / "whole"
+    here.mkdir()
+    assert align(run, here, Leaving(run), build_learner(run), quiet)
+    assert [m["round"] for m in metrics(here)] == list(range(1, leaves_after + 1))
+    assert not (here / "evaluation.json").exists()
+    assert not align(run, here, LocalCollect(run), build_learner(run), quiet)
+    train_local(run, whole, resume=False, on_record=quiet)
+    assert_same_run(here, whole)
 
 
 def test_no_evaluation_is_drawn_twice(small: Make, tmp_path: Path) -> None:

@@ -359,6 +359,17 @@ def test_signs_and_clocks():
 def test_the_cost_names_the_rewards_that_the_rounds_waited_for(tmp_path):
     rows = dict(cost(read_run(make_run(tmp_path))))
     assert rows["Waited for rewards"] == "shapes 20 %, jpeg 5 % of the time in rounds"
+    assert "Node hours" not in rows
+
+
+def test_the_cost_of_a_run_on_ray_has_node_hours(tmp_path):
+    """Also where the last rounds were made in one process."""
+    run = read_run(make_run(tmp_path))
+    hours = {"nodes/hours": 12.5, "nodes/cpu_hours": 1200.0, "nodes/gpu_hours": 0.0}
+    run.rounds[2].update(hours, **{"nodes/drained": 3})
+    rows = dict(cost(run))
+    assert rows["Node hours"] == "12.50, with 1,200.00 CPU hours and 0.00 GPU hours"
+    assert rows["Nodes taken away with notice"] == "3"
 
 
 # several rewards, and what changed most

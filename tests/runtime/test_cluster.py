@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+
 import pytest
 
 from rlalign.config import Run
@@ -79,6 +82,28 @@ def test_a_group_that_scales_from_zero_counts_with_labels_that_ray_does_not_tell
     )
     with pytest.raises(UserError, match="one needs 2 GPU and no node has more than 1"):
         cluster.refuse_what_cannot_fit(run_bundles(small_run("runtime.rollout.gpus=2")), "here")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("v2", "kind", "is_there"),
+    [(b"0", "node_15f571c0", False), (b"0", "rollout", True), (b"1", "node_15f571c0", True)],
+)
+def test_an_autoscaler_that_does_not_say_what_it_may_add_is_waited_for(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, v2: bytes, kind: str, is_there: bool
+) -> None:
+    """As Ray's own does not; a Ray without one has a monitor, whose kinds of nodes are nodes."""
+    status = json.dumps({"autoscaler_report": {"active_nodes": {kind: 1}}}).encode()
+    monkeypatch.setattr(
+        "ray.experimental.internal_kv._internal_kv_get",
+        lambda key, namespace=None: v2 if namespace else status,
+    )
+    said: list[str] = []
+    bundles = run_bundles(small_run("runtime.rollout.workers=20"))
+    with contextlib.nullcontext() if is_there else pytest.raises(UserError):
+        cluster.refuse_what_cannot_fit(bundles, "here", said.append)
+    assert len(said) == is_there
+    assert all("the cluster's autoscaler may add one, and is waited for" in one for one in said)
 
 
 @pytest.mark.slow

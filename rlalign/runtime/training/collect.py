@@ -28,6 +28,7 @@ from rlalign.core.registry import UserError
 from rlalign.networks.shares import are_shares, is_share, own_part, own_rows
 from rlalign.rewards.base import total
 from rlalign.runtime.training.coordinator import Failure
+from rlalign.runtime.training.nodes import draining_nodes
 from rlalign.runtime.training.production import UnitResult
 from rlalign.runtime.weights import Rows, WeightsRef, publish
 
@@ -87,12 +88,14 @@ class RemoteCollect:
         *,
         incarnation: str,
         is_main: bool,
-        learners: int,
+        homes: Sequence[str],
         rounded: frozenset[str] = frozenset(),
     ) -> None:
-        """``rounded`` names the policy's weights that rollouts need in bfloat16 only."""
+        """``homes``: the node of each learner process, by Ray's id. ``rounded`` names the policy's
+        weights that rollouts need in bfloat16 only."""
         self._run, self._coordinator, self._incarnation = run, coordinator, incarnation
-        self._is_main, self._learners = is_main, learners
+        self._is_main, self._learners = is_main, len(homes)
+        self._homes = frozenset(homes)
         self._rounded = rounded
         self._name = uuid.uuid4().hex
         self._published: dict[str, WeightsRef] = {}
@@ -254,6 +257,9 @@ class RemoteCollect:
         for name in [n for n in found if n.startswith("restarts/")]:
             found[name] = self._restarts[name] = max(found[name], self._restarts.get(name, 0))
         return found
+
+    def leaves(self) -> bool:
+        return bool(self._homes & draining_nodes().keys())
 
     def record(self, line: dict[str, Any]) -> None:
         """A metrics line or an evaluation, for the driver's screen and Ray's metrics."""

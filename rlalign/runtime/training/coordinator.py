@@ -26,6 +26,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.experimental import get_local_object_locations
 
 from rlalign.config import Run
 from rlalign.core.records import Unit
@@ -40,6 +41,9 @@ from rlalign.runtime.weights import WeightsRef
 ANSWER_SECONDS = 30.0
 """A learner that waits for samples hears at least this often that there are none yet: how long they
 take is not its concern."""
+
+COPY_SECONDS = 30.0
+"""For copies from nodes that drain, before it is looked anew what there is to copy."""
 
 
 @dataclass(kw_only=True)
@@ -64,6 +68,11 @@ class _Ticket:
         self._changed = asyncio.Event()
         for place, task in enumerate(tasks):
             task.add_done_callback(lambda done, p=place: self._note(p, done))
+
+    def refs(self) -> list[ray.ObjectRef]:
+        """What was made so far and not fetched by everybody."""
+        done = [task for task in self.tasks if task.done() and not task.cancelled()]
+        return [ref for task in done if not task.exception() for ref in task.result().refs]
 
     def _note(self, place: int, task: asyncio.Task[UnitResult]) -> None:
         if task.cancelled() or task.exception():
@@ -130,6 +139,8 @@ class Coordinator:
         self._news = asyncio.Condition()
         self._failure: Failure | None = None
         self._adopted = asyncio.Event()
+        self._nodes: Mapping[str, float] = {}
+        self._rescuing = False
         gc.collect()
         # what is imported by now stays: a full collection over it takes a fifth of a second,
         # amid a round
@@ -255,7 +266,9 @@ class Coordinator:
         production = self._production
         worked = {f"{WORKED}{role.metric}": s for role, s in production.worked().items()}
         restarts = {role: pool.restarts for role, pool in production.pools.items()}
-        return worked | {
+        return {
+            **worked,
+            **{name: self._nodes[name] for name in self._nodes if name != "nodes/draining"},
             "restarts/rollout": restarts.pop(ROLLOUT),
             "restarts/reward": sum(restarts.values()),
             "driver_bytes_per_sample": round(
@@ -307,9 +320,26 @@ class Coordinator:
             production.handled_bytes += goes_on.handled_bytes
         self._adopted.set()
 
-    async def standing(self) -> Standing:
-        """How the pools stand; also what Ray's metrics say of them."""
+    async def rescue(self, nodes: Sequence[str]) -> None:
+        """Copies finished samples that no learner has yet, and that lie on these nodes alone, to
+        the coordinator's: they need not be made again when the nodes are gone."""
+        if self._rescuing:
+            return
+        self._rescuing = True
+        try:
+            refs = [ref for one in self._ledger.tickets.values() for ref in one.refs()]
+            await asyncio.to_thread(_copy_from, nodes, refs)
+        finally:
+            self._rescuing = False
+
+    async def standing(self, nodes: Mapping[str, float] | None = None) -> Standing:
+        """How the pools stand; also what Ray's metrics say of them, and of the run's ``nodes``
+        (``Nodes.facts``), which are in the metrics line too."""
         # what the dashboard shows
+        self._nodes = nodes or self._nodes
+        for state in ("used", "draining"):
+            if self._nodes:
+                self._gauges.set("rlalign_nodes", self._nodes[f"nodes/{state}"], state=state)
         self._gauges.flush()
         pools = {role: pool.state() for role, pool in self._production.pools.items()}
         self._gauges.set("rlalign_queue_depth", self._production.queue)
@@ -330,6 +360,15 @@ class Coordinator:
             samples=self._production.samples,
             handled_bytes=self._production.handled_bytes,
         )
+
+
+def _copy_from(nodes: Sequence[str], refs: Sequence[ray.ObjectRef]) -> None:
+    """Fetches the objects that lie on these nodes and nowhere else to this process's node."""
+    places = get_local_object_locations(list(refs))  # small ones are with their owner: no node
+    homes = {ref: set(found["node_ids"]) for ref, found in places.items()}
+    alone = [ref for ref, home in homes.items() if home and home <= set(nodes)]
+    if alone:
+        ray.wait(alone, num_returns=len(alone), timeout=COPY_SECONDS, fetch_local=True)
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -4,11 +4,14 @@ they outlive a learner.
 The driver is the one who knows how many workers are wanted; the coordinator knows which of them
 work. ``reconcile`` brings the two together, twice a second: new actors are handed over, those that
 are one too many leave when their unit is done, and a coordinator that was killed and has come back
-is told everything again.
+is told everything again. Of a node that drains all workers leave in the same way, and others start
+elsewhere at once; one that still works when the node's time is over is ended, so that its unit is
+given out again without waiting for Ray to miss the node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -29,6 +32,7 @@ from rlalign.runtime.actors import (
 )
 from rlalign.runtime.roles import COORDINATOR, ROLLOUT, Role, reward_role
 from rlalign.runtime.training.coordinator import Coordinator, Standing
+from rlalign.runtime.training.nodes import Nodes
 from rlalign.runtime.words import create_encoder, reader_of
 from rlalign.runtime.workers import PolicySource
 
@@ -36,11 +40,12 @@ from rlalign.runtime.workers import PolicySource
 class Fleet:
     """The actors of one run. Names tell role and number on the dashboard."""
 
-    def __init__(self, run: Run, *, places_are_cores: bool) -> None:
+    def __init__(self, run: Run, *, places_are_cores: bool, nodes: Nodes | None = None) -> None:
         """``places_are_cores`` False: a local Ray, where workers beyond the first ones reserve a
-        GPU's share at most."""
+        GPU's share at most. ``nodes``: what an earlier driver of the run has counted."""
         # what was asked for
         self._run = run
+        self.nodes = nodes or Nodes()
         self.owner = name_owner(run.name)
         self._places_are_cores = places_are_cores
         self._rewards: dict[Role, Reward] = {
@@ -55,6 +60,9 @@ class Fleet:
         self._members: dict[Role, dict[int, ActorHandle]] = {role: {} for role in self.wanted}
         self._leaving: dict[Role, dict[int, ActorHandle]] = {role: {} for role in self.wanted}
         self._next = dict.fromkeys(self.wanted, 0)
+
+        # the node that the encoder was last told to leave
+        self._left = ""
 
         # what the coordinator was last told
         self._told: tuple[Any, ...] = ()
@@ -92,11 +100,14 @@ class Fleet:
     def reconcile(self) -> Standing | None:
         """Creates and retires until the pools are as wanted. None while the coordinator does not
         answer."""
+        self.nodes.look()
+        self._leave_nodes()
         self._create()
 
         # the coordinator hears of members only when they have changed
+        facts = self.nodes.facts()
         try:
-            standing: Any = ray.get(self.coordinator.standing.remote(), timeout=30)
+            standing: Any = ray.get(self.coordinator.standing.remote(facts), timeout=30)
             told = (
                 standing.epoch,
                 *((role, tuple(members)) for role, members in self._members.items()),
@@ -104,14 +115,17 @@ class Fleet:
             if told != self._told:
                 ray.get(self.coordinator.adopt.remote(self._members, self._standing), timeout=30)
                 self._told = told
-                standing = ray.get(self.coordinator.standing.remote(), timeout=30)
+                standing = ray.get(self.coordinator.standing.remote(facts), timeout=30)
             self._standing = standing
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return None
+        if self.nodes.draining:
+            self.coordinator.rescue.remote(sorted(self.nodes.draining))
 
-        # a worker ends once the coordinator no longer uses it
+        # a worker ends once the coordinator no longer uses it, or when its node is about to
         for role, leaving in self._leaving.items():
-            for number in leaving.keys() - set(standing.numbers[role]):
+            late = {n for n, actor in leaving.items() if self._is_late(actor)}
+            for number in (leaving.keys() - set(standing.numbers[role])) | late:
                 ray.kill(leaving.pop(number))
         return standing
 
@@ -130,9 +144,37 @@ class Fleet:
             while len(members) < count:
                 members[self._next[role]] = self._worker(role, self._next[role])
                 self._next[role] += 1
+            held = self.nodes.held() if len(members) > count else {}
             while len(members) > count:
-                number = max(members)
+                number = self._dispensable(members, held)
                 self._leaving[role][number] = members.pop(number)
+
+    def _dispensable(self, members: Mapping[int, ActorHandle], held: Mapping[str, int]) -> int:
+        """Who leaves first where there are too many: one that waits for a place, or else one whose
+        node holds the fewest of the run's actors, so that the node is soon not needed."""
+
+        def neighbours(number: int) -> int:
+            return held.get(self.nodes.home(members[number]) or "", 0)
+
+        return min(members, key=lambda number: (neighbours(number), -number))
+
+    def _leave_nodes(self) -> None:
+        """Takes the workers off the nodes that drain: others are created in their place."""
+        for role, members in self._members.items():
+            for number in [n for n, a in members.items() if self.nodes.seconds_left(a) is not None]:
+                self._leaving[role][number] = members.pop(number)
+
+        # the encoder keeps nothing that cannot be made again: Ray starts it elsewhere
+        if self.encoder is not None and self.nodes.seconds_left(self.encoder) is not None:
+            home = self.nodes.home(self.encoder)
+            if home and home != self._left:
+                self._left = home
+                ray.kill(self.encoder, no_restart=False)
+
+    def _is_late(self, actor: ActorHandle) -> bool:
+        """Whether its node is as good as gone."""
+        left = self.nodes.seconds_left(actor)
+        return left is not None and left < 0
 
     def _worker(self, role: Role, number: int) -> ActorHandle:
         counts = self._places_are_cores or number < self._first[role]

@@ -11,6 +11,10 @@ Units pass through the pools one after another, so they queue at the one whose w
 to do in a round: the pool grows only where a rollout worker worked longer than a worker of any
 reward. It looks at the median of LOOK rounds made with the present number of workers, so that it
 does not swing.
+
+Of workers that are wanted and not there, as where spot machines have gone and none has come, some
+may not be needed: where the learner hardly waits although they are missing, they are wanted no
+more. The pool stays between ``workers`` and ``max_workers``.
 """
 
 from __future__ import annotations
@@ -45,24 +49,26 @@ class Balance:
         self._most = most
         self._rewards = rewards
         self._rounds: list[_Round] = []
-        self._ready = 0
+        self._ready = self._judged = 0
         self.reason = ""
         """Of the last change."""
         self.advice = ""
         """What would help where more rollout workers would not."""
 
     def pools(self, *, ready: int) -> None:
-        """How many rollout workers answer now; rounds made with fewer than wanted are not
-        judged."""
+        """How many rollout workers answer now; rounds made with different numbers are not judged
+        together."""
         self._ready = ready
 
     def wanted(self, line: Mapping[str, Any], workers: int) -> int | None:
         """The number of rollout workers to have from now on; None: as it is."""
-        # nothing is decided without a limit, or on workers that are still starting
+        # nothing is decided without a limit, or while a change is under way
         if not self._most or not line.get("seconds/round"):
             return None
-        if self._ready != workers:  # a change is under way
+        if self._ready > workers or self._ready != self._judged:
             self._rounds.clear()
+            self._judged = self._ready
+        if self._ready > workers:
             return None
 
         # one round alone says little
@@ -82,12 +88,12 @@ class Balance:
             )
             return None
 
-        # it grows by a quarter and shrinks by one
-        if share > GROW and workers < self._most:
+        # it grows by a quarter, once all are there, and shrinks by one, or by those that are not
+        if share > GROW and self._ready == workers < self._most:
             wanted = min(workers + max(1, workers // 4), self._most)
             bound = "rollout-bound"
         elif share < SHRINK and workers > self._least:
-            wanted = workers - 1
+            wanted = max(self._least, min(self._ready, workers - 1))
             bound = "learner-bound"
         else:
             return None

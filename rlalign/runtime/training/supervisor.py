@@ -30,6 +30,7 @@ from rlalign.runtime.training.scaling import Balance
 
 OnRecord = Callable[[dict[str, Any]], None]
 PERIOD_SECONDS = 0.5
+_DRAINS = "of the run's nodes will be taken away: their work goes on elsewhere"
 
 
 class Supervisor(threading.Thread):
@@ -60,6 +61,7 @@ class Supervisor(threading.Thread):
         )
         self._failure: Failure | None = None
         self._advised = False
+        self._drained = fleet.nodes.drained
         self.error: BaseException | None = None
         """What went wrong here, and not at an actor."""
 
@@ -80,6 +82,7 @@ class Supervisor(threading.Thread):
         self.join(timeout=60)
         self._guarded(lambda: self._show(timeout_seconds=0.0), "the last records are not shown")
         self._guarded(self._hear_of_failure, "whether the run failed is not known")
+        self._guarded(self._count_hours, "the last node hours are not counted")
         return self._failure
 
     def leave(self) -> None:
@@ -132,6 +135,10 @@ class Supervisor(threading.Thread):
 
         # the fleet is brought to what is wanted
         standing = self._fleet.reconcile()
+        nodes = self._fleet.nodes
+        if nodes.drained > self._drained:
+            self._tell({"note": f"{nodes.drained - self._drained} {_DRAINS}"})
+            self._drained = nodes.drained
         if standing is not None:
             self._say(standing)
             self._hear_of_failure()
@@ -141,12 +148,16 @@ class Supervisor(threading.Thread):
         failure: Any = ray.get(self._fleet.coordinator.failure.remote(), timeout=60)
         self._failure = failure or self._failure
 
+    def _count_hours(self) -> None:
+        self._fleet.nodes.survey()
+        self._status.write(nodes=self._fleet.nodes.report())
+
     def _say(self, standing: Standing) -> None:
         pools = {
             role.label: {"reward": role.reward, "wanted": self._fleet.size(role), **asdict(state)}
             for role, state in standing.pools.items()
         }
-        self._status.write(pools=pools, queue=standing.queue)
+        self._status.write(pools=pools, queue=standing.queue, nodes=self._fleet.nodes.report())
         self._balance.pools(ready=standing.pools[ROLLOUT].ready)
 
         # until the learner says something there is nothing else to show

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rlalign.runtime.training.coordinator import Failure
 
 OnRecord = Callable[[dict[str, Any]], None]
+LEAVES = "the learner leaves its node"
+"""What a learner returns that has written a checkpoint and goes on elsewhere."""
 
 
 def train(
@@ -73,20 +75,22 @@ def _supervise(
 
     from rlalign.runtime.training.collect import RunFailed
     from rlalign.runtime.training.fleet import Fleet
+    from rlalign.runtime.training.nodes import Nodes
     from rlalign.runtime.training.supervisor import Supervisor
 
     control.forget(folder)
-    fleet = Fleet(run, places_are_cores=places_are_cores)
     job = job_id()
     if job:
         publish_status(folder, job)
     status = control.Status(folder, run.rounds, name=run.name, dashboard=dashboard, job=job)
+    fleet = Fleet(run, places_are_cores=places_are_cores, nodes=Nodes.after(status.nodes))
     supervisor = Supervisor(run, folder, fleet, status, on_record)
     supervisor.start()
     crash = ""
     told = None
     try:
-        told = fit(run, folder, fleet.coordinator, fleet.encoder)
+        while isinstance(told := fit(run, folder, fleet.coordinator, fleet.encoder), str):
+            pass  # it has left its node, with a checkpoint
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
     except BaseException:
@@ -111,12 +115,12 @@ def _supervise(
         )
 
 
-def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failure | None:
+def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failure | str | None:
     """Runs the learner under Ray Train V2 until it returns; a killed one is started again
-    ``max_attempts`` times.
+    ``max_attempts`` times, and as often as its node is taken away with notice.
 
     Answers with what the learner ended for, where it could not go on: a coordinator that died since
-    has forgotten it.
+    has forgotten it. LEAVES says that it goes on on another node.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -155,9 +159,9 @@ def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failur
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def learn(config: dict[str, Any]) -> Failure | None:
+def learn(config: dict[str, Any]) -> Failure | str | None:
     """One learner process: the loop of rlalign.alignment over the cluster's Collect. Returns why it
-    cannot go on, if so."""
+    cannot go on, if so, or LEAVES."""
     import torch
 
     from rlalign.alignment.assemble import build_learner
@@ -192,10 +196,11 @@ def learn(config: dict[str, Any]) -> Failure | None:
         return failure
 
 
-def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failure | None:
+def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failure | str | None:
     """The run, by a learner that has been built. Returns why the run is over where it had ended
-    before."""
-    from accelerate.utils import broadcast_object_list
+    before, or LEAVES."""
+    import ray
+    from accelerate.utils import broadcast_object_list, gather_object
 
     from rlalign.alignment.loop import align
     from rlalign.networks.precision import rounded_names
@@ -206,6 +211,8 @@ def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failur
     incarnation = uuid.uuid4().hex
     over = None
     learners = learner.accelerator.num_processes
+    home = ray.get_runtime_context().get_node_id()
+    homes = gather_object([home]) if learners > 1 else [home]
     if learner.is_main:
         over = ask_until_answered(lambda: coordinator.begin.remote(incarnation), 60)
     if learners > 1:  # the others go on once it has begun, or end with it
@@ -221,7 +228,7 @@ def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failur
         coordinator,
         incarnation=incarnation,
         is_main=learner.is_main,
-        learners=learners,
+        homes=homes,
         rounded=rounded_names(policy.network, policy.precision),
     )
 
@@ -229,11 +236,11 @@ def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failur
     reader = _pair_reader(run)
     try:
         with naming_the_node():
-            align(run, folder, collect, learner, collect.record, pairs=reader)
+            leaves = align(run, folder, collect, learner, collect.record, pairs=reader)
     finally:
         if reader is not None:
             reader.close()
-    return None
+    return LEAVES if leaves else None
 
 
 def lost_a_peer(error: BaseException) -> bool:

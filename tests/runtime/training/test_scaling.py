@@ -56,6 +56,25 @@ def test_between_the_two_it_stays() -> None:
     assert decisions(balance_of(2, 8), 0.2, 4, 10) == [4] * 10
 
 
+def test_workers_that_are_missed_by_nobody_are_wanted_no_more() -> None:
+    """Of eight that are wanted five are there, as after spot machines went."""
+
+    def rounds(balance: Balance, share: float) -> list[int | None]:
+        balance.pools(ready=5)
+        return [balance.wanted(line(share), 8) for _ in range(3)]
+
+    assert rounds(balance_of(2, 8), 0.01) == [None, None, 5]
+    assert rounds(balance_of(6, 8), 0.01) == [None, None, 6], "workers is the floor"
+    assert rounds(balance_of(2, 16), 0.8) == [None] * 3, "they are waited for, more would be too"
+
+
+def test_rounds_made_with_different_numbers_are_not_judged_together() -> None:
+    balance = balance_of(2, 8)
+    for ready in (5, 6, 5, 6, 5):
+        balance.pools(ready=ready)
+        assert balance.wanted(line(0.01), 8) is None
+
+
 def test_off_by_default() -> None:
     assert decisions(balance_of(2, 0), 0.9, 2, 10) == [2] * 10
 

@@ -16,6 +16,7 @@ from rlalign.core.registry import UserError
 from rlalign.runtime.pool import PoolState
 from rlalign.runtime.roles import ROLLOUT, Role
 from rlalign.runtime.training.coordinator import Standing
+from rlalign.runtime.training.nodes import Nodes
 from tests.runs import small_run
 
 pytestmark = pytest.mark.ray
@@ -55,6 +56,7 @@ class FakeFleet:
         self.looks = 0
         self.wanted = {ROLLOUT: 2}
         self.encoder = None
+        self.nodes = Nodes()
 
     def scale(self, asked: control.Asked) -> bool:
         return False
