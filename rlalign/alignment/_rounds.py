@@ -18,7 +18,7 @@ from rlalign.alignment.collect import Collect
 from rlalign.alignment.refit import Refit
 from rlalign.config import Run, dump, identity_of, plain_identity_of
 from rlalign.core.batches import Batch, DifferentiableScorer, PairBatch, PromptBatch
-from rlalign.core.files import write_whole
+from rlalign.core.files import replacing, write_whole
 from rlalign.core.progress import Tell
 from rlalign.core.records import Scored, Unit, Weights
 from rlalign.core.registry import UserError
@@ -388,8 +388,8 @@ class Alignment:
         if self.guard.stopped:
             result["stopped"] = self.guard.reason
         result[KL] = self.shown.kl
-        with checkpoint.disk_errors(self.folder):
-            policy.save(self.folder / "policy")
+        with checkpoint.disk_errors(self.folder), replacing(self.folder / "policy") as scratch:
+            policy.save(scratch)
         self.display.finish(result)
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rlalign.core.files import replacing, sync_folder, write_durably
 from rlalign.core.registry import UserError
+from rlalign.storage import name_of
 
 FORMAT = "rlalign checkpoint 1"
 _UNWRITABLE = (
@@ -165,7 +166,8 @@ def read_newest(run_folder: Path) -> Checkpoint:
     rounds = _rounds(run_folder)
     if not rounds:
         raise UserError(
-            f"{run_folder} has no checkpoint yet; wait for the first one, or name another folder"
+            f"{name_of(run_folder)} has no checkpoint yet; wait for the first one, or name another"
+            " folder"
         )
     return _read(folder_of(run_folder, rounds[-1]), None)
 
@@ -174,7 +176,8 @@ def _read(folder: Path, identities: tuple[str, ...] | None) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
-    way_out = f"delete {folder} to resume from the one before it"
+    name = name_of(folder)
+    way_out = f"delete {name} to resume from the one before it"
 
     # both files are there, and one is JSON
     try:
@@ -182,24 +185,24 @@ def _read(folder: Path, identities: tuple[str, ...] | None) -> Checkpoint:
         blob = (folder / "state.safetensors").read_bytes()
     except FileNotFoundError as error:
         raise UserError(
-            f"checkpoint {folder} is incomplete: {Path(error.filename).name} is missing; {way_out}"
+            f"checkpoint {name} is incomplete: {Path(error.filename).name} is missing; {way_out}"
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"checkpoint {folder} is damaged: state.json is not JSON; {way_out}"
+            f"checkpoint {name} is damaged: state.json is not JSON; {way_out}"
         ) from error
 
     # they are of a checkpoint, of this run, and undamaged
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"checkpoint {folder} is foreign: its format must be {FORMAT!r}; {way_out}")
+        raise UserError(f"checkpoint {name} is foreign: its format must be {FORMAT!r}; {way_out}")
     if identities is not None and state.get("run") not in identities:
         raise UserError(
-            f"checkpoint {folder} belongs to another run: its settings differ from config.yaml;"
+            f"checkpoint {name} belongs to another run: its settings differ from config.yaml;"
             " start anew in another folder"
         )
     if _checksum(blob, state) != state.get("sha256"):
         raise UserError(
-            f"checkpoint {folder} is damaged: state.safetensors or state.json does not match the"
+            f"checkpoint {name} is damaged: state.safetensors or state.json does not match the"
             f" checksum; {way_out}"
         )
 
@@ -207,7 +210,7 @@ def _read(folder: Path, identities: tuple[str, ...] | None) -> Checkpoint:
     try:
         tensors = from_bytes(blob)
     except SafetensorError as error:
-        raise UserError(f"checkpoint {folder} is damaged: {error}; {way_out}") from error
+        raise UserError(f"checkpoint {name} is damaged: {error}; {way_out}") from error
     return Checkpoint(round=int(state["round"]), tensors=tensors, facts=state["facts"])
 
 
@@ -235,7 +238,7 @@ def disk_errors(run_folder: Path) -> Iterator[None]:
             resumes = is_run or bool(_rounds(run_folder))
             way_out = "give the same command again"
             if resumes:
-                way_out = f"go on with: rlalign train --resume {run_folder}"
+                way_out = f"go on with: rlalign train --resume {name_of(run_folder)}"
             raise UserError(
                 f"cannot write {file or run_folder}: {os.strerror(code)}; mend that, then {way_out}"
             ) from error
@@ -274,8 +277,8 @@ def exclusive(
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{run_folder} is being written by process {writer(run_folder, lock)}; stop"
-                        " that one first"
+                        f"{name_of(run_folder)} is being written by process"
+                        f" {writer(run_folder, lock)}; stop that one first"
                     ) from error
                 time.sleep(0.2)
         # say who has it
