@@ -46,13 +46,15 @@ def scripted(
             else:
                 self._send(*answer)
 
-        do_POST = do_PUT = do_GET
+        do_POST = do_PUT = do_HEAD = do_GET
 
         def _send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
+            if self.command == "HEAD":
+                return
             with contextlib.suppress(OSError):
                 for piece in (bytes([b]) for b in body) if "Drips" in headers else [body]:
                     self.wfile.write(piece)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("diffusion", "ballots"),
-    ("web",),
+    ("web", "storage"),
     ("data",),
     ("networks",),
     ("policies", "rewards", "sinks"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlalign.config import Run, identity_of, plain_identity_of
+from rlalign.core.files import replacing
 from rlalign.core.records import Weights
 from rlalign.learning import checkpoint
 from rlalign.learning.checkpoint import Checkpoint
@@ -69,8 +70,10 @@ def export(learner: Learner, folder: Path, weights: Weights) -> None:
     """Writes ``policy/`` under these weights; those that no process has whole are read from the
     checkpoint of the last round."""
     policy = learner.policy
+    own = None
     if policy.is_trained_spread:
-        policy.save(folder / "policy", checkpoint.read_weights(folder, "average", "policy"))
+        own = checkpoint.read_weights(folder, "average", "policy")
     else:
         policy.set_weights(weights.tensors)
-        policy.save(folder / "policy")
+    with replacing(folder / "policy") as scratch:
+        policy.save(scratch, own)

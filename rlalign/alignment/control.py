@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rlalign.core.files import write_whole
 from rlalign.core.registry import UserError
 from rlalign.learning.shares import reward_shares
+from rlalign.storage import name_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,11 +146,11 @@ def status_of(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder / "status.json").read_bytes())
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder} has no status.json; name the folder of a run that was started"
+            f"{name_of(folder)} has no status.json; name the folder of a run that was started"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder / 'status.json'} cannot be read ({error}); is it a run folder?"
+            f"{name_of(folder / 'status.json')} cannot be read ({error}); is it a run folder?"
         ) from error
     if found["state"] not in OVER and not _alive(found):
         found["state"] = "lost"

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from rlalign import storage
 from rlalign.alignment import control
 from rlalign.alignment._rounds import Alignment, OnRecord
 from rlalign.alignment.collect import Collect, local_parts
@@ -58,6 +59,7 @@ def align(
         try:
             alignment.resume()
             while alignment.goes_on and alignment.has_pairs():
+                storage.check(folder, tell=lambda note: on_record({"note": note}))
                 alignment.one_round()
             moves = alignment.leaves and not (alignment.asked_to_stop or alignment.guard.stopped)
             if not alignment.asked_to_stop and not moves:
@@ -67,8 +69,9 @@ def align(
             alignment.close()
 
 
-def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) -> None:
-    """A run in this process. ``resume`` is the caller's word that ``folder`` may already hold one.
+def train_local(run: Run, folder: Path | str, *, resume: bool, on_record: OnRecord) -> None:
+    """A run in this process. ``folder`` may be a URL, as s3://bucket/runs/first; ``resume`` is the
+    caller's word that it may already hold a run.
 
     Raises UserError where the folder holds a run that has begun, and ``resume`` is not said.
     """
@@ -84,17 +87,24 @@ def train_local(run: Run, folder: Path, *, resume: bool, on_record: OnRecord) ->
         first_pair(run.preferences, run.plan.frames)
     torch.set_num_threads(run.runtime.learner.threads)
     collect, learner = local_parts(run)
-    with folders.owned(folder, resume=resume):
-        control.forget(folder)
-        status = control.Status(folder, run.rounds, name=run.name)
+
+    def tell(note: str) -> None:
+        on_record({"note": note})
+
+    with (
+        storage.own_run(folder, learns=True, tell=tell) as here,
+        folders.owned(here, resume=resume),
+    ):
+        control.forget(here)
+        status = control.Status(here, run.rounds, name=run.name)
 
         def record(line: dict[str, Any]) -> None:
             status.record(line)
             on_record(line)
 
         try:
-            align(run, folder, collect, learner, record)
+            align(run, here, collect, learner, record)
         except BaseException as error:
             status.write(state="failed" if isinstance(error, Exception) else "stopped")
             raise
-        status.write(state="ended" if evaluate.read_final(folder, run.rounds) else "stopped")
+        status.write(state="ended" if evaluate.read_final(here, run.rounds) else "stopped")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlalign.core.registry import Recipe, UserError, build, load_class, names
+from rlalign.storage import fetch_model, is_url, name_of
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +70,8 @@ def find_model(text: str, place: str = "MODEL", **settings: Any) -> Model:
     from rlalign.networks.pipelines.checkpoints import settings_folder
     from rlalign.networks.pipelines.loading import find_folder, one_file
 
-    # a name, a run folder, a pipeline folder or one of pretraining
-    folder = Path(text)
+    # a name, a run folder, a pipeline folder or one of pretraining; of a URL a copy of it
+    folder = fetch_model(text) if is_url(text) else Path(text)
     if (text in names("policies") or ":" in text) and not folder.is_dir():
         return Model(title=text, recipe=build("policies", {**settings, "name": text}, place))
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
@@ -100,7 +101,7 @@ def find_model(text: str, place: str = "MODEL", **settings: Any) -> Model:
     raise UserError(
         "a model must be a run folder with a checkpoint, a pipeline folder with model_index.json,"
         f" the hub id of one, or one of {', '.join(names('policies'))}; got {text!r}, and looked at"
-        f" {folder.absolute()}"
+        f" {name_of(folder.absolute())}"
     )
 
 

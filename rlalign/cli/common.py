@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rlalign.core.registry import UserError
+from rlalign.storage import is_url
 
 FAILED = 1
 STOPPED = 130
@@ -22,8 +23,23 @@ def file_argument(what: str) -> Any:
 
 
 def folder_option(what: str) -> Any:
-    """The option --out, or another one that names a folder."""
-    return typer.Option(metavar="DIR", help=what, show_default=False)
+    """The option --out, or another one that names a folder of this machine."""
+    return typer.Option(metavar="DIR", help=what, show_default=False, parser=parse_folder)
+
+
+def place_option(what: str, metavar: str = "DIR") -> Any:
+    """An option that names a folder, or the URL of one on an object store."""
+    return typer.Option(metavar=metavar, help=what, show_default=False)
+
+
+def parse_folder(text: str | Path) -> Path:
+    """A folder of this machine. Raises UserError for a URL."""
+    if is_url(text):
+        raise UserError(
+            f"--out must be a folder of this machine here, got {str(text)!r}: run folders of train"
+            " and submit may be URLs; copy what this command writes there afterwards"
+        )
+    return Path(text)
 
 
 def override_argument(what: str = "Settings that override it.") -> Any:

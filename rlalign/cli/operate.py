@@ -1,9 +1,9 @@
 """``rlalign submit | status | logs | stop | scale``, and ``rlalign list jobs``: runs that are under
 way, here or on a cluster.
 
-RUN is a run folder, or with ``--address`` the id of a job. What a folder can be asked directly is
-asked through its files; on a cluster the same command runs as a small job on the head, where the
-folder is.
+RUN is a run folder or the URL of one, or with ``--address`` the id of a job. What a folder can be
+asked directly is asked through its files; on a cluster the same command runs as a small job on the
+head, where the folder is.
 """
 
 from __future__ import annotations
@@ -19,12 +19,25 @@ import typer
 
 from rlalign.cli.common import print_columns
 from rlalign.core.registry import UserError, nearest
+from rlalign.storage import (
+    Place,
+    check_url,
+    find_place,
+    is_url,
+    look_at,
+    name_of,
+    refresh,
+    send,
+)
 
 if TYPE_CHECKING:
     from rlalign.runtime.jobs.runs import Cluster
 
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run folder, or with --address a job's id.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run folder or the URL of one, or with --address a job's id."
+    ),
 ]
 Address = Annotated[
     str,
@@ -52,14 +65,17 @@ def submit(
     resume: Annotated[
         str,
         typer.Option(
-            metavar="DIR", help="Go on with this run folder, named as the cluster sees it."
+            metavar="DIR", help="Go on with this run folder, named as the cluster sees it, or URL."
         ),
     ] = "",
     out: Annotated[
         str,
         typer.Option(
             metavar="DIR",
-            help="The run folder as the cluster sees it; ~/rlalign-runs/ID when left out.",
+            help=(
+                "The run folder as the cluster sees it, or a URL as s3://bucket/runs/ID;"
+                " ~/rlalign-runs/ID when left out."
+            ),
         ),
     ] = "",
     name: Annotated[
@@ -73,6 +89,9 @@ def submit(
     """
     from rlalign.runtime.jobs.runs import Cluster
 
+    for option, place in (("--resume", resume), ("--out", out)):
+        if is_url(place):
+            check_url(place, option)
     cluster = Cluster(address)
     arguments = config or []
     if resume:
@@ -127,9 +146,10 @@ def status(run: RunName, address: Address = "") -> None:
     """Say how a run stands: round, reward, workers, time left."""
     from rlalign.alignment.control import status_of
 
-    folder = _folder(run, address)
-    if folder is not None:
-        print_columns(_folder_rows(status_of(folder)))
+    place = _find_folder(run, address)
+    if place is not None:
+        with look_at(place) as folder:
+            print_columns(_folder_rows(status_of(folder)))
         return
     cluster = _cluster(address)
     job = cluster.job(run)
@@ -242,20 +262,24 @@ def stop(
     """Stop a run with a checkpoint, to be resumed: what is in flight is finished first."""
     from rlalign.alignment.control import OVER, ask, status_of
 
-    folder = _folder(run, address)
-    if folder is None:
+    place = _find_folder(run, address)
+    if place is None:
         _there(run, address, ["stop", *([] if wait else ["--no-wait"])])
         return
     # ask, and wait until it says that it has
-    found = _status_of_running(folder)
-    ask(folder, stop=True)
-    print(f"asked {folder} to stop after the rounds in flight")
-    while wait and (found := status_of(folder))["state"] not in (*OVER, "lost"):
-        time.sleep(0.2)
+    with look_at(place) as folder:
+        name = name_of(folder)
+        found = _status_of_running(folder)
+        ask(folder, stop=True)
+        send(folder, "control.json")
+        print(f"asked {name} to stop after the rounds in flight")
+        while wait and (found := status_of(folder))["state"] not in (*OVER, "lost"):
+            time.sleep(2.0 if is_url(place) else 0.2)
+            refresh(folder)
     if wait:
         print(
-            f"{folder}: {found['state']} after round {found['round']}; go on with: rlalign train"
-            f" --resume {folder}"
+            f"{name}: {found['state']} after round {found['round']}; go on with: rlalign train"
+            f" --resume {name}"
         )
 
 
@@ -278,19 +302,21 @@ def scale(
     if rollout is not None and rollout < 1:
         raise UserError(f"--rollout must be >= 1, got {rollout}")
     wanted = dict(_reward_count(text) for text in reward or [])
-    folder = _folder(run, address)
-    if folder is None:
+    place = _find_folder(run, address)
+    if place is None:
         # the same command, on the cluster
         counts = [f"--rollout={rollout}"] if rollout is not None else []
         counts += [f"--reward={title}={count}" for title, count in wanted.items()]
         _there(run, address, ["scale", *counts])
         return
-    _refuse_unknown_rewards(folder, wanted)
-    changes = {"rollout_workers": rollout} if rollout is not None else {}
-    ask(folder, **changes, reward_workers={**asked(folder).reward_workers, **wanted})
     said = [f"{rollout} rollout"] if rollout is not None else []
     said += [f"{count} {title}" for title, count in wanted.items()]
-    print(f"asked {folder} for {', '.join(said)} workers")
+    changes = {"rollout_workers": rollout} if rollout is not None else {}
+    with look_at(place) as folder:
+        _refuse_unknown_rewards(folder, wanted)
+        ask(folder, **changes, reward_workers={**asked(folder).reward_workers, **wanted})
+        send(folder, "control.json")
+        print(f"asked {name_of(folder)} for {', '.join(said)} workers")
 
 
 def _status_of_running(folder: Path) -> dict[str, Any]:
@@ -299,7 +325,7 @@ def _status_of_running(folder: Path) -> dict[str, Any]:
 
     found = status_of(folder)
     if found["state"] in (*OVER, "lost"):
-        raise UserError(f"{folder} is not running: its state is {found['state']!r}")
+        raise UserError(f"{name_of(folder)} is not running: its state is {found['state']!r}")
     return found
 
 
@@ -308,8 +334,8 @@ def _refuse_unknown_rewards(folder: Path, wanted: Mapping[str, int]) -> None:
     found = _status_of_running(folder)
     if "pools" not in found:
         raise UserError(
-            f"{folder} has no workers to scale (yet): it runs with --local, or has only just"
-            " started"
+            f"{name_of(folder)} has no workers to scale (yet): it runs with --local, or has only"
+            " just started"
         )
     titles = [pool["reward"] for pool in found["pools"].values() if pool["reward"]]
     for title in wanted:
@@ -340,8 +366,10 @@ def _reward_count(text: str) -> tuple[str, int]:
     return title, int(count)
 
 
-def _folder(run: str, address: str) -> Path | None:
-    """The run folder that RUN means; None where it means a job."""
+def _find_folder(run: str, address: str) -> Place | None:
+    """The run folder, or its URL, that RUN means; None where it means a job."""
+    if is_url(run) and not address:
+        return find_place(run)
     folder = Path(run)
     if address or (not folder.is_dir() and os.environ.get("RAY_API_SERVER_ADDRESS")):
         return None

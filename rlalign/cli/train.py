@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -18,10 +18,11 @@ from rlalign.cli.common import (
     exit_when_run_fails,
     exit_when_stopped,
     file_argument,
-    folder_option,
+    place_option,
     refuse_both_places,
 )
 from rlalign.core.registry import UserError
+from rlalign.storage import Place, find_place, look_at, name_of
 
 if TYPE_CHECKING:
     from rlalign.config import Run
@@ -41,33 +42,39 @@ Arguments = Annotated[
 def train(
     config: Arguments = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with this run folder.")
+        str | None, place_option("Go on with this run folder, or the URL of one.", "RUN")
     ] = None,
     local: Annotated[
         bool, typer.Option("--local", help="In this process, without Ray; the same numbers.")
     ] = False,
     address: ClusterAddress = None,
-    out: Annotated[Path | None, folder_option("The run folder; runs/NAME when left out.")] = None,
+    out: Annotated[
+        str | None,
+        place_option("The run folder, or a URL as s3://bucket/runs/NAME; runs/NAME when left out."),
+    ] = None,
 ) -> None:
     """Align a policy with its rewards."""
+    from rlalign.alignment.control import asked
+    from rlalign.learning.evaluate import read_final
+
     refuse_both_places(local, address)
     if resume is not None and out is not None:
         raise UserError("--out is for a new run; --resume goes on in the run's own folder")
-    run, folder = _resumed(resume, config or []) if resume is not None else _new(config or [], out)
-    work = _choose_work(run, local, address)
-
-    from rlalign.alignment.control import asked
+    begun = _resumed(resume, config or []) if resume is not None else _new(config or [], out)
+    work = _choose_work(begun.run, local, address)
 
     # the training, and how it ended
-    final = _work_with_console(work, run, folder, resume=resume is not None, local=local)
-    if final is None:
-        print(f"stopped; {_how_to_go_on(folder)}", file=sys.stderr)
-        raise typer.Exit(0 if asked(folder).stop else STOPPED)
-    print(f"policy: {folder / 'policy'}")
-    print(summary(final))
-    if "stopped" in final:
-        print(final["stopped"])
-    print(f"report: {folder / 'report.html'}")
+    returned = _work_with_console(work, begun, resume=resume is not None, local=local)
+    with look_at(begun.place) as folder:
+        final = read_final(folder, begun.run.rounds) if returned else None
+        if final is None:
+            print(f"stopped; {_how_to_go_on(folder)}", file=sys.stderr)
+            raise typer.Exit(0 if asked(folder).stop else STOPPED)
+        print(f"policy: {name_of(folder / 'policy')}")
+        print(summary(final))
+        if "stopped" in final:
+            print(final["stopped"])
+        print(f"report: {name_of(folder / 'report.html')}")
 
 
 def _choose_work(run: Run, local: bool, address: str | None) -> Callable[..., None]:
@@ -84,27 +91,34 @@ def _choose_work(run: Run, local: bool, address: str | None) -> Callable[..., No
     return train_local
 
 
+class _Begun(NamedTuple):
+    """A run, where its folder is, and how many rounds a checkpoint there has."""
+
+    run: Run
+    place: Place
+    done: int = 0
+
+
 def _work_with_console(
-    work: Callable[..., None], run: Run, folder: Path, *, resume: bool, local: bool
-) -> dict[str, Any] | None:
-    """Trains, and shows every round; the final comparison, or None where the run was stopped."""
-    from rlalign.learning.evaluate import read_final
+    work: Callable[..., None], begun: _Begun, *, resume: bool, local: bool
+) -> bool:
+    """Trains, and shows every round; false where Ctrl-C or a signal ended it."""
     from rlalign.learning.metrics import Console
 
     console = Console()
-    console.begin(run.rounds, _done(folder))
+    console.begin(begun.run.rounds, begun.done)
     with exit_when_run_fails(local):
         try:
-            work(run, folder, resume=resume, on_record=console.record)
-            return read_final(folder, run.rounds)
+            work(begun.run, begun.place, resume=resume, on_record=console.record)
+            return True
         except (KeyboardInterrupt, SystemExit):  # Ray Train turns Ctrl-C into the second, or ends
-            return None
+            return False
         finally:
             # gives the terminal back, also before an error is shown
             console.end()
 
 
-def _new(arguments: list[str], out: Path | None) -> tuple[Run, Path]:
+def _new(arguments: list[str], out: str | None) -> _Begun:
     from rlalign.config import load_run
     from rlalign.learning.folders import refuse_for_new_run
 
@@ -113,33 +127,37 @@ def _new(arguments: list[str], out: Path | None) -> tuple[Run, Path]:
             "train needs a run file, as in: rlalign train configs/quickstart.yaml; or --resume RUN"
         )
     run = load_run(arguments[0], arguments[1:])
-    folder = out or Path("runs") / run.name
-    refuse_for_new_run(folder)
+    place = find_place(out or Path("runs") / run.name)
+    with look_at(place) as folder:
+        refuse_for_new_run(folder)
     run.policy.announce()  # here, as workers on Ray load out of sight
-    return run, folder
+    return _Begun(run, place)
 
 
-def _resumed(folder: Path, arguments: list[str]) -> tuple[Run, Path]:
+def _resumed(resume: str, arguments: list[str]) -> _Begun:
     from rlalign.config import load_begun, refuse_changes
     from rlalign.learning.folders import refuse_for_resume
 
-    refuse_for_resume(folder)
-    run = load_begun(folder / "config.yaml", arguments)
-    done = _done(folder)
-    refuse_changes(load_begun(folder / "config.yaml"), run)
-    if run.rounds < done:
-        raise UserError(
-            f"rounds must be >= {done}, the rounds that {folder} has done, got {run.rounds}"
-        )
+    place = find_place(resume)
+    with look_at(place) as folder:
+        refuse_for_resume(folder)
+        run = load_begun(folder / "config.yaml", arguments)
+        done = _done(folder)
+        refuse_changes(load_begun(folder / "config.yaml"), run)
+        if run.rounds < done:
+            raise UserError(
+                f"rounds must be >= {done}, the rounds that {name_of(folder)} has done, got"
+                f" {run.rounds}"
+            )
     run.policy.announce()
-    return run, folder
+    return _Begun(run, place, done)
 
 
 def _how_to_go_on(folder: Path) -> str:
     from rlalign.learning.folders import has_begun
 
     if has_begun(folder):
-        return f"go on with: rlalign train --resume {folder}"
+        return f"go on with: rlalign train --resume {name_of(folder)}"
     return "no round was done, and the same command starts again"
 
 

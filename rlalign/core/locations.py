@@ -36,12 +36,13 @@ class NamesFile:
     """Whether the file may be made later."""
 
 
+URL = r"[a-z][a-z0-9+.-]*://.*"
 _HUB_ID = r"(?!.*\.safetensors$)\w[\w.-]*/\w[\w.-]*"
 
 LocalPath = Annotated[str, NamesFile()]
 LocalPattern = Annotated[str, NamesFile(is_glob=True)]
 LocalPathOrHubId = Annotated[str, NamesFile(unless=_HUB_ID)]
-PathToBeOrUrl = Annotated[str, NamesFile(never=r"[a-z][a-z0-9+]*://.*", may_come=True)]
+PathToBeOrUrl = Annotated[str, NamesFile(never=URL, may_come=True)]
 TokenizerPathOrHubId = Annotated[str, NamesFile(unless=rf"\w[\w.-]*|{_HUB_ID}")]
 """The hub's oldest ids, of language models, have no owner."""
 ArchitecturePath = Annotated[

@@ -32,6 +32,7 @@ from rlalign.core.files import replacing, sync_folder, write_durably
 from rlalign.core.registry import UserError
 from rlalign.learning.shard_files import ShardFiles, damage, write_together
 from rlalign.networks.shares import are_shares
+from rlalign.storage import name_of
 
 FORMAT = "rlalign checkpoint 1"
 IN_SHARDS = "rlalign checkpoint 1 in shards"
@@ -229,7 +230,7 @@ def read_weights(run_folder: Path, *kinds: str) -> Mapping[str, torch.Tensor]:
     weights = next((one for one in found if len(one)), None)
     if weights is None:
         raise UserError(
-            f"the newest checkpoint of {run_folder} holds no policy; name another folder"
+            f"the newest checkpoint of {name_of(run_folder)} holds no policy; name another folder"
         )
     return weights
 
@@ -239,7 +240,8 @@ def read_newest(run_folder: Path) -> Checkpoint:
     rounds = _rounds(run_folder)
     if not rounds:
         raise UserError(
-            f"{run_folder} has no checkpoint yet; wait for the first one, or name another folder"
+            f"{name_of(run_folder)} has no checkpoint yet; wait for the first one, or name another"
+            " folder"
         )
     return _read(folder_of(run_folder, rounds[-1]), None)
 
@@ -249,7 +251,7 @@ def _read(folder: Path, identities: tuple[str, ...] | None) -> Checkpoint:
     state = _read_state(folder)
     if identities is not None and state.get("run") not in identities:
         raise UserError(
-            f"checkpoint {folder} belongs to another run: its settings differ from config.yaml;"
+            f"checkpoint {name_of(folder)} belongs to another run: its settings differ from config.yaml;"
             " start anew in another folder"
         )
     in_shards = state["format"] == IN_SHARDS
@@ -320,7 +322,7 @@ def disk_errors(run_folder: Path) -> Iterator[None]:
             resumes = is_run or bool(_rounds(run_folder))
             way_out = "give the same command again"
             if resumes:
-                way_out = f"go on with: rlalign train --resume {run_folder}"
+                way_out = f"go on with: rlalign train --resume {name_of(run_folder)}"
             raise UserError(
                 f"cannot write {file or run_folder}: {os.strerror(code)}; mend that, then {way_out}"
             ) from error
@@ -359,8 +361,8 @@ def exclusive(
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{run_folder} is being written by process {writer(run_folder, lock)}; stop"
-                        " that one first"
+                        f"{name_of(run_folder)} is being written by process"
+                        f" {writer(run_folder, lock)}; stop that one first"
                     ) from error
                 time.sleep(0.2)
         # say who has it

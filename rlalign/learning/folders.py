@@ -20,6 +20,7 @@ import psutil
 
 from rlalign.core.registry import UserError
 from rlalign.learning.checkpoint import DRIVER_LOCK, LEARNER_LOCK, disk_errors, exclusive, folder_of
+from rlalign.storage import name_of, publish
 
 BEFORE_ROUND_1 = (
     "config.yaml",
@@ -85,7 +86,7 @@ def refuse_what_is_there(folder: Path, way_out: str) -> None:
     aside)."""
     if folder.is_dir():
         if any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise UserError(f"{folder} is not empty; {way_out}")
+            raise UserError(f"{name_of(folder)} is not empty; {way_out}")
     elif folder.exists():
         raise UserError(f"{folder} is a file and must be a folder; {way_out}")
 
@@ -97,25 +98,27 @@ def refuse_for_new_run(folder: Path, way_out: str = "name another with --out DIR
         return
     if has_begun(folder) and (folder / "config.yaml").is_file():
         way_out = (
-            f"go on with: rlalign train --resume {folder}, or start anew elsewhere with --out DIR"
+            f"go on with: rlalign train --resume {name_of(folder)}, or start anew elsewhere with"
+            " --out DIR"
         )
     refuse_what_is_there(folder, way_out)
 
 
 def refuse_for_resume(folder: Path) -> None:
     """Raises UserError where there is no run to go on with."""
-    place = f"--resume must name a run folder, and {str(folder)!r}"
+    name = name_of(folder)
+    place = f"--resume must name a run folder, and {name!r}"
     if not (folder / "config.yaml").is_file():
         if folder.is_dir() and never_began(folder):
             raise UserError(
                 f"{place} holds one that never began; start it with: rlalign train CONFIG --out"
-                f" {folder}"
+                f" {name}"
             )
         raise UserError(f"{place} has no config.yaml")
     if not (has_begun(folder) or _is_ours(folder)):
         raise UserError(
             f"{place} has no round of a run, only a config.yaml; start one with: "
-            f"rlalign train {folder / 'config.yaml'} --out DIR"
+            f"rlalign train {name_of(folder / 'config.yaml')} --out DIR"
         )
 
 
@@ -127,8 +130,8 @@ def owned(folder: Path, *, resume: bool) -> Iterator[None]:
     with exclusive(folder, lock=DRIVER_LOCK):
         if not resume and has_begun(folder):
             raise UserError(
-                f"{folder} holds a run; go on with: rlalign train --resume {folder}, or name"
-                " another folder"
+                f"{name_of(folder)} holds a run; go on with: rlalign train --resume"
+                f" {name_of(folder)}, or name another folder"
             )
         if not resume and begins_again:
             with disk_errors(folder):
@@ -138,6 +141,7 @@ def owned(folder: Path, *, resume: bool) -> Iterator[None]:
                             shutil.rmtree(path)
                         else:
                             path.unlink()
+            publish(folder)
         yield
 
 

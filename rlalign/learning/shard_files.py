@@ -26,6 +26,7 @@ import torch.distributed as group
 
 from rlalign.core.registry import UserError
 from rlalign.networks.shares import StoredTensors
+from rlalign.storage import name_of
 
 PLACES = "DCP_SHARDING_INFO"
 """Entry of a head, torch's: name -> where its piece begins in the tensor, as JSON."""
@@ -49,9 +50,8 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 def damage(folder: Path, said: str) -> UserError:
     """What a user is told of a checkpoint that cannot be read; ``said`` is what is wrong."""
-    return UserError(
-        f"checkpoint {folder} {said}; delete {folder} to resume from the one before it"
-    )
+    name = name_of(folder)
+    return UserError(f"checkpoint {name} {said}; delete {name} to resume from the one before it")
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -43,14 +43,14 @@ __all__ = ["BEGAN", "sample_on_ray", "serve_vote_on_ray", "train_on_ray"]
 
 def train_on_ray(
     run: Run,
-    folder: Path,
+    folder: Path | str,
     *,
     resume: bool,
     on_record: Callable[[dict[str, Any]], None],
     address: str | None = None,
 ) -> None:
-    """A run on Ray actors: a local Ray, or the cluster at ``address``. Raises UserError on a user's
-    mistake."""
+    """A run on Ray actors: a local Ray, or the cluster at ``address``. ``folder`` may be a URL.
+    Raises UserError on a user's mistake."""
     from rlalign.runtime.training.train import train
 
     train(run, folder, resume=resume, on_record=on_record, address=address)

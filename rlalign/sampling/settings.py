@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from rlalign.alignment.models import Model, find_model
 from rlalign.config import RuntimeSettings, load_mapping, parse, parse_plugins
-from rlalign.core.locations import NamesFile
+from rlalign.core.locations import URL, NamesFile
 from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError, build, plugin_field
 from rlalign.data.prompts.base import Prompts
@@ -47,8 +47,12 @@ class Sample(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also the folder's name")
     seed: int = Field(default=0, ge=0, description="decides all noise")
     policy: Annotated[
-        str | SerializeAsAny[PolicyRecipe], BeforeValidator(_policy), NamesFile(unless=r"\w+")
-    ] = Field(description="a policy's settings, or the path of a run folder or pipeline folder")
+        str | SerializeAsAny[PolicyRecipe],
+        BeforeValidator(_policy),
+        NamesFile(never=URL, unless=r"\w+"),
+    ] = Field(
+        description="a policy's settings, or the path or URL of a run folder or pipeline folder"
+    )
     interpolation: float = Field(
         default=1.0,
         description=(

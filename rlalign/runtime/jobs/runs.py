@@ -19,6 +19,7 @@ from typing import Any
 from rlalign.core.registry import UserError, nearest, read_reason
 from rlalign.runtime.jobs.dashboard import TIMEOUT_SECONDS, Dashboard
 from rlalign.runtime.jobs.publish import status_name
+from rlalign.storage import base_name
 
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -146,10 +147,10 @@ def resume_run(
     from rlalign import __version__
     from rlalign.runtime.jobs.pack import pack
 
-    name = _job_name(name, Path(folder).name)
+    name = _job_name(name, base_name(folder))
     resume = f"python -m rlalign train --resume {_there(folder)} --address auto"
     command = f"{resume} {shlex.join(more)}".strip()
-    metadata = {"rlalign": __version__, "run": Path(folder).name, "folder": folder}
+    metadata = {"rlalign": __version__, "run": base_name(folder), "folder": folder}
     with tempfile.TemporaryDirectory() as scratch:
         pack("# the run folder has its own\n", settings, Path(scratch))
         return cluster.submit(command, metadata, name=name, folder=Path(scratch))

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from rlalign import storage
 from rlalign.alignment import control
 from rlalign.config import Run
 from rlalign.core.registry import UserError
@@ -117,6 +118,7 @@ class Supervisor(threading.Thread):
             self._on_record(record)
 
     def _tick(self) -> None:
+        storage.check(self._folder, tell=lambda note: self._tell({"note": note}))
         asked = control.asked(self._folder)
         if asked != self._asked:
             self._asked = asked

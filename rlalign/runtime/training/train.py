@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlalign import storage
 from rlalign.alignment import control
 from rlalign.config import Run, locate_run
 from rlalign.core.garbage import pause_collection
@@ -35,10 +36,10 @@ LEAVES = "the learner leaves its node"
 
 
 def train(
-    run: Run, folder: Path, *, resume: bool, on_record: OnRecord, address: str | None
+    run: Run, folder: Path | str, *, resume: bool, on_record: OnRecord, address: str | None
 ) -> None:
-    """Runs a run on Ray until its end. Raises UserError on a user's mistake, RunFailed with the
-    worker's error otherwise."""
+    """Runs a run on Ray until its end; ``folder`` may be a URL. Raises UserError on a user's
+    mistake, RunFailed with the worker's error otherwise."""
     from rlalign.runtime import cluster
     from rlalign.runtime.reservation import run_bundles
 
@@ -49,20 +50,24 @@ def train(
         first_pair(run.preferences, run.plan.frames)
     if address is None:
         check_sinks(run.log)
-    folder = folder.resolve()
-    dashboard = cluster.connect(
-        run_bundles(run), run.runtime.device, address, lambda note: on_record({"note": note})
-    )
+    place = storage.find_place(folder)
+    place = place.resolve() if isinstance(place, Path) else place
+
+    def tell(note: str) -> None:
+        on_record({"note": note})
+
+    dashboard = cluster.connect(run_bundles(run), run.runtime.device, address, tell)
     import ray
 
     try:
         if dashboard:
-            on_record(
-                {"note": f"Ray dashboard: {dashboard} (if it asks for a token: ray get-auth-token)"}
-            )
-        with folders.owned(folder, resume=resume):
+            tell(f"Ray dashboard: {dashboard} (if it asks for a token: ray get-auth-token)")
+        with (
+            storage.own_run(place, learns=False, tell=tell) as here,
+            folders.owned(here, resume=resume),
+        ):
             _supervise(
-                run, folder, on_record, dashboard=dashboard, places_are_cores=address is not None
+                run, here, on_record, dashboard=dashboard, places_are_cores=address is not None
             )
     finally:
         ray.shutdown()
@@ -101,6 +106,8 @@ def _supervise(
     # the supervisor may have heard a better reason than Ray Train has
     failure = supervisor.stop() or told
     fleet.end()
+    if not (failure or crash or supervisor.error):
+        storage.refresh(folder)  # what the learner has written
     ended = read_final(folder, run.rounds) is not None
     failed = failure or crash or (supervisor.error and not ended)
     status.write(state="failed" if failed else "ended" if ended else "stopped")
@@ -135,7 +142,8 @@ def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failur
         learn,
         train_loop_config={
             "run": run,
-            "folder": str(folder),
+            "place": storage.place_of(folder),
+            "owner": storage.owner_of(folder),
             "coordinator": coordinator,
             "encoder": encoder,
         },
@@ -179,7 +187,7 @@ def learn(config: dict[str, Any]) -> Failure | str | None:
         with naming_the_node(), pause_collection():
             learner = build_learner(run, reader_of(config.get("encoder"), run.runtime))
         gc.freeze()  # what is loaded by now stays
-        return _align(run, Path(config["folder"]), coordinator, learner)
+        return _align(config, learner)
     except CoordinatorLost:  # Ray Train starts the group again, from the newest checkpoint
         raise
     except Exception as error:
@@ -196,7 +204,7 @@ def learn(config: dict[str, Any]) -> Failure | str | None:
         return failure
 
 
-def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failure | str | None:
+def _align(config: dict[str, Any], learner: Learner) -> Failure | str | None:
     """The run, by a learner that has been built. Returns why the run is over where it had ended
     before, or LEAVES."""
     import ray
@@ -206,6 +214,8 @@ def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failur
     from rlalign.networks.precision import rounded_names
     from rlalign.runtime.training.collect import RemoteCollect, ask_until_answered
     from rlalign.runtime.workers import naming_the_node
+
+    run, coordinator = config["run"], config["coordinator"]
 
     # the main learner tells the coordinator that it begins
     incarnation = uuid.uuid4().hex
@@ -235,7 +245,15 @@ def _align(run: Run, folder: Path, coordinator: Any, learner: Learner) -> Failur
     # pairs that Ray Data reads end with the learner
     reader = _pair_reader(run)
     try:
-        with naming_the_node():
+        with (
+            naming_the_node(),
+            storage.join_run(
+                config["place"],
+                config["owner"],
+                learns=learner.is_main,
+                tell=lambda note: collect.record({"note": note}),
+            ) as folder,
+        ):
             leaves = align(run, folder, collect, learner, collect.record, pairs=reader)
     finally:
         if reader is not None:

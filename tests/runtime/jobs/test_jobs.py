@@ -4,11 +4,7 @@ of one."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +21,7 @@ from rlalign.alignment.loop import train_local
 from rlalign.core.registry import UserError
 from rlalign.runtime.jobs.pack import pack, plugin_modules
 from rlalign.runtime.jobs.runs import Cluster
+from tests.heads import rlalign, start_head
 from tests.runs import CONFIGS, SMALL, assert_same_run, small_run
 
 JOB = {"submission_id": "first", "driver_node_id": "abc"}
@@ -179,65 +176,12 @@ def test_nobody_answers() -> None:
 # --- a real head ---------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str], str]]:
     """(dashboard URL, environment with its token file, token) of a head that listens on loopback
     only."""
-    token, port = secrets.token_hex(16), free_port()
-    (tmp_path / "token").touch(mode=0o600)
-    (tmp_path / "token").write_text(token)
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
-    }
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    address = f"http://127.0.0.1:{port}"
-    command = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--head",
-        "--block",
-        f"--port={free_port()}",
-    ]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--num-cpus=8"]
-    command += [
-        f"--ray-client-server-port={free_port()}",
-        f"--dashboard-agent-listen-port={free_port()}",
-    ]
-    started = subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-        stdout=(tmp_path / "head.log").open("w"),
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        while rlalign(environment, "list", "jobs", f"--address={address}").returncode:
-            assert started.poll() is None, (tmp_path / "head.log").read_text()
-            time.sleep(0.5)
-        yield address, environment, token
-    finally:
-        os.killpg(started.pid, signal.SIGTERM)
-        try:
-            started.wait(600)
-        finally:
-            subprocess.run(["pkill", "-KILL", "-s", str(started.pid)], check=False)
-
-
-def rlalign(
-    environment: dict[str, str], *arguments: str, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rlalign", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
+    with start_head(tmp_path, {}) as one:
+        yield one.address, one.environment, one.token
 
 
 @pytest.mark.ray
