@@ -7,6 +7,7 @@ pickles.py           published pickles as safetensors, by the reader of tensors 
 critic.py            a value network on latents
 noisy_classifier.py  a classifier of noisy latents, for guidance
 lora.py              adapters: attached, merged, switched off
+sharding.py          a frozen network spread over processes; lockstep.py lets them ask it unequally
 precision.py         in which precision a network computes, and kernels that repeat
 devices.py           which torch devices this machine has
 

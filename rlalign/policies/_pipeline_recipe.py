@@ -83,6 +83,8 @@ class PipelineRecipe(PolicyRecipe):
 
     def load_spread(self, device: str, parts: frozenset[Part], reader: Reader | None) -> Policy:
         # one process reads the denoiser, in the precision in which its frozen weights are kept
+        adapts = bool(self.lora_rank or self.adapter)
+
         def read() -> Any:
             held = parts if sharding.reads() else parts - {"denoiser"}
             pipeline = self._read(held, reader)
@@ -90,7 +92,9 @@ class PipelineRecipe(PolicyRecipe):
                 if isinstance(network, torch.nn.Module) and not is_absent(network):
                     refuse_weights({name: network})
                     if self.family.role_of(name) == "denoiser":
-                        keep_frozen(network.requires_grad_(False), self.precision)
+                        network.requires_grad_(False)
+                        if adapts:
+                            keep_frozen(network, self.precision)
             return pipeline
 
         pipeline = sharding.load_together(read)
@@ -101,11 +105,17 @@ class PipelineRecipe(PolicyRecipe):
         wholes = sharding.put_stand_ins(pipeline, networks, device)
         family = self._around(pipeline, device, parts, reader)
         settle(device, self.precision, deterministic=self.deterministic)
-        policy = self.assemble(family)
+        policy = self.assemble(family) if adapts else self._freeze(family)
         for part, network in family.denoisers.items():
             sharding.spread(network, wholes.pop(part, None), device)
         family.try_out(self.precision)
         return policy
+
+    def _freeze(self, family: Any) -> Policy:
+        """The policy around a family of which nothing is trained: its weights stay as they are in
+        one that is trained whole."""
+        family.network.requires_grad_(False)
+        return Policy(family, precision=self.precision, reference={})
 
     def _read(self, parts: frozenset[Part], reader: Reader | None) -> Any:
         """The pipeline with the weights of ``parts``; text encoders are held where the words come

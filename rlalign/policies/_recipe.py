@@ -68,6 +68,23 @@ class PolicyRecipe(Recipe):
         ``reader`` gives the words of prompts in place of text encoders."""
         return self.build(device)
 
+    def refuse_spread(self, setting: str, processes: int, *, trained: bool) -> None:
+        """Raises UserError, naming a setting that is to be 1, where its denoiser cannot be spread
+        over so many processes that sample. ``trained`` says whether weights of a training are put
+        into it."""
+        if processes == 1:
+            return
+        if trained and not (self.lora_rank or self.adapter):
+            raise UserError(
+                f"{setting} must be 1 where all weights are trained, got {processes}: what is"
+                " spread is a frozen denoiser; set policy.lora_rank or policy.adapter"
+            )
+        if not self.family.can_spread:
+            raise UserError(
+                f"{setting} must be 1 for policy {self.name}, whose denoiser is no row of"
+                f" transformer blocks, got {processes}"
+            )
+
     @property
     def encodes_in_actor(self) -> bool:
         """Whether one process of a run encodes prompts for all others."""

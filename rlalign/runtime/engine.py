@@ -72,7 +72,8 @@ class Pools(Mapping[Role, Pool]):
             role: Pool(
                 role,
                 start_seconds=runtime.start_seconds,
-                in_flight=2 if role == ROLLOUT else 1,
+                # a piece for each process of a worker, and the next one behind it
+                in_flight=2 * runtime.rollout.shard if role == ROLLOUT else 1,
             )
             for role in roles
         }

@@ -118,13 +118,14 @@ class PolicyWorker(Worker):
     """Holds a policy and does pieces of work, each under the weights that come with it or that are
     there."""
 
-    def __init__(self, source: PolicySource, label: str) -> None:
+    def __init__(self, source: PolicySource, label: str, **how: Any) -> None:
+        """``how`` are further keywords of ``PolicyRecipe.load``."""
         torch.set_num_threads(source.runtime.rollout.threads)
         self.label = label
         with naming_the_node():
             device = usable(source.runtime.device, "runtime.device")
             self._policy = ready_policy(
-                source.model, device, source.interpolation, reader=source.reader
+                source.model, device, source.interpolation, reader=source.reader, **how
             )
         self._rewards = LiveRewards(()) if source.rewards is None else RemoteRewards(source.rewards)
         self._tag: tuple[str, int] | None = None

@@ -23,10 +23,10 @@ from rlalign.rewards.base import Reward
 from rlalign.runtime.actors import (
     RESTART,
     actor_name,
-    create_policy_worker,
     create_reward_worker,
     name_owner,
 )
+from rlalign.runtime.groups import create_policy_worker, free_places
 from rlalign.runtime.roles import COORDINATOR, ROLLOUT, Role, reward_role
 from rlalign.runtime.training.coordinator import Coordinator, Standing
 from rlalign.runtime.words import create_encoder, reader_of
@@ -113,6 +113,7 @@ class Fleet:
         for role, leaving in self._leaving.items():
             for number in leaving.keys() - set(standing.numbers[role]):
                 ray.kill(leaving.pop(number))
+                free_places(self.owner, role, number)
         return standing
 
     def end(self) -> None:
