@@ -35,8 +35,8 @@ class Lockstep:
     """
 
     def __init__(self, networks: Sequence[torch.nn.Module], try_out: Callable[[], object]) -> None:
-        """``networks`` are spread, and ``try_out`` asks each of them once: every process does it
-        now, and as it gathers blocks then every pass has to."""
+        """``networks`` are spread, and ``try_out`` asks each of them, once or more: every process
+        does it now, and as it gathers blocks then every pass has to."""
         self._networks = tuple(networks)
         self._orders: list[list[Any]] = [[] for _ in networks]
         """Of each network, itself and its blocks, as they are gathered."""
@@ -56,7 +56,8 @@ class Lockstep:
         """Hooks that note which module is gathered after which."""
 
         def note(order: list[Any], module: Any, _: Any) -> None:
-            order.append(module)
+            if not any(module is other for other in order):
+                order.append(module)
 
         return [
             module.register_forward_pre_hook(partial(note, self._orders[number]), prepend=True)

@@ -8,6 +8,7 @@ seconds to do so by itself.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -126,9 +127,11 @@ def start(name: str, run: Run) -> Start:
     """What a whole policy gives to begin with; what it takes to load one is imported then."""
     policy = run.policy.load("cpu")
     family: Any = policy.family
+    reader = None if name == PICTURED else lambda text: dict(family.words([text]).tensors)
+    run.policy.load("cpu", run.learner_parts, reader)  # as the learners do
     return Start(
         run=run,
-        reader=None if name == PICTURED else lambda text: dict(family.words([text]).tensors),
+        reader=reader,
         scored=collect(run, policy),
         foretold={count: bytes_of_share(policy.network, count)[0] for count in GROUPS},
     )
@@ -238,6 +241,7 @@ def fork_group(count: int, work: Callable[[int], None], folder: Path) -> list[in
 
 def main(folder: Path, names: Sequence[str]) -> int:
     torch.set_num_threads(1)
+    gc.disable()  # what is imported stays, in every process
     begun = {}
     for name in names:
         write_pipeline(folder / name, FAMILIES[name], seed=1)
