@@ -38,6 +38,13 @@ class Model:
 
         return checkpoint.read_weights(self.run_folder, "average", "policy")
 
+    def refuse_spread(self, processes: int) -> None:
+        """Raises UserError where its denoiser cannot be spread over so many processes of a rollout
+        worker."""
+        recipe: Any = self.recipe
+        trained = self.run_folder is not None
+        recipe.refuse_spread("runtime.rollout.shard", processes, trained=trained)
+
     def load(self, device: str, **how: Any) -> Policy:
         """The live policy under these weights. ``how`` are keywords of ``PolicyRecipe.load``:
         ``parts``, or a ``reader`` of prompts."""

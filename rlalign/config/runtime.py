@@ -4,10 +4,12 @@ them."""
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlalign.core.registry import UserError
+from rlalign.core.registry import Before, UserError
+from rlalign.core.spread import Spread
 
 SMALLEST_SHARE = 1e-4
 """Of a resource: Ray counts in ten-thousandths."""
@@ -86,7 +88,7 @@ class TorchWorkers(Workers):
     )
 
 
-class RolloutWorkers(TorchWorkers):
+class RolloutWorkers(Spread, TorchWorkers):
     """Those that denoise."""
 
     workers: int = Field(
@@ -97,6 +99,23 @@ class RolloutWorkers(TorchWorkers):
         ge=0,
         description="grow up to so many while the learner waits for samples; 0 keeps workers",
     )
+    shard: Annotated[int, Before(1)] = Field(
+        default=1,
+        ge=1,
+        description=(
+            "on Ray, processes of one of them: its frozen denoiser is spread over them (FSDP2),"
+            " each makes samples, and cpus, gpus, resources and labels are for each"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _spreads_over_whole_gpus(self) -> RolloutWorkers:
+        if self.shard > 1 and 0 < self.gpus < 1:
+            raise UserError(
+                "gpus must be a whole number where shard is above 1, one for each of its processes,"
+                f" got {self.gpus:g}; set gpus to 1, or shard to 1"
+            )
+        return self
 
 
 class RewardWorkers(Workers):

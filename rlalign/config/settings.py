@@ -181,6 +181,11 @@ class Run(BaseModel):
             )
 
     @model_validator(mode="after")
+    def _can_shard_rollouts(self) -> Run:
+        self.policy.refuse_spread("runtime.rollout.shard", self.runtime.rollout.shard, trained=True)
+        return self
+
+    @model_validator(mode="after")
     def _can_refit(self) -> Run:
         if self.refit is None:
             return self

@@ -251,8 +251,8 @@ def _read(folder: Path, identities: tuple[str, ...] | None) -> Checkpoint:
     state = _read_state(folder)
     if identities is not None and state.get("run") not in identities:
         raise UserError(
-            f"checkpoint {name_of(folder)} belongs to another run: its settings differ from config.yaml;"
-            " start anew in another folder"
+            f"checkpoint {name_of(folder)} belongs to another run: its settings differ from"
+            " config.yaml; start anew in another folder"
         )
     in_shards = state["format"] == IN_SHARDS
     read = _read_shards if in_shards else _read_whole

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import ConfigDict, Field, SerializeAsAny
 
 from rlalign.core.registry import Before, plugin_field
+from rlalign.core.spread import Spread
 from rlalign.learning.optimizers.adamw import AdamW
 from rlalign.learning.optimizers.base import Optimizer
 
 _Optimizer = Annotated[Optimizer, plugin_field("optimizers", "learner.optimizer")]
 
 
-class LearnerSettings(BaseModel):
+class LearnerSettings(Spread):
     """How weights are updated: the rule that changes them, how large its steps are, and how many
     there are."""
 

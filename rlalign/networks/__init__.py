@@ -7,7 +7,7 @@ pickles.py           published pickles as safetensors, by the reader of tensors 
 critic.py            a value network on latents
 noisy_classifier.py  a classifier of noisy latents, for guidance
 lora.py              adapters: attached, merged, switched off
-sharding.py          a denoiser spread over processes, a block after the other
+sharding.py          a network spread over processes; lockstep.py: asked unequally by them
 shares.py            what one process holds of a tensor that is spread
 precision.py         in which precision a network computes, and kernels that repeat
 devices.py           which torch devices this machine has

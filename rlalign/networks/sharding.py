@@ -55,6 +55,16 @@ def load_together(load: Callable[[], Loaded]) -> Loaded:
     return found[0]
 
 
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an exception is a collective's own, as every process of a group gets it when another
+    one's process ends."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    where = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
+    return isinstance(error, RuntimeError) and where.startswith("torch.distributed")
+
+
 # --- stand-ins ------------------------------------------------------------------------------------
 
 
@@ -131,12 +141,13 @@ def is_spread(network: torch.nn.Module) -> bool:
 
 def asked_anywhere(wanted: Sequence[bool]) -> list[bool]:
     """Which of several networks some process asks now; every process has to say which it does."""
-    flags = torch.tensor(wanted, dtype=torch.int32, device=_device_of_group())
+    flags = torch.tensor(wanted, dtype=torch.int32, device=device_of_group())
     group.all_reduce(flags, op=group.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]
 
 
-def _device_of_group() -> str:
+def device_of_group() -> str:
+    """Where the group's collectives take tensors."""
     return "cuda" if group.get_backend() == "nccl" else "cpu"
 
 

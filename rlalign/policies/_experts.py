@@ -109,7 +109,7 @@ class ExpertsFamily(PipelineFamily):
         # learners that share the denoisers ask those that any of them asks, in one order
         high_B = self.is_high(timestep_B)
         asked = [bool(high_B.any()), not bool(high_B.all())]
-        if sharding.processes() > 1 and sharding.is_spread(self.network):
+        if not self.in_turn and sharding.processes() > 1 and sharding.is_spread(self.network):
             asked = sharding.asked_anywhere(asked)
 
         # each row goes back to its place; of a denoiser that has none here one is asked

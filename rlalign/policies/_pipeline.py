@@ -62,6 +62,9 @@ class PipelineFamily(Family):
 
     network: Any
     """diffusers' denoiser."""
+    in_turn: bool = False
+    """Whether a ``Lockstep`` sees to it that processes which share the denoisers gather them
+    together: then each asks what it needs."""
     reader: Reader | None = None
     """Gives the words of a text in place of text encoders in this process."""
 

@@ -107,15 +107,17 @@ class PipelineRecipe(PolicyRecipe):
             for network in family.denoisers.values():
                 compilation.compile_blocks(network)
 
-    def load_spread(self, device: str, parts: frozenset[Part], reader: Reader | None) -> Policy:
+    def load_spread(
+        self, device: str, parts: frozenset[Part], reader: Reader | None, *, trained: bool
+    ) -> Policy:
         if self.compile:
             raise UserError(
                 "policy.compile must be false where the denoiser is spread over processes"
-                " (learner.shard), got true"
+                " (learner.shard, runtime.rollout.shard), got true"
             )
 
         # one process reads the denoiser, in the precision in which its frozen weights are kept
-        adapted = bool(self.lora_rank or self.adapter)
+        adapts = bool(self.lora_rank or self.adapter)
 
         def read() -> Any:
             held = parts if sharding.reads() else parts - {"denoiser"}
@@ -123,8 +125,10 @@ class PipelineRecipe(PolicyRecipe):
             for name, network in pipeline.components.items():
                 if isinstance(network, torch.nn.Module) and not is_absent(network):
                     refuse_weights({name: network})
-                    if self.family.role_of(name) == "denoiser" and adapted:
-                        keep_frozen(network.requires_grad_(False), self.precision)
+                    if self.family.role_of(name) == "denoiser" and (adapts or not trained):
+                        network.requires_grad_(False)
+                        if adapts:
+                            keep_frozen(network, self.precision)
             return pipeline
 
         pipeline = sharding.load_together(read)
@@ -135,13 +139,19 @@ class PipelineRecipe(PolicyRecipe):
         wholes = sharding.put_stand_ins(pipeline, networks, device)
         family = self._around(pipeline, device, parts, reader)
         settle(device, self.precision, deterministic=self.deterministic)
-        policy = self.assemble(family) if adapted else None
+        policy = self.assemble(family) if adapts else None if trained else self._freeze(family)
         for part, network in family.denoisers.items():
             sharding.spread(network, wholes.pop(part, None), device)
         # what is trained is kept as the reference too: in shares, once it is spread
         policy = policy or self.assemble(family)
         family.try_out(self.precision)
         return policy
+
+    def _freeze(self, family: Any) -> Policy:
+        """The policy around a family of which nothing is trained: its weights stay as they are in
+        one that is trained whole."""
+        family.network.requires_grad_(False)
+        return Policy(family, precision=self.precision, reference={})
 
     def _read(self, parts: frozenset[Part], reader: Reader | None) -> Any:
         """The pipeline with the weights of ``parts``; text encoders are held where the words come

@@ -68,6 +68,23 @@ class PolicyRecipe(Recipe):
         ``reader`` gives the words of prompts in place of text encoders."""
         return self.build(device)
 
+    def refuse_spread(self, setting: str, processes: int, *, trained: bool) -> None:
+        """Raises UserError, naming a setting that is to be 1, where its denoiser cannot be spread
+        over so many processes that sample. ``trained`` says whether weights of a training are put
+        into it."""
+        if processes == 1:
+            return
+        if trained and not (self.lora_rank or self.adapter):
+            raise UserError(
+                f"{setting} must be 1 where all weights are trained, got {processes}: what is"
+                " spread is a frozen denoiser; set policy.lora_rank or policy.adapter"
+            )
+        if not self.family.can_spread:
+            raise UserError(
+                f"{setting} must be 1 for policy {self.name}, whose denoiser is no row of"
+                f" transformer blocks, got {processes}"
+            )
+
     @property
     def encodes_in_actor(self) -> bool:
         """Whether one process of a run encodes prompts for all others."""
@@ -84,21 +101,25 @@ class PolicyRecipe(Recipe):
         reader: Reader | None = None,
         *,
         spread: bool = False,
+        trained: bool = True,
     ) -> Policy:
         """The live policy on ``device``: the family, with its adapter, in its precision. ``parts``
         and ``reader`` are as in ``build_parts``; with ``spread`` the denoiser is spread over the
-        processes of torch's group, which all have to ask: one that is trained too."""
+        processes of torch's group, which all have to ask: one that is ``trained`` too."""
         if self.adapter and not self.family.reads_adapters:
             raise UserError(
                 f"policy.adapter must be empty for {self.name}, which takes none, got"
                 f" {self.adapter!r}"
             )
         if spread and sharding.processes() > 1:
-            return self.load_spread(device, parts, reader)
+            return self.load_spread(device, parts, reader, trained=trained)
         return self.make_policy(self.build_parts(device, parts, reader))
 
-    def load_spread(self, device: str, parts: frozenset[Part], reader: Reader | None) -> Policy:
-        """The policy whose denoiser is spread over processes; where the family ``can_spread``."""
+    def load_spread(
+        self, device: str, parts: frozenset[Part], reader: Reader | None, *, trained: bool
+    ) -> Policy:
+        """The policy whose denoiser is spread over processes; where the family ``can_spread``. Not
+        ``trained``, without an adapter, its weights are frozen."""
         raise NotImplementedError
 
     def make_policy(self, family: Family) -> Policy:

@@ -7,7 +7,8 @@ roles.py        what an actor is for, and the names of a role
 reservation.py  the bundles that a run and a sample reserve
 placement.py    which bundle goes where: which node gets what, and what is missing, before anything
                 starts
-workers.py      the two actors that work: one holds a policy, one a reward; actors.py makes them. A
+workers.py      the two actors that work: one holds a policy, one a reward; actors.py says what
+                they reserve, groups.py makes those of a policy, of several processes too. A
                 policy's has two pieces at a time, of which one asks the policy
 pool.py         a group of actors: who is idle, starts, died, came back
 engine.py       pieces of work and questions about media on such groups, for a run's units and for

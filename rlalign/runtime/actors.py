@@ -10,11 +10,10 @@ from ray.actor import ActorHandle
 
 from rlalign.config import RuntimeSettings
 from rlalign.rewards.base import Reward
-from rlalign.runtime.engine import SEATS
 from rlalign.runtime.placement import Bundle
 from rlalign.runtime.reservation import bundle_of
-from rlalign.runtime.roles import ROLLOUT, Role, reward_role
-from rlalign.runtime.workers import PolicySource, PolicyWorker, RewardWorker
+from rlalign.runtime.roles import Role, reward_role
+from rlalign.runtime.workers import RewardWorker
 
 RESTART: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
 
@@ -28,18 +27,6 @@ def name_owner(name: str) -> str:
 def actor_name(owner: str, role: Role, number: int) -> str:
     """An actor's name on the dashboard: whose it is, what it does, its number."""
     return f"{owner}/{role.actor}-{number}"
-
-
-def create_policy_worker(
-    owner: str, number: int, source: PolicySource, *, counts: bool = True
-) -> ActorHandle:
-    """A rollout worker, which is called for its next piece amid one. Without ``counts`` it reserves
-    its GPU's share alone."""
-    kind = actor_class(PolicyWorker, bundle_of(ROLLOUT, source.runtime.rollout), counts=counts)
-    name = actor_name(owner, ROLLOUT, number)
-    # a thread for each piece that it has, and one for what asks how it is
-    options = {"name": name, "max_concurrency": SEATS + 1}
-    return kind.options(**options).remote(source, f"{ROLLOUT} {number}")
 
 
 def create_reward_worker(
@@ -56,14 +43,19 @@ def create_reward_worker(
 def actor_class(cls: type, bundle: Bundle, *, counts: bool = True) -> Any:
     """A class of workers that Ray restarts, each on what the bundle reserves. Without ``counts``
     one reserves its GPU's share alone, where its labels are."""
+    found = reserved(bundle, counts=counts)
+    if bundle.labels:
+        found["label_selector"] = dict(bundle.labels)
+    return ray.remote(**found, **RESTART)(cls)
+
+
+def reserved(bundle: Bundle, *, counts: bool) -> dict[str, Any]:
+    """What an actor on a bundle reserves, as Ray's options."""
     needs = dict(bundle.needs)
     found: dict[str, Any] = {
         "num_cpus": needs.pop("CPU", 0.0) if counts else 0.0,
         "num_gpus": needs.pop("GPU", 0.0),
     }
-    needs.pop("CPU", None)
     if needs and counts:
         found["resources"] = needs
-    if bundle.labels:
-        found["label_selector"] = dict(bundle.labels)
-    return ray.remote(**found, **RESTART)(cls)
+    return found

@@ -70,7 +70,8 @@ class Pools(Mapping[Role, Pool]):
             role: Pool(
                 role,
                 start_seconds=runtime.start_seconds,
-                in_flight=seats if role == ROLLOUT else 1,
+                # so many for each process of a worker
+                in_flight=seats * runtime.rollout.shard if role == ROLLOUT else 1,
             )
             for role in roles
         }

@@ -44,9 +44,14 @@ def _encoders(recipe: Any, runtime: RuntimeSettings) -> list[Bundle]:
     return [bundle_of(ENCODER, runtime.encoder)] if recipe.encodes_in_actor else []
 
 
+def rollout_bundles(runtime: RuntimeSettings) -> list[Bundle]:
+    """One for each process of each rollout worker."""
+    return [bundle_of(ROLLOUT, runtime.rollout)] * (runtime.rollout.workers * runtime.rollout.shard)
+
+
 def _producers(runtime: RuntimeSettings, rewards: tuple[Reward, ...], spares: int) -> list[Bundle]:
     """Rollouts, and the workers of each reward."""
-    found = [bundle_of(ROLLOUT, runtime.rollout)] * runtime.rollout.workers
+    found = rollout_bundles(runtime)
     for reward in rewards:
         one = bundle_of(reward_role(reward.title), runtime.reward)
         found += [one] * (runtime.reward.workers + spares)

@@ -19,8 +19,9 @@ from ray.actor import ActorHandle
 
 from rlalign.core.locations import locate
 from rlalign.runtime import cluster
-from rlalign.runtime.actors import create_policy_worker, create_reward_worker, name_owner
+from rlalign.runtime.actors import create_reward_worker, name_owner
 from rlalign.runtime.engine import RayEngine
+from rlalign.runtime.groups import create_policy_worker
 from rlalign.runtime.pool import ObjectGone, PoolLost, UnitFailed
 from rlalign.runtime.reservation import sample_bundles
 from rlalign.runtime.rewards import RewardActors
@@ -75,6 +76,7 @@ def sample_on_ray(
     from rlalign.runtime.training.collect import RunFailed
 
     sample = locate(sample, here=address is None)
+    sample.model.refuse_spread(sample.runtime.rollout.shard)
     dashboard = cluster.connect(
         sample_bundles(sample),
         sample.runtime.device,

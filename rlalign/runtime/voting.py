@@ -22,11 +22,12 @@ from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.core.registry import UserError
 from rlalign.data.prompts.base import Prompts
 from rlalign.runtime import cluster
-from rlalign.runtime.actors import create_policy_worker, name_owner
+from rlalign.runtime.actors import name_owner
 from rlalign.runtime.engine import RayEngine
 from rlalign.runtime.gauges import Gauges
+from rlalign.runtime.groups import create_policy_worker
 from rlalign.runtime.pool import ObjectGone, PoolLost, UnitFailed
-from rlalign.runtime.reservation import bundle_of
+from rlalign.runtime.reservation import rollout_bundles
 from rlalign.runtime.roles import ROLLOUT
 from rlalign.runtime.workers import PolicySource
 from rlalign.voting.pictures import PictureSource
@@ -53,8 +54,9 @@ def serve_vote_on_ray(
         )
     vote = locate(vote, here=address is None)
     models = models_of(vote)
-    workers = vote.runtime.rollout.workers * max(len(models), 1)
-    bundles = [bundle_of(ROLLOUT, vote.runtime.rollout)] * workers
+    for model in models:
+        model.refuse_spread(vote.runtime.rollout.shard)
+    bundles = rollout_bundles(vote.runtime) * max(len(models), 1)
     cluster.connect(bundles, vote.runtime.device, address, say)
     import ray
 
@@ -109,6 +111,8 @@ def open_run_on_ray(vote: Vote) -> RunSource:
     pool = contextlib.ExitStack()
 
     def draw_there(run: Run, rows: int) -> Drawing:
+        count = vote.runtime.rollout.shard
+        run.policy.refuse_spread("runtime.rollout.shard", count, trained=True)
         model = Model(title=source.folder.name, recipe=run.policy)
         workers = pool.enter_context(_workers(vote, model))
         unit = _example(run.prompts, vote.seed, run.plan)

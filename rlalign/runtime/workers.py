@@ -130,13 +130,14 @@ class PolicyWorker(Worker):
     the object store. The policy is asked by one at a time.
     """
 
-    def __init__(self, source: PolicySource, label: str) -> None:
+    def __init__(self, source: PolicySource, label: str, **how: Any) -> None:
+        """``how`` are further keywords of ``PolicyRecipe.load``."""
         torch.set_num_threads(source.runtime.rollout.threads)
         self.label = label
         with naming_the_node():
             device = usable(source.runtime.device, "runtime.device")
             self._policy = ready_policy(
-                source.model, device, source.interpolation, reader=source.reader
+                source.model, device, source.interpolation, reader=source.reader, **how
             )
         for plan, rows in source.shapes:
             self._policy.warm_up(plan, rows)

@@ -80,6 +80,11 @@ class Sampler(Recipe):
         """Of these, the ones that a gradient goes back through."""
         return 0
 
+    def needs_whole(self, plan: Plan) -> bool:
+        """Whether the process that does its pieces must hold the whole denoiser: gradients go back
+        through it, or it is copied."""
+        return self.looks_back(plan) > 0
+
     def price(self, plan: Plan, per_look: int) -> int:
         """Denoiser calls a picture with each way back counted as two more: what budgets and
         comparisons are made in. ``per_look`` are a policy's calls of one look."""

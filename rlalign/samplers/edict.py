@@ -116,6 +116,9 @@ class Edict(Sampler):
         back = max(1, round(self.strength * plan.steps))
         return 4 * back if self.source else 2 * plan.steps
 
+    def needs_whole(self, plan: Plan) -> bool:
+        return True
+
 
 def _for_all(values: tuple[str, ...], unit: Unit) -> tuple[str, ...]:
     return values if len(values) == len(unit.prompts) else values * len(unit.prompts)

@@ -97,6 +97,17 @@ class Sample(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_shard_rollouts(self) -> Sample:
+        count = self.runtime.rollout.shard
+        if count > 1 and self.sampler.needs_whole(self.plan):
+            raise UserError(
+                f"runtime.rollout.shard must be 1 for sampler {self.sampler.name} as it is set, got"
+                f" {count}: its gradients go through the denoiser, or it needs a copy of it, and"
+                " no process has the whole; take another sampler"
+            )
+        return self
+
     def rewards_for(self, stream: str) -> tuple[Reward, ...]:
         """The rewards that are followed, and, at the end, the held-out ones too."""
         return self.rewards + (self.held_out if stream == "evaluate" else ())

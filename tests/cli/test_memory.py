@@ -395,6 +395,50 @@ def test_a_published_checkpoint_is_counted_where_it_is_not_in_the_cache() -> Non
     assert rows["  learner: gradients"] == "10.3 GB"
 
 
+def test_of_a_denoiser_that_learners_share_each_holds_a_part() -> None:
+    """FLUX.1 as published, under a LoRA in bfloat16: what is left of 23.8 GB, the adapters and, for
+    a moment, two blocks."""
+    path = "black-forest-labs/FLUX.1-dev"
+    policy = f"policy={{name: flux, path: {path}, lora_rank: 32, precision: bfloat16}}"
+    settings = (policy, "plan={rule: flow_sde}", "learner.shards=4", "learner.shard=base")
+
+    def parts(workers: int) -> dict[str, int]:
+        run = small_run(*settings, f"runtime.learner.workers={workers}")
+        return memory.learner_weights(run, live)
+
+    run = small_run(*settings)
+    source = empty.find_source(run.policy)
+    assert source is not None
+    live = empty.load_empty(run.policy, source)
+    whole, two, four = parts(1), parts(2), parts(4)
+    adapters = memory.trained(live)
+    frozen = whole["transformer"] - adapters
+    assert two["transformer"] - adapters == pytest.approx(frozen / 2, rel=1e-6)
+    assert four["transformer"] - adapters == pytest.approx(frozen / 4, rel=1e-6)
+    # a double block has 340 M weights, as FLUX.1 has them outside of blocks 58 M
+    assert memory.GATHERED not in whole
+    assert two[memory.GATHERED] == four[memory.GATHERED] == pytest.approx(1.48e9, rel=0.02)
+    needs = memory.needs_of(run, live, {"shapes": 0, "jpeg": 0}, memory.Passes())
+    assert needs.learner["transformer"] == whole["transformer"]
+
+    # so does each process of a rollout worker
+    shared = small_run(*settings, "runtime.rollout.shard=4")
+    rollout = memory.needs_of(shared, live, {"shapes": 0, "jpeg": 0}, memory.Passes())
+    for part in ("transformer", memory.GATHERED):
+        assert rollout.rollout[part] == four[part]
+    assert memory.GATHERED not in needs.rollout
+    rows = memory.rows(rollout)
+    assert rows["rollout worker"].endswith(" in each of its 4 processes")
+    told = cards.advice_rows(
+        small_run(*settings[:-1], "runtime.device=cuda"),
+        live,
+        memory.Needs(rollout={}, rewards={}, learner=whole, on_gpu=frozenset({"learner"})),
+        24e9,
+    )["to take less"]
+    assert "learner.shard=base (of 24.0 GB of denoiser each of" in told
+    assert "runtime.rollout.shard=2 (rollout: half of " in told
+
+
 def test_what_takes_less_is_said_where_no_card_is_large_enough() -> None:
     run = small_run("runtime.device=cuda", "runtime.rollout.gpus=1", "runtime.learner.gpus=1")
     policy = run.policy.load("cpu")

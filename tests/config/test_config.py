@@ -330,8 +330,31 @@ def test_a_denoiser_is_spread_where_that_can_be(more, expected):
     assert refused(*more).startswith(expected)
 
 
+ROLLOUTS = "runtime.rollout.shard=2"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ((ROLLOUTS,), "runtime.rollout.shard must be 1 where all weights are trained, got 2"),
+        (
+            (ROLLOUTS, "policy.lora_rank=2"),
+            "runtime.rollout.shard must be 1 for policy tiny, whose",
+        ),
+        (
+            (FLUX[0], ROLLOUTS, "runtime.rollout.gpus=0.5"),
+            "runtime.rollout.gpus must be a whole number where shard is above 1",
+        ),
+        (("runtime.rollout.shard=0",), "runtime.rollout.shard must be >= 1, got 0"),
+    ],
+)
+def test_a_rollout_worker_is_spread_where_that_can_be(more, expected):
+    assert refused(*more).startswith(expected)
+
+
 def test_over_how_many_learners_a_denoiser_is_spread_changes_no_number():
     assert identity_of(least(*FLUX)) == identity_of(least(FLUX[0]))
+    assert identity_of(least(FLUX[0], ROLLOUTS)) == identity_of(least(FLUX[0]))
     shared = least(*FLUX, "learner.shards=4", "runtime.learner.workers=4")
     assert identity_of(shared) == identity_of(least(FLUX[0], "learner.shards=4"))
 

@@ -18,9 +18,9 @@ from tests.networks.spread_runs import BEHAVIOUR, GROUPS, RUNS
 ROOT = Path(__file__).parents[2]
 
 
-OTHERS = ("wan22", "pixart")
-"""Two experts, of which learners ask different ones at a time; and a model that is exported with
-its adapter merged."""
+OTHERS = ("wan22", "pixart", "flux2_klein", "wan_i2v")
+"""Two experts, of which learners ask different ones at a time; a model that is exported with its
+adapter merged; further transformers."""
 CASES = [pytest.param(name, marks=pytest.mark.promise if name in OTHERS else ()) for name in RUNS]
 
 
@@ -79,6 +79,18 @@ def test_two_and_four_processes_end_as_one_to_the_last_bit(name: str, ended: Pat
         assert files_of(ended / f"{name}-{count}-exported") == files_of(
             ended / f"{name}-1-exported"
         )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_processes_that_ask_in_step_sample_what_one_does(name: str, ended: Path) -> None:
+    """Each units of its own, of unequal lengths, or none; after a pass that has failed."""
+    whole = load_file(ended / f"{name}-1-0-made.safetensors")
+    assert len(whole) == 3 * 3
+    for count in GROUPS[1:]:
+        parts = [load_file(ended / f"{name}-{count}-{r}-made.safetensors") for r in range(count)]
+        found = {key: tensor for part in parts for key, tensor in part.items()}
+        assert found.keys() == whole.keys()
+        assert [key for key in whole if not found[key].equal(whole[key])] == []
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -70,6 +70,19 @@ def test_bundles_of_a_run_name_every_worker_with_its_own_needs() -> None:
     assert pretended_labels(found) == {"zone": "a"}
 
 
+def test_each_process_of_a_rollout_worker_reserves_its_own() -> None:
+    spread = (
+        "policy={name: flux, path: some/flux, lora_rank: 2}",
+        "plan={rule: flow_sde}",
+        "runtime.rollout.workers=3",
+        "runtime.rollout.shard=4",
+        "runtime.rollout.gpus=1",
+    )
+    found = [b for b in run_bundles(small_run(*spread)) if b.role == ROLLOUT]
+    assert len(found) == 12
+    assert all(bundle.needs == {"CPU": 1.0, "GPU": 1.0} for bundle in found)
+
+
 def test_spares_of_a_reward_are_reserved_too() -> None:
     found = run_bundles(small_run("runtime.reward.workers=2", "runtime.reward.spares=1"))
     assert Counter(b.role for b in found) == {

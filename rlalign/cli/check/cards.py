@@ -61,6 +61,7 @@ def advice_rows(run: Run, policy: Policy, needs: Needs, has: float) -> dict[str,
         return {}
     told = [
         *_of_learner(run, policy, needs.learner),
+        *_of_rollout(run, policy, needs.rollout),
         *_of_passes(run, needs),
     ]
     return {"to take less": "; ".join(told) or "more cards, or a smaller model"}
@@ -100,6 +101,18 @@ def _of_learner(run: Run, policy: Policy, parts: Parts) -> list[str]:
         each = trained(policy)
         found.append(f"learner.shards=1 ({megabytes(each)} of gradients)")
     return found
+
+
+def _of_rollout(run: Run, policy: Policy, parts: Parts) -> list[str]:
+    """Settings that make a rollout worker's lasting parts smaller."""
+    adapts = run.policy.lora_rank or run.policy.adapter
+    if not adapts or run.runtime.rollout.shard > 1 or not policy.family.can_spread:
+        return []
+    held = sum(parts.get(name, 0) for name in denoisers(policy))
+    return [
+        f"runtime.rollout.shard=2 (rollout: half of {megabytes(held)} of denoiser in each of two"
+        " processes)"
+    ]
 
 
 def denoisers(policy: Policy) -> list[str]:

@@ -62,7 +62,7 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
         **advice(run, policy, needs),
         **rounds.round_rows(run, policy, parts.flops),
         "workers": (
-            f"{runtime.rollout.workers} rollout, {serving} reward, {runtime.learner.workers}"
+            f"{rollouts(runtime)}, {serving} reward, {runtime.learner.workers}"
             f" learner; {on_which_devices(runtime)}"
         ),
         "Ray reserves": reserved(bundles),
@@ -247,6 +247,13 @@ def reserved(wanted: Sequence[Bundle]) -> str:
     return f"{roles}; in all {', '.join(f'{amount:g} {name}' for name, amount in total.items())}"
 
 
+def rollouts(runtime: RuntimeSettings) -> str:
+    """How many rollout workers there are, and of how many processes."""
+    shard = runtime.rollout.shard
+    each = f" of {shard} processes each" if shard > 1 else ""
+    return f"{runtime.rollout.workers} rollout{each}"
+
+
 def on_which_devices(runtime: RuntimeSettings) -> str:
     """Where policies and rewards compute, in words."""
     policies = runtime.device
@@ -320,6 +327,7 @@ def describe_sample(data: Mapping[str, Any], address: str | None) -> dict[str, s
 
     # load every part once
     sample = locate(parse_sample(data), here=address is None)
+    sample.model.refuse_spread(sample.runtime.rollout.shard)
     sample.sampler.check(sample.unit)
     rewards = load_rewards(sample)
     load_policy = partial(ready_policy, sample.model, "cpu", sample.interpolation)
@@ -327,9 +335,7 @@ def describe_sample(data: Mapping[str, Any], address: str | None) -> dict[str, s
     check_sample(sample, policy.path)
 
     # say what they come to
-    parts = memory.weights_of(policy)
-    parts["other tensors"] = loaded - sum(parts.values())
-    needs = memory.Needs(rollout=parts, rewards=rewards, on_gpu=memory.on_gpu(sample.runtime))
+    needs = memory.needs_of_sample(sample.runtime, policy, rewards, loaded)
     bundles = sample_bundles(sample)
     method = sample.method
     runtime = sample.runtime
@@ -349,7 +355,7 @@ def describe_sample(data: Mapping[str, Any], address: str | None) -> dict[str, s
         "pieces": f"of {sample.rows} rows",
         **memory.rows(needs),
         "workers": (
-            f"{runtime.rollout.workers} rollout, {runtime.reward.workers * len(rewards)} reward;"
+            f"{rollouts(runtime)}, {runtime.reward.workers * len(rewards)} reward;"
             f" {on_which_devices(runtime)}"
         ),
         "Ray reserves": reserved(bundles),

@@ -78,6 +78,8 @@ class Needs:
     """Of a round's samples at the learner, in the memory of its machine."""
     on_gpu: frozenset[str] = field(default_factory=frozenset)
     """Roles whose tensors are on a GPU; ``reward`` is all rewards."""
+    processes: int = 1
+    """Of a rollout worker; ``rollout`` is one's."""
 
     def parts_of(self, role: Role) -> Parts:
         """A worker's tensors by part; of a reward its own name alone."""
@@ -159,10 +161,8 @@ def needs_of(
     learner |= _own(*max((PASS, passes.learner * lanes), (STEP, step), key=lambda one: one[1]))
 
     # new weights come as a copy of their own, in the machine's memory
-    rollout = {
-        **weights_of(policy, loaded_parts(ROLLOUT, run, policy)),
-        **_own("other tensors", other),
-    }
+    held = weights_of(policy, loaded_parts(ROLLOUT, run, policy))
+    rollout = spread_over(run.runtime.rollout.shard, held, policy) | _own("other tensors", other)
     rollout |= _own(START, trained(policy) if policy.reference else 0)
     rollout |= _own("new weights", 0 if "rollout" in gpu else trained(policy))
     rollout |= _own(PASS, passes.rollout)
@@ -173,7 +173,19 @@ def needs_of(
         encoder=encoder,
         round=of_a_round(run, policy),
         on_gpu=gpu,
+        processes=run.runtime.rollout.shard,
     )
+
+
+def needs_of_sample(
+    runtime: RuntimeSettings, policy: Policy, rewards: Mapping[str, int], loaded: int
+) -> Needs:
+    """The needs of a sampling whose policy has left so many bytes in memory, loaded whole."""
+    parts = weights_of(policy)
+    parts["other tensors"] = loaded - sum(parts.values())
+    shard = runtime.rollout.shard
+    held = spread_over(shard, parts, policy)
+    return Needs(rollout=held, rewards=rewards, on_gpu=on_gpu(runtime), processes=shard)
 
 
 def shares_denoiser(run: Run) -> bool:
@@ -192,15 +204,24 @@ def learner_weights(run: Run, policy: Policy) -> dict[str, int]:
     found = weights_of(policy, loaded_parts(LEARNER, run, policy))
     if not shares_denoiser(run):
         return found
+    held = spread_over(run.runtime.learner.workers, found, policy)
+    if not shares_trained(run):
+        return held
+
+    # a block's gradients, sorted by who gets them, and those that come from the others
     family: Any = policy.family
-    workers = run.runtime.learner.workers
-    shares = {part: bytes_of_share(net, workers) for part, net in family.denoisers.items()}
-    found |= {part: kept for part, (kept, _) in shares.items()}
-    found |= _own(GATHERED, max(gathered for _, gathered in shares.values()))
-    if shares_trained(run):
-        # a block's gradients, sorted by who gets them, and those that come from the others
-        found |= _own(SUMMED, 3 * max(map(largest_block, family.denoisers.values())))
-    return found
+    return held | _own(SUMMED, 3 * max(map(largest_block, family.denoisers.values())))
+
+
+def spread_over(processes: int, weights: Mapping[str, int], policy: Policy) -> dict[str, int]:
+    """Part -> bytes, of a process that holds a part of the denoiser and gathers the others' while
+    it computes; the weights as they are where there is one."""
+    if processes == 1:
+        return dict(weights)
+    family: Any = policy.family
+    shares = {part: bytes_of_share(net, processes) for part, net in family.denoisers.items()}
+    own = {part: kept for part, (kept, _) in shares.items()}
+    return {**weights, **own, GATHERED: max(gathered for _, gathered in shares.values())}
 
 
 def _own(name: str, size: int) -> dict[str, int]:
@@ -305,7 +326,8 @@ def rows(needs: Needs) -> dict[str, str]:
     if needs.learner:
         found |= _role_rows("learner", needs.learner, "at the worst moment of an update")
         found["learner's machine"] = f"{megabytes(needs.round)} of a round's samples"
-    found |= _role_rows("rollout worker", needs.rollout, "")
+    each = f"in each of its {needs.processes} processes" if needs.processes > 1 else ""
+    found |= _role_rows("rollout worker", needs.rollout, each)
     if needs.encoder:
         found |= _role_rows("encoder", needs.encoder, "")
     for title, size in needs.rewards.items():

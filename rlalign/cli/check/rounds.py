@@ -101,11 +101,12 @@ def round_rows(run: Run, policy: Policy, flops: Arithmetic | None) -> dict[str, 
         look = figure.rollout_ms * flops.rollout / kind.flops
         decode = figure.decode_ms * flops.decode / DECODE_FLOPS
         rollout = run.samples_per_round * (run.plan.steps * look + decode) / 1e3
-        rollout /= runtime.rollout.workers
+        rollout /= runtime.rollout.workers * runtime.rollout.shard
     step = figure.update_ms * flops.learner / kind.flops
     update = learned_looks(run) * step / 1e3 / runtime.learner.workers
     sampled = f"rollouts {seconds(rollout)}, " if run.rolls_out else ""
-    workers = f"{runtime.rollout.workers} rollout, {runtime.learner.workers} learner"
+    each = f" of {runtime.rollout.shard} cards each" if runtime.rollout.shard > 1 else ""
+    workers = f"{runtime.rollout.workers} rollout{each}, {runtime.learner.workers} learner"
     return {
         name: (
             f"about {seconds(rollout + update)}: {sampled}updates {seconds(update)}; by"

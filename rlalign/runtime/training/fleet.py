@@ -26,10 +26,10 @@ from rlalign.rewards.base import Reward
 from rlalign.runtime.actors import (
     RESTART,
     actor_name,
-    create_policy_worker,
     create_reward_worker,
     name_owner,
 )
+from rlalign.runtime.groups import create_policy_worker, free_places
 from rlalign.runtime.roles import COORDINATOR, ROLLOUT, Role, reward_role
 from rlalign.runtime.training.coordinator import Coordinator, Standing
 from rlalign.runtime.training.nodes import Nodes
@@ -127,6 +127,7 @@ class Fleet:
             late = {n for n, actor in leaving.items() if self._is_late(actor)}
             for number in (leaving.keys() - set(standing.numbers[role])) | late:
                 ray.kill(leaving.pop(number))
+                free_places(self.owner, role, number)
         return standing
 
     def end(self) -> None:

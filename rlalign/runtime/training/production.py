@@ -63,6 +63,8 @@ class Production:
         again."""
         self._tags = 2 * (run.checkpoint.every + run.runtime.max_staleness + 2)
         self._worked: defaultdict[Role, float] = defaultdict(float)
+        self._processes = run.runtime.rollout.shard
+        """Of a rollout worker, each of which makes units."""
 
     def count(self, message: Any) -> None:
         """Adds a message's size to what the coordinator has handled."""
@@ -113,13 +115,13 @@ class Production:
             del self._made[next(iter(self._made))]
 
     def worked(self) -> dict[Role, float]:
-        """Role -> seconds that each of its workers spent on rounds' units since this was last
+        """Role -> seconds that each of its processes spent on rounds' units since this was last
         asked."""
         worked = self._worked
         self._worked = defaultdict(float)
-        return {
-            role: worked[role] / max(pool.state().ready, 1) for role, pool in self.pools.items()
-        }
+        count = {role: max(pool.state().ready, 1) for role, pool in self.pools.items()}
+        count[ROLLOUT] *= self._processes
+        return {role: worked[role] / count[role] for role in self.pools}
 
     async def _scored(
         self, unit: Unit, samples: ray.ObjectRef, reward: WeightsRef | None

@@ -173,7 +173,7 @@ def learn(config: dict[str, Any]) -> Failure | str | None:
     import torch
 
     from rlalign.alignment.assemble import build_learner
-    from rlalign.networks.sharding import NotLoaded
+    from rlalign.networks.sharding import NotLoaded, lost_a_peer
     from rlalign.runtime.training.collect import CoordinatorLost, ask_until_answered
     from rlalign.runtime.training.coordinator import failure_of
     from rlalign.runtime.words import reader_of
@@ -259,16 +259,6 @@ def _align(config: dict[str, Any], learner: Learner) -> Failure | str | None:
         if reader is not None:
             reader.close()
     return LEAVES if leaves else None
-
-
-def lost_a_peer(error: BaseException) -> bool:
-    """Whether an exception is a collective's own, as every learner of a group gets it when another
-    one's process ends."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    where = last.tb_frame.f_globals.get("__name__", "") if last is not None else ""
-    return isinstance(error, RuntimeError) and where.startswith("torch.distributed")
 
 
 def _pair_reader(run: Run) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlalign.runtime.training.train import lost_a_peer
+from rlalign.networks.sharding import lost_a_peer
 
 PAIR = """
 import os, pickle, signal, sys
@@ -18,7 +18,7 @@ import torch.distributed as group
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 import torch
-from rlalign.runtime.training.train import lost_a_peer
+from rlalign.networks.sharding import lost_a_peer
 
 rank, what, folder = sys.argv[1:]
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "2"}
