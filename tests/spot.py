@@ -121,6 +121,7 @@ class LocalAutoscaling(AutoscalingCluster):
             MARK: self._mark,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
+            "RAY_raylet_start_wait_time_s": "100",  # however busy the machine is
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
