@@ -121,7 +121,6 @@ class LocalAutoscaling(AutoscalingCluster):
             MARK: self._mark,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
-            "RAY_raylet_start_wait_time_s": "100",  # however busy the machine is
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
@@ -138,9 +137,10 @@ class LocalAutoscaling(AutoscalingCluster):
         if _system_config is not None:
             given.append(f"--system-config={json.dumps(_system_config)}")
         ray = str(Path(sys.executable).parent / "ray")
-        subprocess.run(
-            [ray, "start", *given], env=os.environ | marks | (override_env or {}), check=True
-        )
+        # on a busy machine a raylet waits in vain for its agent; of nodes the autoscaler tries again
+        env = os.environ | marks | (override_env or {})
+        while subprocess.run([ray, "start", *given], env=env, check=False).returncode:
+            self.shutdown()
 
     def shutdown(self) -> None:
         """Kills what ``start`` has started, and what that has."""
