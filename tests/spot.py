@@ -137,9 +137,10 @@ class LocalAutoscaling(AutoscalingCluster):
         if _system_config is not None:
             given.append(f"--system-config={json.dumps(_system_config)}")
         ray = str(Path(sys.executable).parent / "ray")
-        subprocess.run(
-            [ray, "start", *given], env=os.environ | marks | (override_env or {}), check=True
-        )
+        # on a busy machine a raylet waits in vain for its agent; of nodes the autoscaler tries again
+        env = os.environ | marks | (override_env or {})
+        while subprocess.run([ray, "start", *given], env=env, check=False).returncode:
+            self.shutdown()
 
     def shutdown(self) -> None:
         """Kills what ``start`` has started, and what that has."""
