@@ -254,9 +254,10 @@ def _read(folder: Path, identities: tuple[str, ...] | None) -> Checkpoint:
             f"checkpoint {name_of(folder)} belongs to another run: its settings differ from"
             " config.yaml; start anew in another folder"
         )
+    # the checksum is held against all of state.json before any of it is used
     in_shards = state["format"] == IN_SHARDS
-    read = _read_shards if in_shards else _read_whole
-    return Checkpoint(round=int(state["round"]), tensors=read(folder, state), facts=state["facts"])
+    tensors = _read_shards(folder, state) if in_shards else _read_whole(folder, state)
+    return Checkpoint(round=int(state["round"]), tensors=tensors, facts=state["facts"])
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as group
 
 from rlalign.core.registry import UserError
-from rlalign.networks.shares import StoredTensors
+from rlalign.networks.shares import TensorsByRows
 from rlalign.storage import name_of
 
 PLACES = "DCP_SHARDING_INFO"
@@ -211,7 +211,7 @@ class _Stored:
     digest: str
 
 
-class ShardFiles(StoredTensors):
+class ShardFiles(TensorsByRows):
     """The tensors of a checkpoint's files; each is read, and held against its digest, when it is
     asked for. Raises UserError for what is missing or damaged."""
 

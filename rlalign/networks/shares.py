@@ -81,7 +81,7 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(own_part(one), own_part(other))
 
 
-class StoredTensors(Mapping[str, torch.Tensor]):
+class TensorsByRows(Mapping[str, torch.Tensor]):
     """Tensors by name, each read when it is asked for."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ def read_like(tensors: Mapping[str, torch.Tensor], name: str, like: torch.Tensor
     if not is_share(like):
         return tensors[name].to(like.device, copy=True)
     first, end = own_rows(like)
-    if isinstance(tensors, StoredTensors):
+    if isinstance(tensors, TensorsByRows):
         rows = tensors.rows(name, first, end)
     else:
         whole = tensors[name]

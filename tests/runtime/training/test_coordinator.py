@@ -237,3 +237,26 @@ def test_the_dashboard_shows_what_real_workers_do(ray_cluster: None) -> None:
         time.sleep(0.2)
         spans = {str(event["cat"]) for event in ray.timeline()}
         lines = {line for log in logs.glob("worker-*.out") for line in log.read_text().splitlines()}
+
+
+def test_parts_of_weights_are_given_out_once_every_learner_has_given_its_own() -> None:
+    """Of the learners at work: what one that was replaced has published is no part."""
+    from rlalign.runtime.training.coordinator import Coordinator
+
+    coordinator: Any = Coordinator(small_run())
+
+    async def scene() -> list[str]:
+        await coordinator.begin("group")
+        asked = asyncio.ensure_future(coordinator.take_parts("group", TAG, 2))
+        for incarnation, learner, part in (
+            ("group", "main", "first rows"),
+            ("replaced", "other", "rows of before"),
+            ("group", "main", "first rows again"),
+        ):
+            await coordinator.give_part(incarnation, TAG, learner, [part])
+            await asyncio.sleep(0)
+            assert not asked.done()
+        await coordinator.give_part("group", TAG, "other", ["last rows"])
+        return await asked
+
+    assert asyncio.run(scene()) == ["first rows again", "last rows"]
