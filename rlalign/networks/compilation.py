@@ -86,7 +86,9 @@ def reason_not_compiled(error: BaseException) -> str:
     """The message with the way out, where an error is the compiler's; "" for others."""
     kinds = [type(one) for one in (error, error.__cause__) if one is not None]
     places = ("torch._dynamo", "torch._inductor")
-    if not any(kind.__module__.startswith(places) for kind in kinds):
+    if isinstance(error, UserError) or not any(
+        kind.__module__.startswith(places) for kind in kinds
+    ):
         return ""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
