@@ -33,13 +33,18 @@ def place_option(what: str, metavar: str = "DIR") -> Any:
 
 
 def parse_folder(text: str | Path) -> Path:
-    """A folder of this machine. Raises UserError for a URL."""
+    """What --out says, a folder of this machine. Raises UserError for a URL."""
+    refuse_url(text, "--out")
+    return Path(text)
+
+
+def refuse_url(text: str | Path, place: str) -> None:
+    """Raises UserError for a URL where only a folder of this machine will do."""
     if is_url(text):
         raise UserError(
-            f"--out must be a folder of this machine here, got {str(text)!r}: run folders of train"
-            " and submit may be URLs; copy what this command writes there afterwards"
+            f"{place} must be a folder of this machine here, got {str(text)!r}: run folders of"
+            " train and submit may be URLs; copy what this command writes there afterwards"
         )
-    return Path(text)
 
 
 def override_argument(what: str = "Settings that override it.") -> Any:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from rlalign.config import Run
     from rlalign.core.records import Scored, Weights
 
-MODEL_HELP = "A run folder, a diffusers pipeline folder, or the name of a policy (tiny)."
+MODEL_HELP = (
+    "A run folder or the URL of one, a diffusers pipeline folder, or the name of a policy (tiny)."
+)
 
 ModelOverrides = Annotated[
     list[str] | None,

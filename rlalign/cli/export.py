@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlalign.alignment.models import Model, find_model
+from rlalign.cli.common import refuse_url
 from rlalign.cli.evaluate import MODEL_HELP
 from rlalign.core.files import replacing
 from rlalign.core.registry import UserError
@@ -75,6 +76,7 @@ def _refuse_mistakes(target: Path, merged: bool, format: str, dtype: str) -> Non
     from rlalign.learning.folders import refuse_what_is_there
     from rlalign.networks.exports import DTYPES
 
+    refuse_url(target, "DIR")
     if format not in FORMATS:
         raise UserError(f"--format must be {' or '.join(FORMATS)}, got {format!r}")
     if dtype not in DTYPES:

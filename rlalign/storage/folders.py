@@ -226,7 +226,7 @@ def _publishing(
     except BaseException as error:
         try:
             work.end(CLOSE_SECONDS)
-        except UserError as failure:
+        except Exception as failure:  # noqa: BLE001 -- the first one is raised
             if str(failure) != str(error):
                 tell(str(failure))
         raise

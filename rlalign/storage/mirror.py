@@ -120,14 +120,13 @@ class Mirror:
                 del self._known[name]
 
     def _publish_checkpoints(self, found: Mapping[str, _Stamp], changed: list[str]) -> None:
+        # the newest first: older ones may go here while it is sent
         here = {int(m.group(1)) for name in found if (m := _CHECKPOINT.fullmatch(name))}
-        for round in sorted(here):
-            names = [f"checkpoints/round-{round:05d}/{one}" for one in (TENSORS, STATE)]
-            if names[1] in changed and all(name in found for name in names):
-                self._rounds.setdefault(round, set()).update(names)
-                # one whose files go while they are sent is an older one by now
-                if not all(self._send(name, found[name]) for name in names):
-                    continue
+        for round in sorted(here, reverse=True):
+            tensors, state = (f"checkpoints/round-{round:05d}/{one}" for one in (TENSORS, STATE))
+            if state in changed and tensors in found:
+                self._rounds.setdefault(round, set()).update((tensors, state))
+                self._send_checkpoint(tensors, state, found)
 
         # after the new ones, those that are here no longer, and what a killed process left half
         for round in sorted(self._rounds.keys() - here):
@@ -136,14 +135,20 @@ class Mirror:
                 self._known.pop(name, None)
             del self._rounds[round]
 
-    def _send(self, name: str, stamp: _Stamp) -> bool:
-        """Sends a file that is as ``stamp`` says, or newer; false where it has gone meanwhile."""
-        try:
+    def _send(self, name: str, stamp: _Stamp) -> None:
+        """Sends a file that is as ``stamp`` says, or newer; one that has gone meanwhile is left
+        out."""
+        with contextlib.suppress(FileNotFoundError):
             self._store.send(name, self._folder / name)
-        except FileNotFoundError:
-            return False
-        self._known[name] = stamp
-        return True
+            self._known[name] = stamp
+
+    def _send_checkpoint(self, tensors: str, state: str, found: Mapping[str, _Stamp]) -> None:
+        """Sends a checkpoint whole, also where its files go while it is sent, or not at all."""
+        with contextlib.suppress(FileNotFoundError):
+            facts = (self._folder / state).read_bytes()
+            self._store.send(tensors, self._folder / tensors)
+            self._store.put(state, facts)
+            self._known |= {name: found[name] for name in (tensors, state)}
 
     def _scan(self) -> Iterator[tuple[str, _Stamp]]:
         """Every file of the folder with its stamp; what is hidden, or a link, is left aside."""

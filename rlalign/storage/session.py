@@ -21,7 +21,7 @@ from rlalign.core.files import write_whole
 from rlalign.core.registry import UserError
 from rlalign.storage import lease
 from rlalign.storage.mirror import Mirror
-from rlalign.storage.store import Store, StoreError
+from rlalign.storage.store import Store
 
 PERIOD_SECONDS = 3.0
 """Between two looks at what is to be published."""
@@ -60,7 +60,7 @@ class Session:
         self._status = b""
         self._renewed = time.monotonic()
         self._notes: deque[str] = deque()
-        self._error: UserError | None = None
+        self._error: Exception | None = None
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -91,7 +91,7 @@ class Session:
                 if self._drives:
                     self._send_status()
                 return
-            except StoreError as error:
+            except OSError as error:
                 if time.monotonic() > deadline:
                     self._give_up(error, patience_seconds)
                 time.sleep(min(1.0, patience_seconds / 10))
@@ -116,7 +116,7 @@ class Session:
                 if is_failing:
                     self._notes.append(f"{self.store.name} answers again")
                 is_failing = False
-            except StoreError as error:
+            except OSError as error:
                 if not is_failing:
                     self._notes.append(
                         f"{self.store.name}: {error}; the run goes on, and asks again for up to"
@@ -125,12 +125,12 @@ class Session:
                 is_failing = True
                 if time.monotonic() - worked > PATIENCE_SECONDS:
                     self._give_up(error, PATIENCE_SECONDS)
-            except UserError as error:
+            except Exception as error:  # noqa: BLE001 -- raised where the run looks
                 self._error = self._error or error
             took = time.monotonic() - began
             pause = min(MOST_PERIOD_SECONDS, max(PERIOD_SECONDS, 5 * took))
 
-    def _give_up(self, error: StoreError, seconds: float) -> None:
+    def _give_up(self, error: OSError, seconds: float) -> None:
         self.keep()
         self._error = self._error or UserError(
             f"{self.store.name} did not take what the run writes for {seconds:.0f} s ({error}); the"

@@ -34,8 +34,11 @@ class Dying(Store):
         self.writes.append(what)
 
     def send(self, name: str, source: Path) -> None:
+        self.put(name, source.read_bytes())
+
+    def put(self, name: str, content: bytes) -> None:
         self._count(f"+{name}")
-        super().send(name, source)
+        super().put(name, content)
 
     def delete(self, name: str) -> None:
         self._count(f"-{name}")
@@ -125,6 +128,25 @@ def test_whenever_the_writer_is_killed_what_can_be_seen_is_whole(tmp_path: Path)
         assert left - set(names) in (set(), {at(2, "state.json"), at(2, "state.safetensors")})
         assert left >= set(names)
         assert checkpoint.newest_round(home / "next") == 4
+
+
+def test_a_checkpoint_that_goes_here_while_it_is_sent_is_whole_there(
+    url: str, tmp_path: Path
+) -> None:
+    """Sending takes longer than the run keeps a checkpoint."""
+    folder = tmp_path / "here"
+
+    class Slow(Store):
+        def send(self, name: str, source: Path) -> None:
+            content = source.read_bytes()
+            if name == at(2, "state.safetensors"):
+                for round in (3, 4):
+                    learn(folder, round)
+            self.put(name, content)
+
+    work(Slow(url), folder, range(1, 3))
+    assert not (folder / at(2, "state.json")).exists()
+    assert whole_rounds(Store(url).list()) == [2]
 
 
 def test_what_a_process_has_not_fetched_it_does_not_touch(url: str, tmp_path: Path) -> None:
