@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from rlalign.core.allocation import keep_freed_memory
+from rlalign.core.heap import keep_freed_memory
 from rlalign.core.registry import UserError
 
 Precision = Literal["float32", "tf32", "bfloat16"]

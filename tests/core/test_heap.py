@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, threading
-from rlalign.core.allocation import keep_freed_memory
+from rlalign.core.heap import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
