@@ -1,7 +1,7 @@
 """rlalign against TRL's own DDPOTrainer on the shipped pipeline: images per second at equal work.
 
     python benchmarks/peers.py [--rounds 3] [--prompts 16] [--peers FOLDER] [--only NAME ...]
-        [--set SETTING ...] [--bound]
+        [--set SETTING ...] [--other CHECKOUT] [--bound]
 
 The quickstart's work under guidance 2: 16 prompts with 8 samples of ten steps, two updates of all
 weights, with minus the size as JPEG for a reward, which leaves no sample without an advantage. The
@@ -10,7 +10,8 @@ batches, learning rate, clipping and AdamW's settings are the same; so is the wo
 contestant is a process of its own that rests while others work. Rounds alternate, and every other
 time the order is turned round; a first round of each, which warms caches, is left out. FOLDER has
 TRL 0.23.1 where it is not beside rlalign (benchmarks/README.md). `--set` are settings of the run
-file for a further contestant, rlalign with these settings. `--bound` measures what matrix products
+file for a further contestant, rlalign with these settings; CHECKOUT is another one's, rlalign as it
+was (`git worktree add CHECKOUT COMMIT`). `--bound` measures what matrix products
 allow: in one process, and in two at a time.
 """
 
@@ -22,6 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +44,28 @@ ROWS_OF_A_STEP = 2
 RLALIGN = "rlalign"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a contestant does a round."""
+
+    kind: str
+    """One of those in `peers_contestants.py`."""
+    threads: int = 1
+    """Inside an operation; 0 leaves torch's own number."""
+    settings: tuple[str, ...] = ()
+    checkout: Path = HERE.parent
+    peers: Path | None = None
+    """A folder of packages beside rlalign's own."""
+
+
 class Child:
     """A contestant's process."""
 
-    def __init__(
-        self, kind: str, threads: int, peers: Path | None, settings: tuple[str, ...] = ()
-    ) -> None:
-        job = {"threads": threads, "overrides": [*OVERRIDES, *settings]}
-        folders = [str(HERE.parent), *([str(peers)] if peers else [])]
+    def __init__(self, way: Way, size: tuple[str, ...]) -> None:
+        job = {"threads": way.threads, "overrides": [*OVERRIDES, *size, *way.settings]}
+        folders = [str(way.checkout), *([str(way.peers)] if way.peers else [])]
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "peers_contestants.py"), kind, json.dumps(job)],
+            [sys.executable, str(HERE / "peers_contestants.py"), way.kind, json.dumps(job)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -114,19 +128,19 @@ def called(kind: str) -> subprocess.Popen[str]:
 
 def begin(given: argparse.Namespace) -> dict[str, Child]:
     """The processes of those who take part."""
-    ways: dict[str, tuple[str, int, tuple[str, ...]]] = {
-        RLALIGN: ("rlalign", 1, ()),
-        "TRL, torch's own threads": ("trl", 0, ()),
-        "TRL, 1 thread": ("trl", 1, ()),
+    ways = {
+        RLALIGN: Way(kind="rlalign"),
+        "TRL, torch's own threads": Way(kind="trl", threads=0, peers=given.peers),
+        "TRL, 1 thread": Way(kind="trl", peers=given.peers),
     }
     if given.set:
-        ways[f"rlalign, {' '.join(given.set)}"] = ("rlalign", 1, tuple(given.set))
+        ways[f"rlalign, {' '.join(given.set)}"] = Way(kind="rlalign", settings=tuple(given.set))
+    if given.other:
+        ways["rlalign, the other checkout"] = Way(kind="rlalign", checkout=given.other.resolve())
     chosen = given.only or ways
     size = (f"prompts.per_round={given.prompts}",)
     return {
-        name: Child(kind, threads, given.peers if kind == "trl" else None, (*size, *settings))
-        for name, (kind, threads, settings) in ways.items()
-        if any(part in name for part in chosen)
+        name: Child(way, size) for name, way in ways.items() if any(part in name for part in chosen)
     }
 
 
@@ -186,6 +200,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="a folder that TRL is installed into")
     parser.add_argument("--only", nargs="+", default=(), help="parts of contestants' names")
     parser.add_argument("--set", nargs="+", default=(), help="settings for one more contestant")
+    parser.add_argument("--other", type=Path, help="another checkout, of rlalign as it was")
     parser.add_argument("--bound", action="store_true", help="measure matrix products too")
     given = parser.parse_args()
     console = Console(width=170)
