@@ -30,6 +30,9 @@ class Loss:
     """Metric -> scalar mean over the pass; the learner averages them by weight."""
     maxima: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Metric -> scalar maximum over the pass; the learner takes the largest."""
+    via: torch.Tensor | None = None
+    """The one tensor by way of which the trained weights enter ``value``. Where its gradient is
+    zero (all advantages are, or all ratios are clipped) the network needs no backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,10 +127,12 @@ class DDPO(Algorithm):
                 proximal_BS, _ = replay_log_prob(policy, *replayed)
 
         # the loss of the policy as it is now
-        log_prob_BS, _ = replay_log_prob(policy, *replayed)
+        log_prob_BS, found = replay_log_prob(policy, *replayed)
+        via = found.gaussian.mean
         advantage_B1 = batch.advantage_B[:, None]
         if self.form == "score_function":
-            return Loss(value=objectives.score_function(log_prob_BS, advantage_B1).mean())
+            value = objectives.score_function(log_prob_BS, advantage_B1).mean()
+            return Loss(value=value, via=via)
         ratio_BS = objectives.ratio(log_prob_BS, proximal_BS)
         value_BS = objectives.clipped_surrogate(ratio_BS, advantage_B1, self.clip_range)
         metrics = objectives.ratio_metrics(ratio_BS, self.clip_range)
@@ -140,4 +142,4 @@ class DDPO(Algorithm):
             weight_BS = objectives.ratio(proximal_BS, batch.log_prob_BS)
             value_BS = weight_BS * value_BS
             metrics["maxima"]["ratio/behaviour_deviation"] = (weight_BS - 1).abs().max()
-        return Loss(value=value_BS.mean(), **metrics)
+        return Loss(value=value_BS.mean(), via=via, **metrics)

@@ -137,7 +137,7 @@ class GRPO(Algorithm):
             kl = objectives.gaussian_kl(mine.mean, theirs.mean, mine.std)
             value = value + self.kl_weight * (kl if self.kl_form == "gaussian" else kl * gap).mean()
             metrics["means"]["kl/per_step_gaussian"] = kl.detach().mean()
-        return Loss(value=value, **metrics)
+        return Loss(value=value, via=mine.mean, **metrics)
 
 
 def time_steps(policy: Policy, plan: Plan) -> torch.Tensor:

@@ -47,11 +47,12 @@ class Reinforce(Algorithm):
 
     def loss(self, batch: StepPass, policy: Policy) -> Loss:
         condition = policy.encode(batch.unit.prompts, batch.unit.plan).rows(len(batch.steps))
-        log_prob_BS, _ = replay_log_prob(
+        log_prob_BS, found = replay_log_prob(
             policy, batch.unit, batch.before_BS, batch.after_BS, batch.steps, condition
         )
         elements = batch.before_BS[0, 0].numel()
         # the learner averages over (sample, step) pairs: with the number of steps it is a sum over
         # them
         joint_BS = log_prob_BS * (elements * batch.learned)
-        return Loss(value=(-batch.advantage_B[:, None] * joint_BS).mean())
+        value = (-batch.advantage_B[:, None] * joint_BS).mean()
+        return Loss(value=value, via=found.gaussian.mean)

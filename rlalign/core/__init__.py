@@ -12,6 +12,7 @@ media.py     uint8, floats, images; pictures that a user gives
 clips.py     clips as files, and clips that a user gives
 pictures.py  grids of pictures or clips with captions and scores
 garbage.py   Python's search for garbage, out of the way while much is loaded
+heap.py      freed memory, kept for the next pass on a CPU
 progress.py  bars on a terminal, plain lines elsewhere
 moved.py     the modules' names before they were in rooms
 

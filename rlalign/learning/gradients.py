@@ -84,6 +84,19 @@ class ShardSum:
         return found
 
 
+def take_back(value: torch.Tensor, via: torch.Tensor | None) -> None:
+    """Adds the gradient of a scalar to those of the parameters. ``via`` is the one tensor by way of
+    which parameters enter it, where it says so: what is behind a gradient of zeros is left out,
+    which adds zeros."""
+    if via is None:
+        value.backward()
+        return
+    (gradient,) = torch.autograd.grad(value, via)
+    # zero times what is not finite is none
+    if bool(gradient.any()) or not are_finite([value, via]):
+        via.backward(gradient)
+
+
 def take_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
     """The gradients of parameters, which are without one from then on; zeros where there is
     none."""

@@ -23,7 +23,13 @@ from rlalign.core.records import Scored, Weights
 from rlalign.core.registry import UserError
 from rlalign.diffusion.noise import generator
 from rlalign.learning.evaluate import kl_of_unit, mean_kl
-from rlalign.learning.gradients import ShardSum, are_finite, clip_norm, take_gradients
+from rlalign.learning.gradients import (
+    ShardSum,
+    are_finite,
+    clip_norm,
+    take_back,
+    take_gradients,
+)
 from rlalign.learning.lanes import Lane, PassLoss
 from rlalign.learning.optimizers.base import pack_state, unpack_state
 from rlalign.learning.settings import LearnerSettings
@@ -206,7 +212,9 @@ class Learner:
         for one in passes:
             with explained():
                 loss = lane.loss_of(one, self.loss)
-                (loss.value * one.weight).backward()
+                # processes that share a denoiser go through it together
+                via = None if self.policy.is_spread else loss.via
+                take_back(loss.value * one.weight, via)
             measured = lane.policy.meter.take_means()
             for name, value in {"loss": loss.value, **loss.means, **measured}.items():
                 means[name] = means.get(name, 0.0) + float(value.detach()) * one.weight

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from rlalign.core.heap import keep_freed_memory
 from rlalign.core.registry import UserError
 from rlalign.networks.compilation import reason_not_compiled
 
@@ -76,14 +77,16 @@ def rounded_names(network: torch.nn.Module, precision: Precision) -> frozenset[s
 
 
 def settle(device: str, precision: Precision, *, deterministic: bool) -> None:
-    """Sets this process's torch up for ``device``; does nothing for a CPU, whose kernels repeat
-    their numbers anyway.
+    """Sets this process up for ``device``: for a CPU, whose kernels repeat their numbers anyway,
+    freed memory is kept for the next pass.
 
     On CUDA: only kernels that repeat their numbers, where that is asked for (asking torch to warn
     alone would leave attention's backward pass as it is), and float32 that means float32 where
     ``precision`` says so (torch's default has tf32 in convolutions; in bfloat16 what is left in
     float32, the decoder, takes tf32 too).
     """
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     if torch.device(device).type != "cuda":
         return
 
