@@ -70,9 +70,8 @@ def of(workers: float, **changes: Any) -> Scenario:
 
 def coordinator(costs: Costs, folder: Path) -> TableOf:
     """How far one event loop goes, by the seconds of a unit; and several."""
-    found = replace(costs, member=0.0)
 
-    def at(seconds: float, costs: Costs, parts: int = 1) -> Callable[[float], float]:
+    def at(seconds: float, parts: int = 1) -> Callable[[float], float]:
         def value(workers: float) -> float:
             scenario = of(workers, rollout=Draws(mean=seconds), coordinators=parts)
             return efficiency(scenario, costs)
@@ -81,10 +80,9 @@ def coordinator(costs: Costs, folder: Path) -> TableOf:
 
     lines = list[Line]()
     for number, seconds in enumerate((0.5, 2.1, 8.0, 30.0)):
-        color = f"C{number}"
-        lines.append(Line(f"{seconds:g} s a unit", at(seconds, costs), "-", color))
-        lines.append(Line(f"{seconds:g} s, search aside", at(seconds, found), ":", color))
-    lines.append(Line("2.1 s, 8 coordinators", at(2.1, found, 8), "--", "C1"))
+        lines.append(Line(f"{seconds:g} s a unit", at(seconds), "-", f"C{number}"))
+    lines.append(Line("2.1 s, 4 coordinators", at(2.1, 4), "--", "C1"))
+    lines.append(Line("2.1 s, 16 coordinators", at(2.1, 16), ":", "C1"))
     return picture(
         folder / "scaling-coordinator.png",
         lines,
@@ -102,14 +100,13 @@ def weights(costs: Costs, folder: Path) -> TableOf:
         "2.6 B, 5.2 GB": 5.2e9,
         "12 B, 24 GB": 24e9,
     }
-    free = replace(costs, member=0.0, call=0.0, order=0.0, answer=0.0, score=0.0, gather=0.0)
 
     def at(size: float, how: str) -> Callable[[float], float]:
         def value(workers: float) -> float:
             chunk = max(NODE.chunk, size / 100) if how == "swarm" else NODE.chunk
             network = replace(NODE, how=how, chunk=chunk)
             scenario = of(workers, units=int(workers), rounds=1, weights=size, network=network)
-            return simulate(scenario, free).spread
+            return simulate(scenario, Costs(hop=costs.hop)).spread
 
         return value
 
@@ -132,7 +129,7 @@ def weights(costs: Costs, folder: Path) -> TableOf:
 
 def samples(costs: Costs, folder: Path) -> TableOf:
     """The way of samples to rewards and to the learner."""
-    quick = replace(costs, member=0.0, call=0.0, order=0.0, answer=0.0, score=0.0, gather=0.0)
+    quick = Costs(hop=costs.hop)  # a coordinator that is never full
 
     def link(size: float, rate: float, learners: int) -> Callable[[float], float]:
         network = replace(NODE, rate=rate * GIGABIT)
@@ -171,7 +168,6 @@ def samples(costs: Costs, folder: Path) -> TableOf:
 
 def staleness(costs: Costs, folder: Path) -> TableOf:
     """What rounds ahead buy where an update takes half as long as the rollouts."""
-    free = replace(costs, member=0.0)
     update = UNITS_A_WORKER * UNIT_SECONDS / 2
 
     def at(spread: float, every: int) -> Callable[[float], float]:
@@ -184,7 +180,7 @@ def staleness(costs: Costs, folder: Path) -> TableOf:
                 checkpoint_every=every,
                 rounds=21,
             )
-            return efficiency(scenario, free)
+            return efficiency(scenario, costs)
 
         return value
 
@@ -205,7 +201,6 @@ def staleness(costs: Costs, folder: Path) -> TableOf:
 
 def deaths(costs: Costs, folder: Path) -> TableOf:
     """What deaths cost, by the mean life of a worker."""
-    free = replace(costs, member=0.0)
 
     def at(seconds: float, ahead: int) -> Callable[[float], float]:
         def value(hours: float) -> float:
@@ -218,7 +213,7 @@ def deaths(costs: Costs, folder: Path) -> TableOf:
                 rounds=8,
                 seed=1,
             )
-            return efficiency(scenario, free)
+            return efficiency(scenario, costs)
 
         return value
 
@@ -237,7 +232,6 @@ def deaths(costs: Costs, folder: Path) -> TableOf:
 
 def tail(costs: Costs, folder: Path) -> TableOf:
     """What the end of a synchronous round costs, by units a worker."""
-    free = replace(costs, member=0.0)
 
     def at(spread: float, in_flight: int) -> Callable[[float], float]:
         def value(each: float) -> float:
@@ -248,7 +242,7 @@ def tail(costs: Costs, folder: Path) -> TableOf:
                 in_flight=in_flight,
                 rounds=6,
             )
-            return efficiency(scenario, free)
+            return efficiency(scenario, costs)
 
         return value
 

@@ -16,7 +16,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ UNITS_A_SECOND = 50
 LEAST_SECONDS = 0.5
 PART = 0.3
 """Of a rollout's seconds: what a score takes where the two are told apart."""
+IDLE_SECONDS = 2.0
 MEMBERS = (64, 500, 2000)
 """Sizes of pools in which the search for a worker is measured."""
 
@@ -54,9 +55,16 @@ def _name(pid: int, thread: int) -> str:
     return Path(f"/proc/{pid}/task/{thread}/comm").read_text().strip()
 
 
-def seconds_of(pids: Iterable[int]) -> float:
-    """That these processes have run."""
-    return sum(sum(threads(pid).values()) for pid in pids)
+Clocks = dict[str, dict[int, float]]
+"""Kind of process -> thread -> seconds that it has run."""
+
+
+def passed(before: Clocks, after: Clocks) -> dict[str, float]:
+    """Kind of process -> seconds between two readings, of threads that are in both or new."""
+    return {
+        kind: sum(seconds - before[kind].get(thread, 0.0) for thread, seconds in now.items())
+        for kind, now in after.items()
+    }
 
 
 class Meter:
@@ -94,14 +102,20 @@ class Meter:
         """Seconds that the event loop has run."""
         return threads(self.coordinator)[self.loop]
 
-    def of_all(self) -> dict[str, float]:
-        """Seconds that each kind of process has run; ``beside`` is Ray's own, this one, and what
-        the coordinator does off its event loop."""
-        return {
-            "worker": seconds_of(self.workers),
-            "reward": seconds_of(self.rewards),
-            "beside": seconds_of([*self.others, self.coordinator]) - self.of_loop(),
+    def of_all(self) -> Clocks:
+        """The clocks of each kind of process; ``beside`` is Ray's own, this one, and what the
+        coordinator does off its event loop."""
+        pids = {
+            "worker": self.workers,
+            "reward": self.rewards,
+            "beside": [*self.others, self.coordinator],
         }
+        found = {
+            kind: {thread: seconds for pid in some for thread, seconds in threads(pid).items()}
+            for kind, some in pids.items()
+        }
+        del found["beside"][self.loop]
+        return found
 
 
 def measure(real: RealFleet, workers: int) -> dict[str, float]:
@@ -139,9 +153,9 @@ def _idle(meter: Meter) -> dict[str, float]:
     """Seconds a second that all run without work."""
     loop = meter.of_loop()
     before = meter.of_all()
-    time.sleep(1.0)
-    after = meter.of_all()
-    return {name: after[name] - before[name] for name in after} | {"loop": meter.of_loop() - loop}
+    time.sleep(IDLE_SECONDS)
+    seconds = passed(before, meter.of_all()) | {"loop": meter.of_loop() - loop}
+    return {name: value / IDLE_SECONDS for name, value in seconds.items()}
 
 
 def _waves(
@@ -164,8 +178,8 @@ def _waves(
     gathering = time.thread_time() - gathering
     time.sleep(0.1)
     at.append(meter.of_loop())
-    passed = time.monotonic() - began
-    all_after = meter.of_all()
+    took = time.monotonic() - began
+    worked = passed(all_before, meter.of_all())
 
     # order and two calls a worker; then an answer each with and without a call; then the results
     quiet = idle["loop"] * rollout
@@ -179,9 +193,9 @@ def _waves(
         "gather": max(last, 0.0) / units,
         "fetch": gathering / units,
     }
-    for name, seconds in all_after.items():
-        found[name] = max(seconds - all_before[name] - idle[name] * passed, 0.0) / units
-    found["beside"] -= found["fetch"]
+    for kind, seconds in worked.items():
+        found[kind] = max(seconds - idle[kind] * took, 0.0) / units
+    found["beside"] = max(found["beside"] - found["fetch"], 0.0)
     return found
 
 

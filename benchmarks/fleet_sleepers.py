@@ -4,7 +4,9 @@ score of 0.01 s. Little is imported here, as each of them is a process."""
 from __future__ import annotations
 
 import os
+import sys
 import time
+import types
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,15 @@ ROWS = 4
 def prompts_of(rollout: float, reward: float) -> tuple[str, ...]:
     """A unit's prompts."""
     return (f"{rollout!r} {reward!r}",) * ROWS
+
+
+def _leave_torch_out() -> None:
+    """Has this process read a rollout as a plain record. The class that could do it needs torch,
+    which is 300 MB and seconds of CPU for each of 64 processes."""
+    for name in ("rlalign.engine", "rlalign.engine.pieces"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    pieces: Any = sys.modules["rlalign.engine.pieces"]
+    pieces.Rollout = type("Rollout", (), {})
 
 
 class Sleeper:
@@ -33,7 +44,7 @@ class SleepingRollout(Sleeper):
     """Hands over a few bytes of latents and of media."""
 
     def __init__(self) -> None:
-        import rlalign.engine.pieces  # noqa: F401 -- what a unit is made of, before the first one
+        _leave_torch_out()
 
     @ray.method(num_returns=3)
     def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, Any]:
