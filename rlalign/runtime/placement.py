@@ -273,7 +273,8 @@ def has_autoscaler() -> bool:
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.experimental.internal_kv import _internal_kv_get
 
-    keys = (_raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, _raylet.GCS_AUTOSCALER_STATE_NAMESPACE)
+    compiled: Any = _raylet
+    keys = (compiled.GCS_AUTOSCALER_V2_ENABLED_KEY, compiled.GCS_AUTOSCALER_STATE_NAMESPACE)
     key, namespace = (text.encode() for text in keys)
     if _internal_kv_get(key, namespace=namespace) == b"1":
         return True

@@ -34,6 +34,7 @@ from ray.actor import ActorHandle
 
 from rlalign.config import RuntimeSettings
 from rlalign.core.registry import UserError
+from rlalign.runtime.idle import IdleMembers
 from rlalign.runtime.roles import Role
 
 PING_SECONDS = 10.0
@@ -118,7 +119,7 @@ class Pool:
         self.role = role
         self.restarts = 0
         self._start = start_seconds
-        self._in_flight = in_flight
+        self._idle = IdleMembers(in_flight)
         self._members: dict[int, Member] = {}
         self._waiters: deque[asyncio.Future[Member]] = deque()
         self.adopt(dict(enumerate(actors)))
@@ -189,23 +190,25 @@ class Pool:
         loss = self._loss()
         while self._waiters:
             waiter = self._waiters[0]
-
-            # the member with the fewest calls is taken, of those the one with the lowest number
-            free = [
-                member
-                for member in self._members.values()
-                if member.state == State.READY and member.calls < self._in_flight
-            ]
             if not waiter.done():
+                number = self._idle.least_busy(self._calls_of)
                 if loss is not None:
                     waiter.set_exception(loss)
-                elif free:
-                    member = min(free, key=lambda member: (member.calls, member.number))
+                elif number is not None:
+                    member = self._members[number]
                     member.calls += 1
+                    self._idle.offer(number, member.calls)
                     waiter.set_result(member)
                 else:
                     return
             self._waiters.popleft()
+
+    def _calls_of(self, number: int) -> int | None:
+        """A member's calls; None of one that is not ready."""
+        member = self._members.get(number)
+        if member is None or member.state != State.READY:
+            return None
+        return member.calls
 
     def release(self, number: int) -> None:
         """The actor is idle again."""
@@ -213,6 +216,7 @@ class Pool:
         member.calls -= 1
         if member.state == State.LEAVING:
             self._dismiss(member)
+        self._idle.offer(number, member.calls)
         self._serve()
 
     def lost(self, number: int, error: BaseException) -> bool:
@@ -275,6 +279,7 @@ class Pool:
         member.state = State.READY
         member.error = None
         member.question = None
+        self._idle.offer(member.number, member.calls)
         self._serve()
 
     def _loss(self) -> PoolLost | UserError | None:

@@ -94,8 +94,10 @@ def _supervise(
     crash = ""
     told = None
     try:
-        while isinstance(told := fit(run, folder, fleet.coordinator, fleet.encoder), str):
-            pass  # it has left its node, with a checkpoint
+        answer = fit(run, folder, fleet.coordinator, fleet.encoder)
+        while isinstance(answer, str):  # it has left its node, with a checkpoint
+            answer = fit(run, folder, fleet.coordinator, fleet.encoder)
+        told = answer
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
     except BaseException:
