@@ -57,14 +57,12 @@ class PipelineFamily(Family):
     reads_adapters: ClassVar[bool] = True
     can_spread: ClassVar[bool] = True
     comfyui_keys: ClassVar[comfyui.Keys | None] = None
-    """Under which keys ComfyUI reads a LoRA of this family, where plain diffusers reads them
-    too."""
+    """Under which keys ComfyUI reads a LoRA of this family, where diffusers reads them too."""
 
     network: Any
     """diffusers' denoiser."""
     in_turn: bool = False
-    """Whether a ``Lockstep`` sees to it that processes which share the denoisers gather them
-    together: then each asks what it needs."""
+    """Whether each process that shares the denoisers asks what it needs (``Lockstep``)."""
     reader: Reader | None = None
     """Gives the words of a text in place of text encoders in this process."""
 

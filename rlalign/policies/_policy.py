@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -25,25 +24,8 @@ from rlalign.networks.precision import Precision, autocast
 from rlalign.networks.replicas import replicate
 from rlalign.networks.shares import are_shares, assign
 from rlalign.policies._family import OWN_SIZE, Family
+from rlalign.policies._meter import Meter
 from rlalign.policies._sample import sample
-
-
-@dataclass
-class Meter:
-    """What a policy was asked so far."""
-
-    calls: int = 0
-    """Samples that the denoiser was asked about; a guided pass asks twice."""
-    backward_calls: int = 0
-    """Of these, the ones asked with a latent whose gradient is wanted."""
-    learned: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    """Metric -> what the family measured of rows that were asked with gradients."""
-
-    def take_means(self) -> dict[str, torch.Tensor]:
-        """The mean of each metric since the last time."""
-        found = {name: torch.cat(parts).mean() for name, parts in self.learned.items()}
-        self.learned.clear()
-        return found
 
 
 class Policy:

@@ -10,13 +10,14 @@ from rlalign.diffusion.condition import Condition as Condition
 from rlalign.diffusion.condition import Words as Words
 from rlalign.policies._clips import ClipFamily, ClipRecipe
 from rlalign.policies._family import LATENTS, OWN_SIZE, WHOLE, Family, Part, refuse_frames
+from rlalign.policies._meter import Meter
 from rlalign.policies._pipeline import (
     ATTENTION_TARGETS,
     JOINT_TARGETS,
     PipelineFamily,
 )
 from rlalign.policies._pipeline_recipe import NegativePrompt, PipelineRecipe
-from rlalign.policies._policy import Meter, Policy
+from rlalign.policies._policy import Policy
 from rlalign.policies._recipe import PolicyRecipe
 from rlalign.policies._unet import UNetFamily
 

@@ -15,7 +15,7 @@ from rlalign.algorithms._memory import Memory
 from rlalign.alignment.assemble import build_learner
 from rlalign.alignment.collect import LocalCollect
 from rlalign.cli import main
-from rlalign.cli.check import cards, empty, memory, work
+from rlalign.cli.check import cards, empty, memory, room, work
 from rlalign.config import Run, dump, load_run
 from rlalign.diffusion.rollout import rollout
 from rlalign.learning.optimizers.base import pack_state
@@ -210,12 +210,12 @@ def test_a_round_of_clips_is_its_latents_and_frames(window: int) -> None:
 
 def test_what_is_short_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     run, total = small_run(), psutil.virtual_memory().total
-    assert "short" not in memory.here(run_bundles(run), needs(run, 1000))["this machine"]
-    assert memory.here(run_bundles(run), needs(run, total))["this machine"].count("(short by ") == 2
+    assert "short" not in room.here(run_bundles(run), needs(run, 1000))["this machine"]
+    assert room.here(run_bundles(run), needs(run, total))["this machine"].count("(short by ") == 2
     run = small_run("runtime.device=cuda", "runtime.rollout.gpus=0.25", "runtime.learner.gpus=0.5")
     monkeypatch.setattr(devices, "gpus", lambda: 1)
     monkeypatch.setattr(devices, "gpu_memory", lambda: 80_000_000_000)
-    said = memory.here(run_bundles(run), needs(run, 30_000_000_000))
+    said = room.here(run_bundles(run), needs(run, 30_000_000_000))
     assert "short" not in said["this machine"]
     assert (
         said["this machine's GPU"]
@@ -228,13 +228,13 @@ def test_a_node_says_what_its_workers_take_of_its_memory() -> None:
     run = small_run()
     has = {"CPU": 4.0, "memory": 10e9}
     node = Node(title="one", free=dict(has), total=has)
-    assert memory.on_node(node, needs(run, 4_000_000_000)) == ""
+    assert room.on_node(node, needs(run, 4_000_000_000)) == ""
     node.put(Bundle(role=ROLLOUT, needs={"CPU": 1.0}))
-    assert memory.on_node(node, needs(run, 4_000_000_000)) == "; about 4.9 GB of 10.0 GB of memory"
+    assert room.on_node(node, needs(run, 4_000_000_000)) == "; about 4.9 GB of 10.0 GB of memory"
     node.put(Bundle(role=LEARNER, needs={"CPU": 1.0}))
     node.put(Bundle(role=reward_role("shapes"), needs={}))
     assert (
-        memory.on_node(node, needs(run, 4_000_000_000))
+        room.on_node(node, needs(run, 4_000_000_000))
         == "; about 10.7 GB of 10.0 GB of memory (short by 700.0 MB)"
     )
 
@@ -391,7 +391,7 @@ def test_a_published_checkpoint_is_counted_where_it_is_not_in_the_cache() -> Non
     assert cards.fitting(needs.of(LEARNER)) == [40, 48, 80, 141]
     told = cards.card_rows(run, needs)["fits on cards of"]
     assert told.startswith("learner 40 GB; rollout 40 GB; ")
-    rows = memory.rows(needs)
+    rows = room.rows(needs)
     assert rows["  learner: gradients"] == "10.3 GB"
 
 
@@ -427,7 +427,7 @@ def test_of_a_denoiser_that_learners_share_each_holds_a_part() -> None:
     for part in ("transformer", memory.GATHERED):
         assert rollout.rollout[part] == four[part]
     assert memory.GATHERED not in needs.rollout
-    rows = memory.rows(rollout)
+    rows = room.rows(rollout)
     assert rows["rollout worker"].endswith(" in each of its 4 processes")
     told = cards.advice_rows(
         small_run(*settings[:-1], "runtime.device=cuda"),
@@ -446,10 +446,10 @@ def test_what_takes_less_is_said_where_no_card_is_large_enough() -> None:
     assert cards.advice_rows(run, policy, needs, 24e9) == {}
     told = cards.advice_rows(run, policy, needs, 1e9)["to take less"]
     smaller = memory.learning(small_run("learner.optimizer.name=adafactor"), policy)
-    small = memory.megabytes(smaller["adafactor state"])
+    small = room.megabytes(smaller["adafactor state"])
     assert f"learner.optimizer.name=adafactor (state 13.5 MB -> {small})" in told
     # start weights, the gradients of two shards, and two moments
-    lasting = memory.megabytes(5 * memory.trained(policy))
+    lasting = room.megabytes(5 * memory.trained(policy))
     assert f"policy.lora_rank=16 (most of {lasting} of start weights" in told
     assert "policy.gradient_checkpointing=true (most of 10.0 MB of a pass" in told
     assert "policy.decode_rows=1" in told

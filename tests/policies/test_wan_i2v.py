@@ -17,7 +17,7 @@ from PIL import Image
 
 from rlalign.alignment.models import find_model
 from rlalign.cli import main
-from rlalign.cli.check import memory
+from rlalign.cli.check import room
 from rlalign.config import dump
 from rlalign.core.prompts import Prompt
 from rlalign.core.registry import UserError
@@ -235,11 +235,11 @@ def test_no_file_of_embeddings_is_suggested_or_written(
 ) -> None:
     policy = old.recipe.model_dump(mode="json", exclude_defaults=True) | {"name": "wan_i2v"}
     run = run_of(policy, {**PATHS["flow"], "frames": FRAMES}, ALGORITHMS["grpo"])
-    monkeypatch.setattr(memory, "WORTH_LEAVING_OUT", 1)
-    assert memory.encoder_rows(run, old.policy) == {}
+    monkeypatch.setattr(room, "WORTH_LEAVING_OUT", 1)
+    assert room.encoder_rows(run, old.policy) == {}
     with monkeypatch.context() as other:
         other.setattr(type(old.policy.family), "reads_embeddings", True)
-        assert "rlalign encode" in memory.encoder_rows(run, old.policy)["text encoders"]
+        assert "rlalign encode" in room.encoder_rows(run, old.policy)["text encoders"]
     file = tmp_path / "run.yaml"
     file.write_text(dump(run))
     assert main(["encode", str(file), str(tmp_path / "words.safetensors")]) == 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlalign.cli.check.memory import PASS, START, STEP, Needs, Parts, megabytes, trained
+from rlalign.cli.check.memory import PASS, START, STEP, Needs, Parts, trained
+from rlalign.cli.check.room import megabytes
 from rlalign.core.registry import build
 from rlalign.runtime.roles import LEARNER, ROLLOUT
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlalign.cli.check import cards, empty, memory, rounds, work
+from rlalign.cli.check import cards, empty, memory, room, rounds, work
 from rlalign.core.registry import UserError
 from rlalign.runtime.roles import ENCODER
 
@@ -56,8 +56,8 @@ def describe_run(data: Mapping[str, Any], address: str | None) -> dict[str, str]
         **summarise_run(run),
         **parts.told,
         "parameters": parameters(policy),
-        **memory.rows(needs),
-        **memory.encoder_rows(run, policy),
+        **room.rows(needs),
+        **room.encoder_rows(run, policy),
         **cards.card_rows(run, needs),
         **advice(run, policy, needs),
         **rounds.round_rows(run, policy, parts.flops),
@@ -281,7 +281,7 @@ def on_this_machine(bundles: Sequence[Bundle], device: str, needs: memory.Needs)
     from rlalign.runtime import cluster, placement
 
     local = lacking(device, "runtime.device")
-    rows = memory.here(bundles, needs)
+    rows = room.here(bundles, needs)
     try:
         cluster.refuse_device(device, bundles)
     except UserError as error:
@@ -307,7 +307,7 @@ def places(
     try:
         nodes = placement.cluster_nodes()
         placement.place(bundles, nodes)
-        beside = [memory.on_node(node, needs) for node in nodes if node.exists or node.holds]
+        beside = [room.on_node(node, needs) for node in nodes if node.exists or node.holds]
         table = placement.table(nodes).items()
         return {
             f"at {title}": f"{told}{more}"
@@ -353,7 +353,7 @@ def describe_sample(data: Mapping[str, Any], address: str | None) -> dict[str, s
         "denoiser calls a picture": f"about {each:,}, {back:,} of them with a gradient",
         "in all": f"{sample.pictures:,} pictures, about {calls}{more}",
         "pieces": f"of {sample.rows} rows",
-        **memory.rows(needs),
+        **room.rows(needs),
         "workers": (
             f"{rollouts(runtime)}, {runtime.reward.workers * len(rewards)} reward;"
             f" {on_which_devices(runtime)}"

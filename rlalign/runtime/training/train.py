@@ -29,6 +29,7 @@ from rlalign.runtime.jobs.publish import job_id, publish_status
 if TYPE_CHECKING:
     from rlalign.learning.learner import Learner
     from rlalign.runtime.training.coordinator import Failure
+    from rlalign.runtime.training.fleet import Fleet
 
 OnRecord = Callable[[dict[str, Any]], None]
 LEAVES = "the learner leaves its node"
@@ -91,13 +92,9 @@ def _supervise(
     fleet = Fleet(run, places_are_cores=places_are_cores, nodes=Nodes.after(status.nodes))
     supervisor = Supervisor(run, folder, fleet, status, on_record)
     supervisor.start()
-    crash = ""
-    told = None
+    crash, told = "", None
     try:
-        answer = fit(run, folder, fleet.coordinator, fleet.encoder)
-        while isinstance(answer, str):  # it has left its node, with a checkpoint
-            answer = fit(run, folder, fleet.coordinator, fleet.encoder)
-        told = answer
+        told = _fit_on(run, folder, fleet)
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
     except BaseException:
@@ -122,6 +119,15 @@ def _supervise(
             f"the learner died more than {run.runtime.max_attempts} times; the last time it"
             f" said:\n{crash}"
         )
+
+
+def _fit_on(run: Run, folder: Path, fleet: Fleet) -> Failure | None:
+    """What ``fit`` answers in the end: a learner that has left its node, with a checkpoint, goes on
+    on another."""
+    while True:
+        answer = fit(run, folder, fleet.coordinator, fleet.encoder)
+        if not isinstance(answer, str):
+            return answer
 
 
 def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failure | str | None:
@@ -210,31 +216,23 @@ def _align(config: dict[str, Any], learner: Learner) -> Failure | str | None:
     """The run, by a learner that has been built. Returns why the run is over where it had ended
     before, or LEAVES."""
     import ray
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import gather_object
 
     from rlalign.alignment.loop import align
     from rlalign.networks.precision import rounded_names
-    from rlalign.runtime.training.collect import RemoteCollect, ask_until_answered
+    from rlalign.runtime.training.collect import RemoteCollect
     from rlalign.runtime.workers import naming_the_node
 
     run, coordinator = config["run"], config["coordinator"]
 
-    # the main learner tells the coordinator that it begins
-    incarnation = uuid.uuid4().hex
-    over = None
-    learners = learner.accelerator.num_processes
-    home = ray.get_runtime_context().get_node_id()
-    homes = gather_object([home]) if learners > 1 else [home]
-    if learner.is_main:
-        over = ask_until_answered(lambda: coordinator.begin.remote(incarnation), 60)
-    if learners > 1:  # the others go on once it has begun, or end with it
-        said = [incarnation, over]
-        broadcast_object_list(said)
-        incarnation, over = said
+    incarnation, over = _begin(coordinator, learner)
     if over is not None:
         return over
 
+    # each learner says where it is
     policy = learner.policy
+    home = ray.get_runtime_context().get_node_id()
+    homes = gather_object([home]) if learner.accelerator.num_processes > 1 else [home]
     collect = RemoteCollect(
         run,
         coordinator,
@@ -261,6 +259,21 @@ def _align(config: dict[str, Any], learner: Learner) -> Failure | str | None:
         if reader is not None:
             reader.close()
     return LEAVES if leaves else None
+
+
+def _begin(coordinator: Any, learner: Learner) -> tuple[str, Failure | None]:
+    """The main learner tells the coordinator that it begins: under which name, and why the run is
+    over where it had ended before. The others hear it."""
+    from accelerate.utils import broadcast_object_list
+
+    from rlalign.runtime.training.collect import ask_until_answered
+
+    said = [uuid.uuid4().hex, None]
+    if learner.is_main:
+        said[1] = ask_until_answered(lambda: coordinator.begin.remote(said[0]), 60)
+    if learner.accelerator.num_processes > 1:
+        broadcast_object_list(said)
+    return said[0], said[1]
 
 
 def _pair_reader(run: Run) -> Any:
