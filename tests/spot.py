@@ -137,7 +137,7 @@ class LocalAutoscaling(AutoscalingCluster):
         if _system_config is not None:
             given.append(f"--system-config={json.dumps(_system_config)}")
         ray = str(Path(sys.executable).parent / "ray")
-        # on a busy machine a raylet waits in vain for its agent; the autoscaler tries nodes again
+        # a raylet may wait in vain for its agent on a busy machine; nodes are tried again anyway
         env = os.environ | marks | (override_env or {})
         while subprocess.run([ray, "start", *given], env=env, check=False).returncode:
             self.shutdown()

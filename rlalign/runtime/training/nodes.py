@@ -27,7 +27,8 @@ from ray.actor import ActorHandle
 SURVEY_SECONDS = 5.0
 """How exactly the hours of nodes are counted."""
 _SURVEYS_SHARE = 50.0
-"""A survey that took long is done again after so many times that: of thousands of actors."""
+"""A survey that took long, as of thousands of actors, is done again after so many times that, or a
+minute."""
 LAST_SECONDS = 1.5
 """Before its deadline a node counts as gone: what works there until then would be waited for until
 Ray notices its death."""
@@ -121,7 +122,7 @@ class Nodes:
         draining = draining_nodes()
         news = draining.keys() - self.draining.keys()
         self.draining = draining
-        pause = max(SURVEY_SECONDS, _SURVEYS_SHARE * self._took)
+        pause = max(SURVEY_SECONDS, min(_SURVEYS_SHARE * self._took, 60.0))
         if news or time.monotonic() - self._surveyed > pause:
             self.survey()
         self.drained += len(news & self.used.keys())

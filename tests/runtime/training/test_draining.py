@@ -99,7 +99,7 @@ def test_a_node_that_drains_is_left_and_then_killed(cluster: Any, tmp_path: Path
         return fleet.reconcile()
 
     def made() -> list[tuple[str, str]]:
-        lines = (tmp_path / "made").read_text().splitlines() if units else []
+        lines = (tmp_path / "made").read_text().splitlines()
         return [(line.rpartition(" ")[0], line.rpartition(" ")[2]) for line in lines]
 
     # both workers are on the old node, and at work
