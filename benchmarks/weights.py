@@ -1,15 +1,16 @@
 """What weights cost on their way from the learner to two rollout workers: bytes, and seconds.
 
     python benchmarks/weights.py [share] [turns]     # share 16: every 16th tensor of the UNet
-    python benchmarks/weights.py whole [turns]       # the whole UNet, chunks alone: 12 GB of memory
+    python benchmarks/weights.py whole [turns]       # the whole UNet, in bfloat16 alone: 12 GB
     python benchmarks/weights.py bytes               # what is sent of published sizes; no Ray
 
-Sizes are those of published networks (from torch's meta device), numbers are random. Two ways take
-turns in one process: *whole*, all tensors in float32 as one object, which a worker copies before it
-takes them over; and *chunks*, what rlalign does: in bfloat16 what rollouts round to it anyway, in
-chunks that are put, fetched and taken over side by side. Seconds are from the call that publishes
-until both workers hold the weights; once the workers are on the learner's node, once both are on a
-second one (two raylets of one machine, so the network is its memory).
+Sizes are those of published networks (from torch's meta device), numbers are random. Three ways
+take turns in one process: *whole*, all tensors in float32 as one object, which a worker copies
+before it takes them over; *float32*, what rlalign does in that precision: chunks that are put,
+fetched and taken over side by side; and *bfloat16*, the same with what rollouts round anyway sent
+rounded. Seconds are from the call that publishes until both workers hold the weights; once the
+workers are on the learner's node, once both are on a second one (two raylets of one machine, so the
+network is its memory).
 
 So that a machine of 24 GB suffices, tensors of the learner and of the workers lie over one another
 in a buffer of ``POOL`` bytes, which no cache holds: what is read and written is the real amount,
@@ -102,11 +103,12 @@ def cluster(store_bytes: int) -> Iterator[None]:
     """A head, where this process is, and a second node with a store of the same size."""
     from rlalign.runtime.cluster import prepare_environment
 
-    prepare_environment("auto")
+    prepare_environment(None)
     from ray.cluster_utils import Cluster
 
     node: Any = {"num_cpus": 2, "object_store_memory": store_bytes}
-    found = Cluster(initialize_head=True, head_node_args={**node, "resources": {"first": 2}})
+    head = {**node, "resources": {"first": 2}, "include_dashboard": False}
+    found = Cluster(initialize_head=True, head_node_args=head)
     found.add_node(**node, resources={"second": 2})
     ray.init(address=found.address, log_to_driver=False)
     try:
@@ -125,15 +127,15 @@ def turn(
     if how == "whole":
         ref = ray.put({name: tensor.cpu().numpy() for name, tensor in tensors.items()})
         size = sum(tensor.nbytes for tensor in tensors.values())
+        published = time.monotonic() - start
+        ray.get([actor.take_whole.remote(ref) for actor in actors])
     else:
-        ref = weights.publish(Rows.of(tensors), rounded)
-    published = time.monotonic() - start
-    ray.get([getattr(actor, f"take_{how}").remote(ref) for actor in actors])
-    took = time.monotonic() - start
-    if how == "chunks":
+        ref = weights.publish(Rows.of(tensors), rounded if how == "bfloat16" else ())
+        published = time.monotonic() - start
+        ray.get([actor.take_chunks.remote(ref) for actor in actors])
         manifest: Any = ray.get(ref)
         size = manifest.bytes
-    return published, took, size
+    return published, time.monotonic() - start, size
 
 
 def measure(
@@ -198,7 +200,7 @@ def main() -> None:
     every, rounded = shapes_of("sdxl", "unet")
     step = 1 if asked == "whole" else int(asked)
     some = dict(list(every.items())[::step])
-    ways = ("chunks",) if asked == "whole" else ("whole", "chunks")
+    ways = ("bfloat16",) if asked == "whole" else ("whole", "float32", "bfloat16")
     largest = sum(shape.numel() for shape in some.values()) * (2 if asked == "whole" else 4)
     part = "SDXL's UNet" if step == 1 else f"every {step}th tensor of SDXL's UNet"
     table = Table("weights", "workers' node", "way", "MB", "published s", "held by both s")

@@ -11,6 +11,7 @@ workers.py      the two actors that work: one holds a policy, one a reward; acto
 pool.py         a group of actors: who is idle, starts, died, came back
 engine.py       pieces of work and questions about media on such groups, for a run's units and for
                 sampling; rewards.py is how a policy worker asks
+weights.py      weights from the learner to the workers, in chunks
 words.py        the actor that encodes prompts for all others, and how they ask it
 training/       a run: its driver, the coordinator, and who keeps the actors
 jobs/           runs as Ray jobs, over the cluster's HTTP interface

@@ -29,7 +29,7 @@ ODE = {
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "sdxl": ({}, "epsilon"),
     "sd35": ({"name": "sd3", "t5_tokens": 16}, "flow"),
-    "flux": ({"text_tokens": 16}, "flow"),
+    "flux": ({"text_tokens": 16, "precision": "bfloat16"}, "flow"),
     "ltx": ({"text_tokens": 24}, "flow"),
     "hunyuan_video": ({"text_tokens": 352}, "flow"),
     "cogvideox": ({}, "v_prediction"),

@@ -37,7 +37,7 @@ def members(ray_cluster: None) -> dict[Role, Any]:
         def take(self, seconds: float) -> None:
             self.seconds = seconds
 
-        def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, Any]:
+        def do(self, work: Any, tag: Any, *manifests: Any) -> tuple[Any, Any, Any]:
             time.sleep(self.seconds)
             media = np.zeros((len(work.unit.prompts), 1, 3, 8, 8), np.uint8)
             return None, media, ({"seconds": self.seconds}, "")

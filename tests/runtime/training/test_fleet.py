@@ -39,7 +39,7 @@ def fleet_of(run: Any, loaded: Path) -> Any:
         def process_id(self) -> int:
             return os.getpid()
 
-        def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, Any]:
+        def do(self, work: Any, tag: Any, *manifests: Any) -> tuple[Any, Any, Any]:
             media = np.zeros((len(work.unit.prompts), 1, 3, 8, 8), np.uint8)
             return None, media, ({}, "")
 
