@@ -107,7 +107,8 @@ def cluster(store_bytes: int) -> Iterator[None]:
     from ray.cluster_utils import Cluster
 
     node: Any = {"num_cpus": 2, "object_store_memory": store_bytes}
-    found = Cluster(initialize_head=True, head_node_args={**node, "resources": {"first": 2}})
+    head = {**node, "resources": {"first": 2}, "include_dashboard": False}
+    found = Cluster(initialize_head=True, head_node_args=head)
     found.add_node(**node, resources={"second": 2})
     ray.init(address=found.address, log_to_driver=False)
     try:

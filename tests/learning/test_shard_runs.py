@@ -19,15 +19,12 @@ from rlalign.core.registry import UserError
 from rlalign.learning import checkpoint
 from rlalign.learning.checkpoint import read_newest
 from rlalign.networks.sharding import bytes_of_share
-from tests.learning.shard_runs import run_of_all
+from tests.learning.shard_runs import BRIEF, run_of_all
 
 ROOT = Path(__file__).parents[2]
-OTHERS = ("qwen_image", "sd35", "wan", "wan22", "pixart")
-NAMES = [
-    "flux",
-    *(pytest.param(name, marks=pytest.mark.promise) for name in OTHERS),
-]
-APART = 1e-3
+OTHERS = ("flux", "sd35", "wan", "wan22", "pixart")
+NAMES = [BRIEF, *(pytest.param(name, marks=pytest.mark.promise) for name in OTHERS)]
+APART = {"float32": 1e-4, "bfloat16": 3e-2}
 """Of the way that weights have gone: how far a spread learner may be from a whole one."""
 
 
@@ -44,7 +41,7 @@ def run_names(folder: Path, names: Sequence[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_names(tmp_path_factory.mktemp("all"), ["flux"])
+    return run_names(tmp_path_factory.mktemp("all"), [BRIEF])
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +96,18 @@ def test_one_number_of_processes_repeats_to_the_last_bit(name: str, ended: Path)
 def test_other_numbers_of_processes_end_there_up_to_rounding(name: str, ended: Path) -> None:
     """Two processes from the start; three, and one that holds all weights, from the first round of
     two; two from the first round of a whole one. Each says that it goes on in another order."""
+    changes = {"two-1": ("spread over 2 learners", "whole in every learner")}
+    if name != BRIEF:
+        changes["two-3"] = ("spread over 2 learners", "spread over 3 learners")
+        changes["whole-2"] = ("whole in every learner", "spread over 2 learners")
+    recipe = run_of_all(name, ended / "model").policy
     whole = tensors_of(ended, "whole")
-    start = run_of_all(name, ended / "model").policy.load("cpu").weights()
-    for place in ("two", "two-1", "two-3", "whole-2"):
-        assert distance(whole, tensors_of(ended, place), start) < APART, place
+    start = recipe.load("cpu").weights()
+    for place in ("two", *changes):
+        assert distance(whole, tensors_of(ended, place), start) < APART[recipe.precision], place
         line = told_in(ended, place)["line"]
-        assert line == pytest.approx(told_in(ended, "whole")["line"], rel=1e-2, abs=1e-4)
-    for place, before, now in (
-        ("two-1", "spread over 2 learners", "whole in every learner"),
-        ("two-3", "spread over 2 learners", "spread over 3 learners"),
-        ("whole-2", "whole in every learner", "spread over 2 learners"),
-    ):
+        assert line == pytest.approx(told_in(ended, "whole")["line"], rel=3e-2, abs=1e-4)
+    for place, (before, now) in changes.items():
         (note,) = told_in(ended, place)["notes"]
         assert f"were {before} up to round 1 and were {now}" in note["note"]
 
@@ -120,7 +118,8 @@ def test_a_process_holds_the_part_that_was_foretold(name: str, ended: Path) -> N
     policy = run.policy.load("cpu")
     family: Any = policy.family
     held = {}
-    for count, place in ((1, "whole"), (2, "two"), (3, "two-3")):
+    places = {1: "whole", 2: "two"} | ({} if name == BRIEF else {3: "two-3"})
+    for count, place in places.items():
         workers = run.runtime.learner.model_copy(update={"workers": count})
         runtime = run.runtime.model_copy(update={"learner": workers})
         kept = memory.learning(run.model_copy(update={"runtime": runtime}), policy)
@@ -129,12 +128,12 @@ def test_a_process_holds_the_part_that_was_foretold(name: str, ended: Path) -> N
         held[count] = told_in(ended, place)["held"]
         assert held[count] == wanted
     assert held[2] < 0.6 * held[1]
-    assert held[3] < 0.45 * held[1]
+    assert held.get(3, 0) < 0.45 * held[1]
 
 
 def test_the_export_is_that_of_the_whole_weights(first: Path, tmp_path: Path) -> None:
-    folder = first / "flux"
-    run = run_of_all("flux", folder / "model")
+    folder = first / BRIEF
+    run = run_of_all(BRIEF, folder / "model")
     policy = run.policy.load("cpu")
     policy.set_weights(checkpoint.read_weights(folder / "two", "average", "policy"))
     policy.save(tmp_path / "policy")
@@ -155,19 +154,19 @@ def test_the_export_is_that_of_the_whole_weights(first: Path, tmp_path: Path) ->
 
 def test_a_full_disk_of_one_process_is_told_by_all(first: Path) -> None:
     for rank in (0, 1):
-        said = told_in(first / "flux", "two", rank)["said"]
+        said = told_in(first / BRIEF, "two", rank)["said"]
         assert "No space left on device; mend that, then" in said
-    assert checkpoint.newest_round(first / "flux" / "two") == 2
+    assert checkpoint.newest_round(first / BRIEF / "two") == 2
 
 
 def test_a_process_that_dies_while_it_writes_leaves_the_older_one(first: Path) -> None:
-    folder = first / "flux" / "killed"
+    folder = first / BRIEF / "killed"
     assert checkpoint.newest_round(folder) == 1
     assert read_newest(folder).round == 1
 
 
 def test_damage_of_a_part_is_named(first: Path, tmp_path: Path) -> None:
-    source = checkpoint.folder_of(first / "flux" / "two-2", 2)
+    source = checkpoint.folder_of(first / BRIEF / "two-2", 2)
     target = checkpoint.folder_of(tmp_path, 2)
     target.mkdir(parents=True)
     for file in source.iterdir():

@@ -69,7 +69,9 @@ def nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     store: Any = {"object_store_memory": NODE_BYTES}
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
+    found = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **store}
+    )
     found.add_node(num_cpus=2, resources={"second": 2}, **store)
     ray.init(address=found.address, log_to_driver=False)
     yield found
