@@ -73,8 +73,10 @@ class Trl:
     """TRL's DDPOTrainer on the same pipeline, with the run's numbers in its own settings."""
 
     def __init__(self, run: Run) -> None:
+        from accelerate import PartialState
         from trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
+        PartialState(cpu=True)  # its trainer writes to Accelerate's log before it has one
         self._run = run
         self._prompts: Iterator[str] = iter(())
         pipeline = DefaultDDPOStableDiffusionPipeline(
@@ -121,6 +123,7 @@ def config_of(run: Run) -> Any:
     return DDPOConfig(
         seed=run.seed,
         log_with=None,
+        accelerator_kwargs={"cpu": True},
         mixed_precision="no",
         save_freq=BETWEEN_CHECKPOINTS,
         per_prompt_stat_tracking=False,
