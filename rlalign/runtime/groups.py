@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import socket
 import threading
 import time
 import traceback
@@ -220,7 +221,7 @@ class PolicyGroup(Worker):
         self._weights: dict[tuple[str, int], tuple[Manifest, ...]] = {}
         self._lock = threading.Lock()
         host = ray.util.get_node_ip_address()
-        store = group.TCPStore(host, 0, self._count, is_master=True, wait_for_workers=False)
+        store = _open_store(host, self._count)
         ranks = [
             Rank(number=number, count=self._count, host=host, port=store.port)
             for number in range(self._count)
@@ -329,6 +330,22 @@ class PolicyGroup(Worker):
 
         ref.future().add_done_callback(look)
         return ref
+
+
+def _open_store(host: str, count: int) -> group.TCPStore:
+    """Where the processes of a group find each other: on the node's address alone."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.create_server((host, 0), family=family)
+    port = bound.getsockname()[1]
+    return group.TCPStore(
+        host,
+        port,
+        count,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=PATIENCE,
+        master_listen_fd=bound.detach(),
+    )
 
 
 def _create_member(

@@ -25,7 +25,7 @@ from rlalign.runtime import cluster
 from rlalign.runtime.actors import name_owner
 from rlalign.runtime.engine import RayEngine
 from rlalign.runtime.gauges import Gauges
-from rlalign.runtime.groups import create_policy_worker
+from rlalign.runtime.groups import create_policy_worker, free_places
 from rlalign.runtime.pool import ObjectGone, PoolLost, UnitFailed
 from rlalign.runtime.reservation import rollout_bundles
 from rlalign.runtime.roles import ROLLOUT
@@ -159,5 +159,6 @@ def _workers(vote: Vote, model: Model) -> Iterator[list[ActorHandle]]:
             actors.append(create_policy_worker(owner, number, source))
         yield actors
     finally:
-        for actor in actors:
+        for number, actor in enumerate(actors):
             ray.kill(actor)
+            free_places(owner, ROLLOUT, number)

@@ -17,16 +17,16 @@ from rlalign.runtime import train_on_ray
 from tests.policies.family_runs import PATHS, policy_of, run_of
 from tests.runs import assert_same_run, quiet
 
-pytestmark = [pytest.mark.ray, pytest.mark.promise, pytest.mark.usefixtures("without_report")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("without_report")]
 
 
 def run_with(folder: Path, *, shard: int) -> Run:
-    """Four rounds of three units."""
+    """Three rounds of three units."""
     run = run_of(policy_of("flux", folder), PATHS["flow"], {"name": "grpo", "kl_weight": 0.1})
     rollout = run.runtime.rollout.model_copy(update={"shard": shard})
     return run.model_copy(
         update={
-            "rounds": 4,
+            "rounds": 3,
             "prompts": run.prompts.model_copy(update={"per_round": 3}),
             "learner": run.learner.model_copy(update={"updates_per_round": 1}),
             "runtime": run.runtime.model_copy(update={"rollout": rollout}),

@@ -61,6 +61,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Random model -> what its policy and its algorithm are told."""
 ADAPTED = "sd35"
 """The one whose training starts from a saved adapter."""
+IN_STEP = ("flux", "wan22", "flux2_klein", "wan_i2v", "pixart")
+"""Those that are sampled from too."""
 PICTURED = "wan_i2v"
 """The one whose prompts carry pictures."""
 
@@ -260,8 +262,9 @@ def work(folder: Path, begun: dict[str, Start], count: int, rank: int) -> None:
         save_file(learn(one, learner), folder / f"{name}-{count}-{rank}.safetensors")
         if rank == 0:
             learner.policy.save(folder / f"{name}-{count}-exported")
-        made = sample(learner.policy, one.units, rank, count)
-        save_file(made, folder / f"{name}-{count}-{rank}-made.safetensors")
+        if name in IN_STEP:
+            made = sample(learner.policy, one.units, rank, count)
+            save_file(made, folder / f"{name}-{count}-{rank}-made.safetensors")
 
     # one of two cannot read what they share
     if count == 2:

@@ -25,7 +25,7 @@ from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.runtime.roles import ROLLOUT
 from tests.policies.family_runs import policy_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.promise]
+pytestmark = pytest.mark.ray
 
 RUNTIME = RuntimeSettings.model_validate({"rollout": {"workers": 1, "shard": 2}})
 PLAN = Plan(steps=2, rule="flow_sde", eta=0.7, guidance=2.0, height=16, width=16)
@@ -116,6 +116,7 @@ def processes(worker: Any) -> tuple[int, int]:
     return found[0], found[1]
 
 
+@pytest.mark.promise
 def test_pictures_are_those_of_a_whole_worker_though_each_process_dies(
     model: Model, weights: dict[str, torch.Tensor], engine_of: Callable[..., tuple[Any, Any]]
 ) -> None:
@@ -146,6 +147,7 @@ def test_pictures_are_those_of_a_whole_worker_though_each_process_dies(
     assert engine._pools[ROLLOUT].restarts == 2
 
 
+@pytest.mark.slow
 def test_a_frozen_denoiser_without_an_adapter_is_spread_too(
     model: Model, engine_of: Callable[..., tuple[Any, Any]]
 ) -> None:
@@ -166,6 +168,7 @@ def test_a_frozen_denoiser_without_an_adapter_is_spread_too(
     assert part < 0.6 * whole
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_refused_with_its_reason(
     engine_of: Callable[..., tuple[Any, Any]], tmp_path: Path
 ) -> None:
