@@ -54,7 +54,7 @@ def checkpoints(bucket: Bucket) -> list[int]:
 
 
 @pytest.mark.ray
-@pytest.mark.promise
+@pytest.mark.slow
 def test_a_lost_head_costs_the_rounds_since_the_last_checkpoint(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +108,7 @@ def logs(head: Head, job: str) -> str:
     return head.rlalign("logs", job).stdout
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 def test_kill_dash_nine_then_resume(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
