@@ -1,7 +1,7 @@
 """What one Ray worker gains where the next piece of work begins while one waits: the same pieces
 one after the other and two at a time, in turns.
 
-    python benchmarks/overlap.py [turns]
+    python benchmarks/overlap.py [turns] [cases]
 
 A denoiser that sleeps stands for one that computes on a card: what is left of the time is words,
 weights, hand-off and scores. The embedded model shows a CPU's one core, where nothing is idle but
@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 from sleeper import SleeperFamily
 
 from rlalign.alignment.models import Model
@@ -93,18 +91,21 @@ def main() -> None:
     import ray
 
     turns = int(sys.argv[1]) if len(sys.argv) > 1 else 4
-    table = Table("one worker", "one after the other s", "two at a time s", "ratio (least, most)")
+    cases = CASES[: int(sys.argv[2])] if len(sys.argv) > 2 else CASES
     ray.init(address="local", log_to_driver=False, include_dashboard=False)
     try:
-        for title, policy, reward, rows, scored in CASES:
+        for title, policy, reward, rows, scored in cases:
             one, two = measured(policy, reward, rows, scored, turns)
             ratios = sorted(a / b for a, b in zip(one, two, strict=True))
             medians = [f"{statistics.median(some):.2f}" for some in (one, two)]
             middle = statistics.median(ratios)
-            table.add_row(title, *medians, f"{middle:.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})")
+            print(
+                f"{title}: one after the other {medians[0]} s, two at a time {medians[1]} s, ratio"
+                f" {middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                flush=True,
+            )
     finally:
         ray.shutdown()
-    Console(width=120).print(table)
 
 
 def measured(
