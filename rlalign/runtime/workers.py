@@ -146,7 +146,7 @@ class PolicyWorker(Worker):
         self._shared = SharedPolicy(self._policy, rewards)
         self._tag: tuple[str, int] | None = None
         self._thread = threading.local()
-        self._begin = (source.runtime.rollout.threads, here(device))
+        self._begin = (source.runtime.rollout.threads, here(self._policy.device))
         self.ready_at = time.time()
 
     def do(

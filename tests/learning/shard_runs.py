@@ -109,7 +109,7 @@ def run_all(name: str, folder: Path) -> None:
     model = folder / "model"
     write_pipeline(model, FAMILIES[name], seed=1)
     run = run_of_all(name, model)
-    scored = collect(run)
+    scored = collect(run, run.policy.load("cpu"))
     (folder / "groups").mkdir()
 
     def tell(place: str, rank: int, told: Mapping[str, Any]) -> None:

@@ -115,7 +115,7 @@ def test_a_network_without_blocks_says_so() -> None:
 def test_a_spread_denoiser_is_not_compiled() -> None:
     recipe: Any = build("policies", {"name": "tiny_flow", "compile": True, "lora_rank": 2})
     with pytest.raises(UserError, match=r"policy\.compile must be false where the denoiser"):
-        recipe.load_spread("cpu", frozenset({"denoiser"}), None)
+        recipe.load_spread("cpu", frozenset({"denoiser"}), None, trained=True)
 
 
 @pytest.mark.promise

@@ -456,7 +456,8 @@ def test_runs_without_an_adapter_are_the_runs_that_they_were() -> None:
     for name in ("adapter", "negative_prompt", "embeddings"):
         assert before["policy"].pop(name) == ""
     assert before["policy"].pop("decode_rows") == 0
-    assert before["policy"].pop("vae_tiling") is False
+    for name in ("vae_tiling", "compile", "channels_last"):
+        assert before["policy"].pop(name) is False
     optimizer = before["learner"].pop("optimizer")
     assert optimizer.pop("name") == "adamw"
     before["learner"] |= optimizer
