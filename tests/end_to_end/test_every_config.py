@@ -152,7 +152,8 @@ class Actors:
             **{reward_role(r.title): {0: a} for r, a in serving},
         }
         ray.get(coordinator.adopt.remote(pools, None))
-        assert learn({"run": run, "folder": str(folder), "coordinator": coordinator}) is None
+        told = {"run": run, "place": str(folder), "owner": "", "coordinator": coordinator}
+        assert learn(told) is None
 
 
 @pytest.fixture(scope="module")

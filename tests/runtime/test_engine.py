@@ -331,8 +331,9 @@ def test_one_worker_makes_the_next_piece_while_one_waits(ray_cluster: None, tmp_
     and costs are those of one process."""
     import ray
 
-    from rlalign.runtime.actors import create_policy_worker, create_reward_worker
+    from rlalign.runtime.actors import create_reward_worker
     from rlalign.runtime.engine import RayEngine
+    from rlalign.runtime.groups import create_policy_worker
     from rlalign.runtime.rewards import RewardActors
     from rlalign.runtime.workers import PolicySource
 

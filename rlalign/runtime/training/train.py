@@ -53,6 +53,8 @@ def train(
         check_sinks(run.log)
     place = storage.find_place(folder)
     place = place.resolve() if isinstance(place, Path) else place
+    if not isinstance(place, Path) and run.learner.shard == "all":
+        _refuse_shards(run)
 
     def tell(note: str) -> None:
         on_record({"note": note})
@@ -72,6 +74,15 @@ def train(
             )
     finally:
         ray.shutdown()
+
+
+def _refuse_shards(run: Run) -> None:
+    """Raises UserError where learners would write a checkpoint together on an object store."""
+    if run.runtime.learner.workers > 1:
+        raise UserError(
+            "learner.shard must be none or base where the run folder is on an object store, got"
+            " all: its learners write each checkpoint together; name a folder that they share"
+        )
 
 
 def _supervise(

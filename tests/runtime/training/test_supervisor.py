@@ -170,7 +170,7 @@ def test_a_failure_outlives_the_coordinator_that_was_told(
     monkeypatch.setattr(assemble, "build_learner", refuse)
 
     def learner(run: Any, folder: Path, actor: Any) -> Any:
-        return train.learn({"run": run, "folder": str(folder), "coordinator": actor})
+        return train.learn({"run": run, "place": str(folder), "owner": "", "coordinator": actor})
 
     with pytest.raises(UserError, match="policy.path must be a folder"):
         faked(tmp_path, coordinator(forgets), learner)
