@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from rlalign.core.registry import UserError
 from rlalign.runtime.roles import Role
@@ -269,13 +270,14 @@ def has_autoscaler() -> bool:
 
     A cluster without one has a monitor too, which calls each node a kind of its own.
     """
-    from ray import _raylet
+    import ray
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.experimental.internal_kv import _internal_kv_get
 
-    keys = (_raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, _raylet.GCS_AUTOSCALER_STATE_NAMESPACE)
-    key, namespace = (text.encode() for text in keys)
-    if _internal_kv_get(key, namespace=namespace) == b"1":
+    # which autoscaler a cluster has is noted by its head
+    names: Any = ray._raylet
+    key = names.GCS_AUTOSCALER_V2_ENABLED_KEY.encode()
+    if _internal_kv_get(key, namespace=names.GCS_AUTOSCALER_STATE_NAMESPACE.encode()) == b"1":
         return True
     status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
     kinds = (status.get("autoscaler_report") or {}).get("active_nodes") or {}

@@ -28,6 +28,7 @@ from rlalign.runtime.jobs.publish import job_id, publish_status
 if TYPE_CHECKING:
     from rlalign.learning.learner import Learner
     from rlalign.runtime.training.coordinator import Failure
+    from rlalign.runtime.training.fleet import Fleet
 
 OnRecord = Callable[[dict[str, Any]], None]
 LEAVES = "the learner leaves its node"
@@ -89,8 +90,7 @@ def _supervise(
     crash = ""
     told = None
     try:
-        while isinstance(told := fit(run, folder, fleet.coordinator, fleet.encoder), str):
-            pass  # it has left its node, with a checkpoint
+        told = _fit_until_over(run, folder, fleet)
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
     except BaseException:
@@ -113,6 +113,14 @@ def _supervise(
             f"the learner died more than {run.runtime.max_attempts} times; the last time it"
             f" said:\n{crash}"
         )
+
+
+def _fit_until_over(run: Run, folder: Path, fleet: Fleet) -> Failure | None:
+    """``fit``, again for a learner that has left its node; with what it ended for."""
+    told: Failure | str | None = LEAVES
+    while isinstance(told, str):
+        told = fit(run, folder, fleet.coordinator, fleet.encoder)
+    return told
 
 
 def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failure | str | None:
