@@ -270,14 +270,14 @@ def has_autoscaler() -> bool:
 
     A cluster without one has a monitor too, which calls each node a kind of its own.
     """
-    from ray import _raylet
+    import ray
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.experimental.internal_kv import _internal_kv_get
 
-    compiled: Any = _raylet
-    keys = (compiled.GCS_AUTOSCALER_V2_ENABLED_KEY, compiled.GCS_AUTOSCALER_STATE_NAMESPACE)
-    key, namespace = (text.encode() for text in keys)
-    if _internal_kv_get(key, namespace=namespace) == b"1":
+    # which autoscaler a cluster has is noted by its head
+    names: Any = ray._raylet
+    key = names.GCS_AUTOSCALER_V2_ENABLED_KEY.encode()
+    if _internal_kv_get(key, namespace=names.GCS_AUTOSCALER_STATE_NAMESPACE.encode()) == b"1":
         return True
     status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
     kinds = (status.get("autoscaler_report") or {}).get("active_nodes") or {}

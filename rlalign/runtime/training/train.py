@@ -105,7 +105,7 @@ def _supervise(
     supervisor.start()
     crash, told = "", None
     try:
-        told = _fit_on(run, folder, fleet)
+        told = _fit_until_over(run, folder, fleet)
     except TrainingFailedError as error:  # the coordinator may know the reason better
         crash = str(error)
     except BaseException:
@@ -132,13 +132,12 @@ def _supervise(
         )
 
 
-def _fit_on(run: Run, folder: Path, fleet: Fleet) -> Failure | None:
-    """What ``fit`` answers in the end: a learner that has left its node, with a checkpoint, goes on
-    on another."""
-    while True:
-        answer = fit(run, folder, fleet.coordinator, fleet.encoder)
-        if not isinstance(answer, str):
-            return answer
+def _fit_until_over(run: Run, folder: Path, fleet: Fleet) -> Failure | None:
+    """``fit``, again for a learner that has left its node; with what it ended for."""
+    told: Failure | str | None = LEAVES
+    while isinstance(told, str):
+        told = fit(run, folder, fleet.coordinator, fleet.encoder)
+    return told
 
 
 def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failure | str | None:
