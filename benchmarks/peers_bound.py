@@ -17,16 +17,16 @@ SECONDS = 4.0
 
 
 def product() -> dict[str, float]:
-    """GFLOP/s of float32 matrices of side 1024 on one thread."""
+    """GFLOP in a CPU second, of float32 matrices of side 1024 on one thread."""
     torch.set_num_threads(1)
     one, other = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
     torch.mm(one, other)
     count = 0
-    start = time.monotonic()
-    while time.monotonic() - start < SECONDS:
+    start = time.process_time()
+    while time.process_time() - start < SECONDS:
         torch.mm(one, other)
         count += 1
-    return {"rate": 2 * SIDE**3 * count / (time.monotonic() - start) / 1e9}
+    return {"rate": 2 * SIDE**3 * count / (time.process_time() - start) / 1e9}
 
 
 def flops() -> dict[str, float]:
