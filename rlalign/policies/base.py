@@ -18,6 +18,7 @@ from rlalign.policies._pipeline import (
 from rlalign.policies._pipeline_recipe import NegativePrompt, PipelineRecipe
 from rlalign.policies._policy import Meter, Policy
 from rlalign.policies._recipe import PolicyRecipe
+from rlalign.policies._unet import UNetFamily
 
 __all__ = [
     "ATTENTION_TARGETS",
@@ -35,5 +36,6 @@ __all__ = [
     "PipelineRecipe",
     "Policy",
     "PolicyRecipe",
+    "UNetFamily",
     "refuse_frames",
 ]

@@ -15,10 +15,10 @@ from rlalign.networks.pipelines.schedulers import (
     check_variance_preserving,
     read_variance_preserving,
 )
-from rlalign.policies.base import ATTENTION_TARGETS, PipelineFamily, PipelineRecipe
+from rlalign.policies.base import PipelineRecipe, UNetFamily
 
 
-class StableDiffusionXLFamily(PipelineFamily):
+class StableDiffusionXLFamily(UNetFamily):
     """A live Stable Diffusion XL pipeline: a UNet that is told two encoders' words, the second
     one's pooled vector, and sizes.
 
@@ -30,10 +30,6 @@ class StableDiffusionXLFamily(PipelineFamily):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     # a watermark would be in the picture of some machines and not of others
     pipeline_settings: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
-    part: ClassVar[str] = "unet"
-    can_spread: ClassVar[bool] = False  # a UNet has no row of like blocks
-    comfyui_keys = "lora_unet_"
-    lora_targets = ATTENTION_TARGETS
 
     @classmethod
     def check(cls, pipeline: Any, path: str) -> None:

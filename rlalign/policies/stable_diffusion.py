@@ -16,18 +16,14 @@ from rlalign.networks.pipelines.schedulers import (
     check_variance_preserving,
     read_variance_preserving,
 )
-from rlalign.policies.base import ATTENTION_TARGETS, PipelineFamily, PipelineRecipe
+from rlalign.policies.base import PipelineRecipe, UNetFamily
 
 
-class StableDiffusionFamily(PipelineFamily):
+class StableDiffusionFamily(UNetFamily):
     """A live Stable Diffusion pipeline: a UNet that is told the words of one text encoder."""
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     pipeline_settings: ClassVar[Mapping[str, Any]] = {"safety_checker": None}
-    part: ClassVar[str] = "unet"
-    can_spread: ClassVar[bool] = False  # a UNet has no row of like blocks
-    comfyui_keys = "lora_unet_"
-    lora_targets = ATTENTION_TARGETS
 
     @classmethod
     def check(cls, pipeline: Any, path: str) -> None:

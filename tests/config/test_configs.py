@@ -53,9 +53,13 @@ def test_a_run_file_loads_and_is_named_after_itself(path):
     assert parse_run(yaml.safe_load(dump(run))) == run
 
 
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(schema())
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
-def test_a_run_file_passes_the_schema(path):
-    validator = jsonschema.Draft202012Validator(schema())
+def test_a_run_file_passes_the_schema(path, validator):
     validator.validate(yaml.safe_load(path.read_text()))
     validator.validate(yaml.safe_load(dump(load_run(path))))
 

@@ -3,6 +3,7 @@ source, has defaults."""
 
 from __future__ import annotations
 
+import functools
 import pickle
 import subprocess
 import sys
@@ -94,10 +95,16 @@ def test_its_docstring_names_a_source(shelf: str, name: str) -> None:
     assert "Source:" in doc
 
 
+@functools.cache
+def described_of(shelf: str) -> dict[str, registry.Description]:
+    """Name -> what ``describe`` reads of it."""
+    return {one.name: one for one in registry.describe(shelf)}
+
+
 @pytest.mark.parametrize(("shelf", "name"), PLUGINS)
 def test_describe_lists_it_as_the_class_is(shelf: str, name: str) -> None:
     """``describe`` reads the source only; what it says must be true of the class that is loaded."""
-    described = {d.name: d for d in registry.describe(shelf)}[name]
+    described = described_of(shelf)[name]
     cls = registry.load_class(shelf, name)
     first, *_ = (cls.__doc__ or "").split("\n\n")
     assert described.summary == " ".join(first.split())

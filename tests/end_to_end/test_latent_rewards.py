@@ -133,9 +133,14 @@ def test_reward_backpropagation_goes_through_latents(rewards: str, tmp_path: Pat
     assert all(line["grad_norm"] > 0.0 for line in metrics(tmp_path / "run"))
 
 
-@pytest.mark.promise
 @pytest.mark.ray
-@pytest.mark.parametrize("rewards", [LATENT, BOTH], ids=["latent", "latent and media"])
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        pytest.param(LATENT, id="latent", marks=pytest.mark.slow),
+        pytest.param(BOTH, id="latent and media", marks=pytest.mark.promise),
+    ],
+)
 def test_on_ray_it_is_the_local_run(rewards: str, tmp_path: Path) -> None:
     from rlalign.runtime import train_on_ray
 

@@ -35,7 +35,7 @@ def small(rounds: int) -> Run:
     return load_run(CONFIGS / "tiny_video_grpo.yaml", [*SMALL, f"rounds={rounds}"])
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 @pytest.mark.ray
 def test_kills_and_resuming_change_nothing(tmp_path: Path) -> None:
     """Three rounds in one process; two there and the third as a resumed run; and on Ray, where a

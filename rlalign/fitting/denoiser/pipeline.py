@@ -90,19 +90,25 @@ def text_config(config: Pretrain, tokenizer: Any) -> Any:
     )
 
 
-def load_vae(source: str) -> Any:
-    """The autoencoder of a pipeline folder, or of the shipped tiny model. Raises UserError where
-    there is none."""
-    # the autoencoder of the package, or of a pipeline folder
-    folder = Path(__file__).parents[2] / "assets" / "tiny" if source == "tiny" else Path(source)
+def read_autoencoder(source: str, *, shipped: str, kind: str) -> Any:
+    """The autoencoder, of diffusers' class ``kind``, of a pipeline folder, or of the package's
+    model ``shipped`` where the source is "tiny". Raises UserError where there is none."""
+    assets = Path(__file__).parents[2] / "assets"
+    folder = assets / shipped if source == "tiny" else Path(source)
     if not (folder / "vae" / "config.json").is_file():
         raise UserError(
             "autoencoder.source must be tiny or a pipeline folder with vae/config.json, got"
             f" {source!r}"
         )
+    rule = f"autoencoder.source: cannot load {source!r}"
     with quiet_libraries():
-        rule = f"autoencoder.source: cannot load {source!r}"
-        vae: Any = load_network(folder / "vae", ["diffusers", "AutoencoderKL"], rule)
+        return load_network(folder / "vae", ["diffusers", kind], rule)
+
+
+def load_vae(source: str) -> Any:
+    """The autoencoder of a pipeline folder, or of the shipped tiny model. Raises UserError where
+    there is none."""
+    vae = read_autoencoder(source, shipped="tiny", kind="AutoencoderKL")
 
     # other sizes would not fit the denoiser
     shape = (vae.config.latent_channels, len(vae.config.block_out_channels))

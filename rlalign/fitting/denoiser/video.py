@@ -18,9 +18,8 @@ from rlalign.diffusion.noise import generator, normal
 from rlalign.diffusion.paths import RectifiedFlow
 from rlalign.fitting.denoiser import stages
 from rlalign.fitting.denoiser.flow import levels
-from rlalign.fitting.denoiser.pipeline import save_pipeline
+from rlalign.fitting.denoiser.pipeline import read_autoencoder, save_pipeline
 from rlalign.fitting.denoiser.settings import Pretrain
-from rlalign.networks.pipelines.loading import load_network, quiet_libraries
 
 LATENT_CHANNELS = 16
 TOKENS = 16  # the longest caption has 13 words and an end
@@ -161,16 +160,7 @@ def decode_unclamped(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 def load_clip_autoencoder(source: str) -> Any:
     """The causal autoencoder of a pipeline folder, or of the shipped model. Raises UserError where
     there is none."""
-    shipped = Path(__file__).parents[2] / "assets" / "tiny_video"
-    folder = shipped if source == "tiny" else Path(source)
-    if not (folder / "vae" / "config.json").is_file():
-        raise UserError(
-            "autoencoder.source must be tiny or a pipeline folder with vae/config.json, got"
-            f" {source!r}"
-        )
-    with quiet_libraries():
-        rule = f"autoencoder.source: cannot load {source!r}"
-        vae: Any = load_network(folder / "vae", ["diffusers", "AutoencoderKLWan"], rule)
+    vae = read_autoencoder(source, shipped="tiny_video", kind="AutoencoderKLWan")
     shape = (vae.config.z_dim, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal)
     if shape != (LATENT_CHANNELS, _FOLD, _STRIDE):
         raise UserError(

@@ -86,15 +86,18 @@ SD35_LARGE = replace(
 
 # FLUX.1 and FLUX.2
 
+_SMALL = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+}
 _FLUX = Network(
     kind="FluxTransformer2DModel",
     same={"guidance_embeds": True},
     tiny={
-        "in_channels": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
+        **_SMALL,
         "joint_attention_dim": 32,
         "pooled_projection_dim": 16,
         "axes_dims_rope": [4, 4, 8],
@@ -134,11 +137,7 @@ _FLUX_2 = Network(
     kind="Flux2Transformer2DModel",
     same={"guidance_embeds": True},
     tiny={
-        "in_channels": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
+        **_SMALL,
         # three hidden states of the text encoder
         "joint_attention_dim": 3 * 16,
         "timestep_guidance_channels": 32,

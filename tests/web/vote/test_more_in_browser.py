@@ -4,6 +4,7 @@ killed servers, two people, second tabs, pictures that are not there yet."""
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +56,23 @@ def act(visitor: Visitor, hand: str, key: str, what: str) -> None:
         visitor.tap(what)
 
 
-@pytest.mark.parametrize("hand", ["key", "mouse", "touch"])
-@pytest.mark.parametrize("mode", ["pairs", "chain", "rank", "ab"])
+FIRST = {
+    ("pairs", "key"),
+    ("pairs", "touch"),
+    ("chain", "touch"),
+    ("rank", "mouse"),
+    ("ab", "key"),
+}
+"""Each mode and each hand once; what they make together is left to the long tests."""
+
+
+@pytest.mark.parametrize(
+    ("mode", "hand"),
+    [
+        pytest.param(*pair, marks=() if pair in FIRST else pytest.mark.slow)
+        for pair in itertools.product(["pairs", "chain", "rank", "ab"], ["key", "mouse", "touch"])
+    ],
+)
 def test_each_mode_by_each_hand(browser: Any, serve_page: Make, mode: str, hand: str) -> None:
     page = serve_page(mode, {"count": 3 if mode == "rank" else 2})
     how = {"viewport": TELEPHONE, "has_touch": True, "is_mobile": True} if hand == "touch" else {}
