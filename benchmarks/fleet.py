@@ -135,8 +135,8 @@ def show(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console(width=140).print(table)
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
     text = PAGE.read_text(encoding="utf-8")
-    place = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    text = place.sub(lambda found: found[1] + "\n".join(lines) + found[2], text)
+    place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    text = place.sub(lambda found: found[1] + "\n".join([*lines, found[2]]), text)
     PAGE.write_text(text, encoding="utf-8")
 
 

@@ -13,6 +13,8 @@ from benchmarks.fleet_scenario import Costs, Draws, Scenario
 
 FILE = Path(__file__).with_name("fleet.json")
 """``python benchmarks/fleet.py measure validate`` writes it."""
+UNITS_A_SECOND = 120
+"""That two cores carry with room to spare: rollouts of many workers are not shorter."""
 SIZES = (1, 4, 16, 64)
 """Rollout workers of the fleets that are measured and played."""
 
@@ -76,13 +78,14 @@ def played(workers: int, *, restart: float, cores: float) -> dict[str, Scenario]
         "restart": restart,
         "cores": cores,
     }
+    short = max(0.2, workers / UNITS_A_SECOND)
     tail = Draws(mean=0.4, spread=0.8, seed=1)
     # two of many die amid their units; more at once would load torch on all cores
     victims = 1 if workers < 32 else 2
     kills = [(1.15 + 2.4 * place, 8 * place) for place in range(victims)]
     return {
         "1 s each": Scenario(units=2 * workers, rollout=Draws(mean=1.0), **common),
-        "0.2 s each": Scenario(units=8 * workers, rollout=Draws(mean=0.2), **common),
+        "short units": Scenario(units=8 * workers, rollout=Draws(mean=short), **common),
         "heavy tail": Scenario(
             units=6 * workers,
             rollout=tail,

@@ -22,7 +22,8 @@ from benchmarks.fleet_scenario import Costs, Draws, Network, Scenario
 
 TableOf = tuple[Sequence[str], list[Sequence[str]]]
 
-WORKERS = (16, 64, 250, 500, 1000, 2500, 5000, 10_000)
+WORKERS = (16, 64, 256, 512, 1024, 2048, 4096, 10_000)
+"""Multiples of 16, so that coordinators have equal parts."""
 UNITS_A_WORKER = 4
 UNIT_SECONDS = 2.1
 SAMPLES = 12e6
@@ -61,7 +62,7 @@ def of(workers: float, **changes: Any) -> Scenario:
     given: dict[str, Any] = {
         "workers": workers,
         "units": UNITS_A_WORKER * workers,
-        "rounds": 2,
+        "rounds": 1,
         "rollout": Draws(mean=UNIT_SECONDS),
         "reward_workers": max(1, workers // 8),
     }
@@ -136,7 +137,7 @@ def samples(costs: Costs, folder: Path) -> TableOf:
 
         def value(workers: float) -> float:
             scenario = of(workers, samples=size, network=network, learners=learners)
-            return efficiency(replace(scenario, max_staleness=1, rounds=4), quick)
+            return efficiency(replace(scenario, max_staleness=1, rounds=3), quick)
 
         return value
 
@@ -160,7 +161,7 @@ def samples(costs: Costs, folder: Path) -> TableOf:
     return picture(
         folder / "scaling-samples.png",
         lines,
-        WORKERS,
+        WORKERS[:-2],
         x="rollout workers",
         y="share of the rollouts' own rate",
     )
@@ -173,12 +174,12 @@ def staleness(costs: Costs, folder: Path) -> TableOf:
     def at(spread: float, every: int) -> Callable[[float], float]:
         def value(ahead: float) -> float:
             scenario = of(
-                250,
+                128,
                 rollout=Draws(mean=UNIT_SECONDS, spread=spread),
                 update=update,
                 max_staleness=int(ahead),
                 checkpoint_every=every,
-                rounds=21,
+                rounds=16,
             )
             return efficiency(scenario, costs)
 
@@ -236,8 +237,8 @@ def tail(costs: Costs, folder: Path) -> TableOf:
     def at(spread: float, in_flight: int) -> Callable[[float], float]:
         def value(each: float) -> float:
             scenario = of(
-                250,
-                units=int(250 * each),
+                128,
+                units=int(128 * each),
                 rollout=Draws(mean=UNIT_SECONDS, spread=spread),
                 in_flight=in_flight,
                 rounds=6,

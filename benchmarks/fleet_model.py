@@ -33,9 +33,7 @@ def simulate(scenario: Scenario, costs: Costs) -> Outcome:
 
 def efficiency(scenario: Scenario, costs: Costs) -> float:
     """Units a second over what the rollout workers could make if they never waited."""
-    outcome = simulate(scenario, costs)
-    ideal = scenario.units * scenario.rollout.mean / scenario.workers
-    return ideal / outcome.per_round
+    return simulate(scenario, costs).use["rollouts"]
 
 
 class Fleet:
