@@ -148,7 +148,7 @@ def test_the_export_is_that_of_the_whole_weights(first: Path, tmp_path: Path) ->
             found = load_file(its[name])
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[n], wanted[n]) for n in wanted)
-        else:
+        elif name.name != "tokenizer.json":  # which keeps how it was last asked
             assert mine[name].read_bytes() == its[name].read_bytes()
 
 
