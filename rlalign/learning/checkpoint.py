@@ -163,8 +163,9 @@ def _save_together(
         told: list[Path | None] = [None]
         if is_first:
             _sweep(target.parent)
-            told = [stack.enter_context(replacing(target))]
-            told[0].mkdir(parents=True)
+            made = stack.enter_context(replacing(target))
+            made.mkdir(parents=True)
+            told = [made]
         group.broadcast_object_list(told, src=0)
         scratch = told[0]
         assert scratch is not None, "the first process has told it"
