@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import os
 import shlex
 import shutil
@@ -199,7 +200,7 @@ def _attempt(store: Store, step: Callable[[], Answer]) -> Answer:
 @contextlib.contextmanager
 def _folder_of(store: Store, choose: Choice) -> Iterator[Path]:
     """A new working folder with what is chosen, gone afterwards unless it is to be kept."""
-    folder = _home() / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    folder = _home() / f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     mirror = Mirror(store, folder)
     _opened[folder] = (store, mirror, choose, None)
@@ -240,9 +241,15 @@ def _home() -> Path:
     found = home.lstat()
     if found.st_uid != os.getuid() or stat.S_ISLNK(found.st_mode):
         raise UserError(f"{home} must be this user's own folder; remove it, or set TMPDIR")
-    for left in home.iterdir():
-        process = left.name.partition("-")[0]
+    for left in home.glob(f"{_machine()}-*"):
+        process = left.name.split("-")[1]
         is_over = process.isdecimal() and not psutil.pid_exists(int(process))
         if is_over and not (left / KEPT).exists():
             shutil.rmtree(left, ignore_errors=True)
     return home
+
+
+def _machine() -> str:
+    """Eight letters for this machine: TMPDIR may be shared with others, whose processes are not
+    seen here."""
+    return hashlib.sha256(lease.machine().encode()).hexdigest()[:8]

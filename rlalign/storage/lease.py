@@ -69,7 +69,7 @@ def renew(store: Store, owner: str) -> None:
     said = {
         "owner": owner,
         "host": socket.gethostname(),
-        "machine": _machine(),
+        "machine": machine(),
         "process": os.getpid(),
         "renewed": time.time(),
     }
@@ -104,7 +104,7 @@ def _read(store: Store) -> dict[str, Any] | None:
 def _is_gone(found: dict[str, Any]) -> bool:
     """Whether the owner's process was of this machine and has ended."""
     process = found.get("process")
-    if found.get("machine") != _machine() or not isinstance(process, int):
+    if found.get("machine") != machine() or not isinstance(process, int):
         return False
     return not psutil.pid_exists(process)
 
@@ -113,7 +113,7 @@ def _name(found: dict[str, Any]) -> str:
     return f"process {found.get('process')} on {found.get('host')}"
 
 
-def _machine() -> str:
+def machine() -> str:
     """This machine since it was started, and the processes that are seen in it: host names repeat
     among containers."""
     with contextlib.suppress(OSError):

@@ -18,7 +18,7 @@ from rlalign.runtime import train_on_ray
 from tests.runs import assert_same_run, points_run, quiet
 from tests.stores import Bucket
 
-pytestmark = [pytest.mark.ray, pytest.mark.promise]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 GATED = """
 import time

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from rlalign.core.registry import UserError
-from rlalign.storage import folders, store
+from rlalign.storage import folders, session, store
 from rlalign.storage.store import Store, StoreError, base_name, check_url, find_place, is_url
 from tests.servers import scripted
 from tests.stores import Bucket, name_store
@@ -135,3 +138,25 @@ def test_a_store_that_is_full_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path:
         name_store(monkeypatch, server.url)
         with pytest.raises(StoreError, match="507"):
             Store("s3://bucket/run").put("a", b"x")
+
+
+def test_working_folders_of_processes_that_have_ended_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that is kept, and not those of other machines, whose processes are not seen here."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with folders.look_at(f"local://{tmp_path}/run") as first:
+        home, machine = first.parent, first.name.partition("-")[0]
+        gone, kept, other = (
+            home / f"{name}-{ended.pid}-{number}"
+            for number, name in enumerate((machine, machine, "elsewhere"))
+        )
+        for folder in (gone, kept, other):
+            folder.mkdir()
+        (kept / session.KEPT).touch()
+        with folders.look_at(f"local://{tmp_path}/run") as second:
+            assert set(home.iterdir()) == {first, second, kept, other}
+    assert set(home.iterdir()) == {kept, other}
+    assert home.stat().st_mode & 0o777 == 0o700
