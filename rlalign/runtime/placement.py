@@ -270,12 +270,12 @@ def has_autoscaler() -> bool:
 
     A cluster without one has a monitor too, which calls each node a kind of its own.
     """
-    import ray
+    from ray import _raylet
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.experimental.internal_kv import _internal_kv_get
 
     # which autoscaler a cluster has is noted by its head
-    names: Any = ray._raylet
+    names: Any = _raylet
     key = names.GCS_AUTOSCALER_V2_ENABLED_KEY.encode()
     if _internal_kv_get(key, namespace=names.GCS_AUTOSCALER_STATE_NAMESPACE.encode()) == b"1":
         return True
