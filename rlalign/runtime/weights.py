@@ -6,7 +6,8 @@
                                                             v
     worker    its own weights <--copy-- chunk, mapped <-- store of its node
 
-A chunk is put while the next is packed, and copied while the next is on its way.
+A chunk is put while the next is packed, and copied while the next is on its way. Each node asks for
+them in an order of its own, a few at a time, so that nodes give one another what they have.
 
 Whoever publishes gets one reference, to a ``Manifest``: the chunks of what this process has to
 give. That reference is all that orders, the coordinator and a call to a worker carry. A worker
@@ -26,19 +27,27 @@ so, at half the bytes: rounding twice is rounding once, so its numbers are the s
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import threading
 import warnings
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import ray
 import torch
 
+Asked = TypeVar("Asked")
+
 CHUNK_BYTES = 64 * 2**20
 """Of a chunk at most, unless a single row is larger."""
+AT_ONCE = 2
+"""Chunks that a node asks for at a time. Who asks for all at once asks the publisher's node for
+all, since no other one has any yet."""
 ALIGNMENT = 64
 """Pieces begin at multiples of so many bytes."""
 
@@ -192,10 +201,31 @@ def pack(pieces: Sequence[Piece], parts: Sequence[torch.Tensor], data: torch.Ten
 
 
 def expect(manifests: Sequence[Manifest]) -> None:
-    """Has the chunks brought to this node, and does not wait for them."""
-    chunks = [chunk for one in manifests for chunk in one.chunks]
+    """Has the chunks brought to this node by and by, and does not wait for them."""
+    chunks = _ordered_here(manifests)
     if chunks:
-        ray.wait(chunks, num_returns=len(chunks), timeout=0, fetch_local=True)
+        threading.Thread(target=_bring, args=[chunks], daemon=True).start()
+
+
+def _bring(chunks: Sequence[ray.ObjectRef]) -> None:
+    with contextlib.suppress(Exception):  # what is lost is said to who takes it over
+        for start in range(0, len(chunks), AT_ONCE):
+            some = list(chunks[start : start + AT_ONCE])
+            ray.wait(some, num_returns=len(some), fetch_local=True)
+
+
+def _ordered_here(manifests: Sequence[Manifest]) -> list[ray.ObjectRef]:
+    chunks = [chunk for one in manifests for chunk in one.chunks]
+    return in_order_of(ray.get_runtime_context().get_node_id(), chunks) if chunks else []
+
+
+def in_order_of(node: str, chunks: Sequence[Asked]) -> list[Asked]:
+    """The chunks in an order of the node's own: nodes that begin at the same time have different
+    ones soon, and Ray brings a node what any other one has."""
+    numbered = sorted(
+        range(len(chunks)), key=lambda n: hashlib.sha256(f"{node} {n}".encode()).digest()
+    )
+    return [chunks[number] for number in numbered]
 
 
 def receive(manifests: Sequence[Manifest], device: str = "cpu") -> Iterator[Rows]:
@@ -205,10 +235,9 @@ def receive(manifests: Sequence[Manifest], device: str = "cpu") -> Iterator[Rows
     Raises what ``ray.get`` raises: ObjectLostError where the publisher or its node is gone.
     """
     expect(manifests)
-    for manifest in manifests:
-        for ref in manifest.chunks:
-            chunk: Chunk = ray.get(ref)
-            yield from _rows_of(chunk, device)
+    for ref in _ordered_here(manifests):
+        chunk: Chunk = ray.get(ref)
+        yield from _rows_of(chunk, device)
 
 
 def _rows_of(chunk: Chunk, device: str) -> Iterator[Rows]:
