@@ -79,6 +79,7 @@ def test_two_learners_that_share_a_denoiser_equal_a_whole_one_though_one_dies(
     assert_same_run(tmp_path / "whole", tmp_path / "spread")
 
 
+@pytest.mark.slow
 def test_two_learners_that_hold_a_part_each_equal_two_of_which_one_dies(
     model: Path, tmp_path: Path
 ) -> None:
@@ -92,15 +93,14 @@ def test_two_learners_that_hold_a_part_each_equal_two_of_which_one_dies(
     assert mark.stat().st_size > 3, "the second learner did not go on after its death"
     assert_same_run(tmp_path / "calm", tmp_path / "killed")
 
-    # a whole learner has the same rewards, and weights that are apart by rounding
+    # a whole learner has the same rewards and gradients, but for rounding, in the first round; what
+    # is drawn after it is drawn under weights that are apart by a bfloat16's last bit
     whole = trains_all(run_with(model, {"name": "grpo"}, workers=1, shard="none"))
     train_local(whole, tmp_path / "whole", resume=False, on_record=quiet)
-    mine = metrics(tmp_path / "calm")
-    its = metrics(tmp_path / "whole")
-    assert mine[0]["reward/total/mean"] == its[0]["reward/total/mean"]
-    assert [line["grad_norm"] for line in mine] == pytest.approx(
-        [line["grad_norm"] for line in its], rel=0.01
-    )
+    mine = metrics(tmp_path / "calm")[0]
+    its = metrics(tmp_path / "whole")[0]
+    assert mine["reward/total/mean"] == its["reward/total/mean"]
+    assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=0.01)
     exported = load_file(
         tmp_path / "calm" / "policy" / "transformer" / "diffusion_pytorch_model.safetensors"
     )
