@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,9 +72,11 @@ def write_together(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[st
     except CheckpointException as error:
         failures = [failure for failure, _ in error.failures.values()]
         raise next((f for f in failures if isinstance(f, OSError)), failures[0]) from error
+
+    # each process has written files of its own
     heads: list[dict[str, str]] = [{}] * group.get_world_size()
     group.all_gather_object(heads, writer.heads)
-    return {name: digest for own in heads for name, digest in own.items()}
+    return dict(ChainMap(*heads))
 
 
 def _refuse_unseen(folder: Path) -> None:

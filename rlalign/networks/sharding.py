@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -129,7 +130,7 @@ def spread(network: torch.nn.Module, whole: torch.nn.Module | None, device: str)
 def blocks_of(network: torch.nn.Module) -> list[torch.nn.Module]:
     """The blocks that a network computes one after the other: the modules of its own lists."""
     lists = [child for child in network.children() if isinstance(child, torch.nn.ModuleList)]
-    return [block for one in lists for block in one]
+    return list(chain.from_iterable(lists))
 
 
 def is_spread(network: torch.nn.Module) -> bool:

@@ -307,6 +307,7 @@ class PolicyGroup(Worker):
 
     def _deal(self, calls: Sequence[_Call]) -> None:
         """Has calls done, one by each member, and answers them."""
+        # the others' pieces are sent first: this thread is busy with its own until it is done
         first, *others = calls
         pieces = [call.piece for call in others]
         pieces += [None] * (self._count - len(calls))  # type: ignore[list-item]

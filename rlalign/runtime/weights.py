@@ -35,6 +35,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -215,7 +216,7 @@ def _bring(chunks: Sequence[ray.ObjectRef]) -> None:
 
 
 def _ordered_here(manifests: Sequence[Manifest]) -> list[ray.ObjectRef]:
-    chunks = [chunk for one in manifests for chunk in one.chunks]
+    chunks = list(chain.from_iterable(one.chunks for one in manifests))
     return in_order_of(ray.get_runtime_context().get_node_id(), chunks) if chunks else []
 
 

@@ -164,6 +164,8 @@ class PolicyWorker(Worker):
         """
         start = time.monotonic()
         expect(manifests)  # while the piece before this one is still being done
+
+        # Ray has several threads for calls, and what torch is set to is a thread's own
         if not hasattr(self._thread, "begun"):
             start_thread(*self._begin)
             self._thread.begun = True

@@ -22,6 +22,7 @@ import traceback
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import ray
@@ -216,7 +217,7 @@ class Coordinator:
             return []
         async with ledger.ordered:
             await ledger.ordered.wait_for(lambda: len(ledger.parts.get(tag, ())) == learners)
-        return [one for part in ledger.parts.pop(tag).values() for one in part]
+        return list(chain.from_iterable(ledger.parts.pop(tag).values()))
 
     async def gather(
         self, incarnation: str, ticket: int, since: int, learners: int
@@ -327,7 +328,9 @@ class Coordinator:
             return
         self._rescuing = True
         try:
-            refs = [ref for one in self._ledger.tickets.values() for ref in one.refs()]
+            # in a thread: Ray is asked and waited for, and units come and go meanwhile
+            tickets = self._ledger.tickets.values()
+            refs = list(chain.from_iterable(one.refs() for one in tickets))
             await asyncio.to_thread(_copy_from, nodes, refs)
         finally:
             self._rescuing = False
