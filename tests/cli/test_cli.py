@@ -416,6 +416,7 @@ def test_evaluate_compares_a_run_with_its_base(run_folder, call, tmp_path):
     assert "held_out/shapes/mean" in page
 
 
+@pytest.mark.promise
 def test_evaluate_takes_any_two_models(run_folder, call, tmp_path):
     folder, _ = run_folder
     arguments = ["evaluate.prompts=4", "plan.steps=2"]
@@ -483,6 +484,7 @@ def test_export_of_a_lora_is_its_file_or_with_merged_a_whole_pipeline(call, tmp_
     assert all(re.search(r"\.to_(q|k|v|out\.0)\.weight$", name) for name in changed)
 
 
+@pytest.mark.promise
 def test_pretrain_writes_a_pipeline_that_evaluate_reads(call, tmp_path):
     config = tmp_path / "pretrain.yaml"
     config.write_text(

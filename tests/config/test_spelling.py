@@ -160,6 +160,7 @@ def test_mistakes_are_named_by_where_they_belong_today(runtime: Any, said: str) 
         parse_run({**data, "runtime": runtime})
 
 
+@pytest.mark.promise
 def test_a_run_folder_of_before_is_noted_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from rlalign.core.moved import NEW_NAMES
 
 CHECK = """
@@ -39,6 +41,7 @@ gc.freeze()
 """
 
 
+@pytest.mark.promise
 def test_every_old_name_gives_the_module_of_its_new_name() -> None:
     assert len(NEW_NAMES) > 60
     done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)

@@ -73,6 +73,7 @@ def all_of(folder: Path) -> list[str]:
 # training
 
 
+@pytest.mark.promise
 def test_every_mistake_may_be_mended_and_the_command_given_again(
     undisturbed: Path, tmp_path: Path, refused: Any
 ) -> None:

@@ -21,6 +21,8 @@ from rlalign.learning.checkpoint import read_newest
 from rlalign.networks.sharding import bytes_of_share
 from tests.learning.shard_runs import BRIEF, run_of_all
 
+pytestmark = pytest.mark.promise
+
 ROOT = Path(__file__).parents[2]
 OTHERS = ("flux", "sd35", "wan", "wan22", "pixart")
 NAMES = [BRIEF, *(pytest.param(name, marks=pytest.mark.promise) for name in OTHERS)]

@@ -53,6 +53,7 @@ def first_ratio(policy: Policy, plan: Plan = PLAN, lanes: int = 1) -> float:
 # --- channels last --------------------------------------------------------------------------------
 
 
+@pytest.mark.promise
 def test_channels_last_changes_the_layout_and_no_weight(tmp_path: Path) -> None:
     """What travels and what is written is as without it, and the ratio is exactly 1."""
     plain = loaded()

@@ -17,6 +17,8 @@ from rlalign.policies.cogvideox import CogVideoX
 from tests.policies.acceptance import Acceptance, Case, asked
 from tests.policies.clip_acceptance import ClipAcceptance
 
+pytestmark = pytest.mark.promise  # the default tests have Wan, a family of clips too
+
 TEXT_TOKENS = 24
 
 

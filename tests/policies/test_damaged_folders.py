@@ -131,6 +131,7 @@ def test_all_of_it_is_refused_when_it_is_loaded(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tokenizer_without_words_is_refused(
     name: str, folders: dict[str, Path], tmp_path: Path

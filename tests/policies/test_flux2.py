@@ -16,6 +16,8 @@ from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.flux2 import Flux2
 from tests.policies.acceptance import PROMPTS, Acceptance, Case, asked
 
+pytestmark = pytest.mark.promise  # the default tests have FLUX.1 and Z-Image
+
 TEXT_TOKENS = 64
 """A klein's template and the longer prompt are fewer of the small tokenizer's letters; dev's system
 message is cut."""

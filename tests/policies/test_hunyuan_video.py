@@ -14,6 +14,8 @@ from rlalign.policies.hunyuan_video import HunyuanVideo
 from tests.policies.acceptance import PROMPTS, Case, asked
 from tests.policies.clip_acceptance import ClipAcceptance
 
+pytestmark = pytest.mark.promise  # the default tests have Wan, a family of clips too
+
 TEXT_TOKENS = 352
 """The template before a prompt is some 430 of the small tokenizer's letters, of which 95 are cut
 away."""

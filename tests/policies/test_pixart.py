@@ -20,6 +20,8 @@ from tests.policies.acceptance import Acceptance, Case, asked, open_plain, predi
 from tests.policies.family_runs import PATHS, run_of, train_two_rounds
 from tests.runs import quiet
 
+pytestmark = pytest.mark.promise  # the default tests have Qwen-Image, with a mask too
+
 TEXT_TOKENS = 20
 CALL = {
     "use_resolution_binning": False,

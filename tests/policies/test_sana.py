@@ -12,6 +12,8 @@ from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.sana import Sana
 from tests.policies.acceptance import PROMPTS, Acceptance, Case
 
+pytestmark = pytest.mark.promise  # the default tests have Qwen-Image, with a mask too
+
 TEXT_TOKENS = 24
 
 

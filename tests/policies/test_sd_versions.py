@@ -14,6 +14,8 @@ from rlalign.networks.random_models import FAMILIES, write_pipeline
 from rlalign.policies.stable_diffusion import StableDiffusion
 from tests.policies.acceptance import Acceptance, Case
 
+pytestmark = pytest.mark.promise  # the default tests have one small UNet
+
 # in each of four transformer blocks two attentions of four layers
 LAYERS = 4 * 2 * 4
 

@@ -39,6 +39,8 @@ from tests.policies.family_runs import ALGORITHMS, PATHS, run_of, train_two_roun
 from tests.policies.test_wan import FRAMES, load_second, step_once
 from tests.toy import collect, make_units
 
+pytestmark = pytest.mark.promise  # the default tests have Wan from words
+
 TEXT_TOKENS = 512
 """2.1's transformer looks for an image encoder's words before so many."""
 

@@ -267,6 +267,7 @@ def test_an_extended_run_does_not_show_its_old_end(tmp_path):
     assert "until round 6" in headline(read_run(folder)).what
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("missing", "note"),
     [

@@ -73,6 +73,7 @@ def test_a_score_does_not_depend_on_its_batch(scorer: Scorer) -> None:
     assert together.tolist() == score(Ocr(), Ocr().load("cpu"), media, [HELLO] * 5).tolist()
 
 
+@pytest.mark.promise
 def test_the_words_of_the_embedded_task_are_read() -> None:
     """Two dozen drawn words as one line each, at both widths of the recogniser: all of them, 0.95
     is asked for. With noise less is read; another word's score is far below."""

@@ -78,6 +78,7 @@ def test_an_id_is_kept_for_a_run_that_goes_on(tmp_path):
     assert origin.kept_id("wandb", lambda: next(made)) == ("a", False)
 
 
+@pytest.mark.promise
 def test_sinks_are_imported_only_where_they_are_asked_for():
     code = (
         "import sys\nfrom rlalign.config import load_run\nload_run('configs/quickstart.yaml')\n"

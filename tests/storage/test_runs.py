@@ -73,6 +73,7 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.promise
 def test_it_is_the_run_in_a_folder(
     bucket: Bucket, reference: Path, tmp_path: Path, home: Callable[[], list[Path]]
 ) -> None:
