@@ -25,7 +25,7 @@ pytestmark = pytest.mark.promise
 
 ROOT = Path(__file__).parents[2]
 OTHERS = ("flux", "sd35", "wan", "wan22", "pixart")
-NAMES = [BRIEF, *(pytest.param(name, marks=pytest.mark.promise) for name in OTHERS)]
+NAMES = [BRIEF, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 APART = {"float32": 1e-4, "bfloat16": 3e-2}
 """Of the way that weights have gone: how far a spread learner may be from a whole one."""
 

@@ -116,7 +116,7 @@ def processes(worker: Any) -> tuple[int, int]:
     return found[0], found[1]
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 def test_pictures_are_those_of_a_whole_worker_though_each_process_dies(
     model: Model, weights: dict[str, torch.Tensor], engine_of: Callable[..., tuple[Any, Any]]
 ) -> None:
