@@ -57,7 +57,7 @@ class RealFleet:
         self.wait()
         ray.get(self.fleet.coordinator.begin.remote("modelled"))
         self.collect = RemoteCollect(
-            self.run, self.fleet.coordinator, incarnation="modelled", is_main=True, learners=1
+            self.run, self.fleet.coordinator, incarnation="modelled", is_main=True, homes=["here"]
         )
         self._round = 0
 

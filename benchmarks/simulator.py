@@ -198,7 +198,7 @@ def rounds(workers: int, units: int, seconds: float, size: int) -> tuple[list[fl
         time.sleep(0.5)
     ray.get(fleet.coordinator.begin.remote("simulated"))
     collect = RemoteCollect(
-        run, fleet.coordinator, incarnation="simulated", is_main=True, learners=1
+        run, fleet.coordinator, incarnation="simulated", is_main=True, homes=["here"]
     )
     alone: Any = {"num_cpus": 0, "max_concurrency": 1000}
     make: Any = ray.remote(**alone)(Bare)
