@@ -4,10 +4,7 @@ last bit at one number of processes, as one whole learner up to rounding, and re
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +17,25 @@ from rlalign.learning import checkpoint
 from rlalign.learning.checkpoint import read_newest
 from rlalign.networks.sharding import bytes_of_share
 from tests.learning.shard_runs import BRIEF, run_of_all
+from tests.networks.spread_runs import run_alone
 
 pytestmark = pytest.mark.promise
 
-ROOT = Path(__file__).parents[2]
+PROGRAM = "tests.learning.shard_runs"
 OTHERS = ("flux", "sd35", "wan", "wan22", "pixart")
 NAMES = [BRIEF, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 APART = {"float32": 1e-4, "bfloat16": 3e-2}
 """Of the way that weights have gone: how far a spread learner may be from a whole one."""
 
 
-def run_names(folder: Path, names: Sequence[str]) -> Path:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.learning.shard_runs", str(folder), *names],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_names(tmp_path_factory.mktemp("all"), [BRIEF])
+    return run_alone(PROGRAM, tmp_path_factory.mktemp("all"), [BRIEF])
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_names(tmp_path_factory.mktemp("all"), OTHERS)
+    return run_alone(PROGRAM, tmp_path_factory.mktemp("all"), OTHERS)
 
 
 @pytest.fixture

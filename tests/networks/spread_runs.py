@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ SHARDS = 4
 """More than the passes of an update, which are three, or no divisor of them: some process has fewer
 than others."""
 NARROW = {"precision": "bfloat16", "gradient_checkpointing": True}
+ROOT = Path(__file__).parents[2]
 REFERENCE = {"name": "grpo", "kl_weight": 0.1}
 BEHAVIOUR = {"name": "diffusion_nft", "draws": 1}
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -103,6 +105,19 @@ def write_table(folder: Path) -> Path:
         rows.append({"prompt": f"a {turn}", "image": str(file)})
     table.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return table
+
+
+def run_alone(program: str, folder: Path, names: Sequence[str]) -> Path:
+    """Runs a module in a process of its own, which writes what its groups of processes end with
+    into the folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", program, str(folder), *names],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,48 +3,30 @@ memory."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.networks.spread_runs import BEHAVIOUR, GROUPS, IN_STEP, RUNS
+from tests.networks.spread_runs import BEHAVIOUR, GROUPS, IN_STEP, RUNS, run_alone
 
-ROOT = Path(__file__).parents[2]
-
-
+PROGRAM = "tests.networks.spread_runs"
 OTHERS = ("wan22", "pixart", "flux2_klein", "wan_i2v")
 """Two experts, of which learners ask different ones at a time; a model that is exported with its
 adapter merged; further transformers."""
 CASES = [pytest.param(name, marks=pytest.mark.promise if name in OTHERS else ()) for name in RUNS]
 
 
-def run_groups(folder: Path, names: Sequence[str]) -> Path:
-    """Where every process of every group has written what it ended with."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.networks.spread_runs", str(folder), *names],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [name for name in RUNS if name not in OTHERS]
-    return run_groups(tmp_path_factory.mktemp("spread"), names)
+    return run_alone(PROGRAM, tmp_path_factory.mktemp("spread"), names)
 
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_groups(tmp_path_factory.mktemp("spread"), OTHERS)
+    return run_alone(PROGRAM, tmp_path_factory.mktemp("spread"), OTHERS)
 
 
 @pytest.fixture
