@@ -21,7 +21,7 @@ help:
 	@echo "make test       the default tests (five minutes on two cores)"
 	@echo "make test-promises  local = Ray = killed = resumed, whole runs on both (a few minutes)"
 	@echo "make test-slow  the long tests"
-	@echo "make chaos      thirty kills and four drained nodes in one run, another under an autoscaler (a few minutes)"
+	@echo "make chaos      thirty kills and four drained nodes in one run, another under an autoscaler (a quarter of an hour)"
 	@echo "make docs-check run every command that docs/cluster.md and docs/rewards.md show"
 	@echo "make docs       build the site with the reference into build/docs (a warning is an error)"
 	@echo "make lint       ruff check, ruff format --check, pyright"

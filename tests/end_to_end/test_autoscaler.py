@@ -32,7 +32,6 @@ SETTINGS = (
     "evaluate.every=0",
     "checkpoint.every=5",
     "runtime.rollout.workers=1",
-    f"runtime.rollout.max_workers={MOST}",
     "runtime.rollout.resources={rollout: 1}",
     "runtime.learner.resources={learner: 1}",
 )
