@@ -134,12 +134,9 @@ def test_reward_backpropagation_goes_through_latents(rewards: str, tmp_path: Pat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "rewards",
-    [
-        pytest.param(LATENT, id="latent", marks=pytest.mark.slow),
-        pytest.param(BOTH, id="latent and media", marks=pytest.mark.promise),
-    ],
+    "rewards", [pytest.param(LATENT, id="latent"), pytest.param(BOTH, id="latent and media")]
 )
 def test_on_ray_it_is_the_local_run(rewards: str, tmp_path: Path) -> None:
     from rlalign.runtime import train_on_ray

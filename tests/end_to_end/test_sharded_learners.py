@@ -17,7 +17,7 @@ from rlalign.runtime import train_on_ray
 from tests.policies.family_runs import PATHS, policy_of, run_of
 from tests.runs import assert_same_run, final_tensors, metrics, quiet
 
-pytestmark = [pytest.mark.ray, pytest.mark.promise, pytest.mark.usefixtures("without_report")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("without_report")]
 
 DYING = """
 import os
@@ -79,7 +79,6 @@ def test_two_learners_that_share_a_denoiser_equal_a_whole_one_though_one_dies(
     assert_same_run(tmp_path / "whole", tmp_path / "spread")
 
 
-@pytest.mark.slow
 def test_two_learners_that_hold_a_part_each_equal_two_of_which_one_dies(
     model: Path, tmp_path: Path
 ) -> None:

@@ -2,8 +2,8 @@
 one process, bit for bit.
 
 A run is mostly the start of its five processes, each with torch and the libraries of the models, so
-that the runs share one Ray and take turns. Every algorithm and every kind of family is in a run of
-``make test-promises``, every pair in one of ``make test-slow``.
+that the runs share one Ray and take turns. Every kind of family, and every algorithm that learns in
+a way of its own, is in a run of ``make test-promises``; every pair in one of ``make test-slow``.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ PAIRS = [
 """Random model and algorithm."""
 PROMISED = [
     ("sdxl", "ddpo"),
-    ("sdxl", "dpok"),
-    ("sdxl", "draft"),
     ("flux", "nft"),
     ("qwen_image", "dpo"),
     ("wan22", "grpo"),
@@ -78,7 +76,8 @@ def test_every_kind_and_every_algorithm_is_promised() -> None:
     assert set().union(*KINDS.values()) == set(SETTINGS)
     promised = {name for name, _ in PROMISED}
     assert all(promised & members for members in KINDS.values())
-    assert {algorithm for _, algorithm in PROMISED} == set(ALGORITHMS)
+    # tests/end_to_end/test_every_config.py promises a gradient through the reward on actors
+    assert {algorithm for _, algorithm in PROMISED} == set(ALGORITHMS) - {"dpok", "draft"}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_a_cluster_draws_the_pictures_of_one_process(ray_cluster: None) -> None:
         here.close()
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 def test_a_cluster_draws_under_the_newest_checkpoint_of_a_run(
     ray_cluster: None, tmp_path: Path
 ) -> None:

@@ -16,10 +16,10 @@ from tests.policies.family_runs import PATHS, run_of
 from tests.processes import first_of, process_of
 from tests.runs import assert_same_run, quiet
 
-pytestmark = [pytest.mark.ray, pytest.mark.promise]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_run_on_it_is_the_run_with_text_encoders(
     killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 from rlalign.runtime.roles import ROLLOUT, Role
 from tests.runs import small_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.promise]
+pytestmark = pytest.mark.ray
 
 RUN = (
     "rewards=[{name: shapes}]",
@@ -81,6 +81,7 @@ def until(true: Callable[[], Any]) -> Any:
     return found
 
 
+@pytest.mark.promise
 def test_a_node_that_drains_is_left_and_then_killed(cluster: Any, tmp_path: Path) -> None:
     """One try is all that a unit has: none is lost with the node."""
     import ray
@@ -149,6 +150,7 @@ def test_a_node_that_drains_is_left_and_then_killed(cluster: Any, tmp_path: Path
     fleet.end()
 
 
+@pytest.mark.slow
 def test_work_that_outlasts_the_notice_is_given_out_again(cluster: Any, tmp_path: Path) -> None:
     """The node itself hangs: it is not Ray that says so, and one try is still all that there is."""
     import ray
