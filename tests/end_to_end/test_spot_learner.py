@@ -28,7 +28,7 @@ SETTINGS = (
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """A head for all but the learner, and two nodes for that."""
+    """A head, and two nodes for the learner, with room for whatever else Ray puts there."""
     from rlalign.runtime.cluster import prepare_environment
 
     prepare_environment("auto")
@@ -38,7 +38,7 @@ def cluster() -> Iterator[Any]:
     head = {"num_cpus": 3, "include_dashboard": False}
     found = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
-        found.add_node(num_cpus=1, resources={"learner": 1})
+        found.add_node(num_cpus=4, resources={"learner": 1})
     yield found
     ray.shutdown()
     found.shutdown()

@@ -123,9 +123,12 @@ class Nodes:
         news = draining.keys() - self.draining.keys()
         self.draining = draining
         pause = max(SURVEY_SECONDS, min(_SURVEYS_SHARE * self._took, 60.0))
+        held = self.used.keys()
         if news or time.monotonic() - self._surveyed > pause:
             self.survey()
-        self.drained += len(news & self.used.keys())
+
+        # a learner may have left before the driver hears of the notice
+        self.drained += len(news & (held | self.used.keys()))
 
     def survey(self) -> None:
         """Asks Ray where the run's actors are, and counts the time since it was last asked."""

@@ -85,3 +85,21 @@ def test_a_survey_finds_actors_and_counts_the_time_between_two(ray_cluster: None
     nodes.draining = {here: time.time() + 100 + LAST_SECONDS}
     assert nodes.seconds_left(actor) == pytest.approx(100, abs=5)
     ray.kill(actor)
+
+
+def test_a_node_that_was_left_before_it_was_looked_at_has_drained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A learner hears of the notice by itself, and may be gone when the driver asks."""
+
+    class Left(Nodes):
+        def survey(self) -> None:
+            self.used = {}
+
+    monkeypatch.setattr(
+        "rlalign.runtime.training.nodes.draining_nodes", lambda: {"mine": math.inf, "other": 9.0}
+    )
+    nodes = Left(used={"mine": NodeKind()})
+    nodes.look()
+    nodes.look()
+    assert nodes.drained == 1
