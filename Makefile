@@ -19,7 +19,7 @@ ROUNDS ?= $(if $(filter configs/quickstart.yaml,$(CONFIG)),12)
 help:
 	@echo "make demo       install into $(VENV) and train $(CONFIG) (four minutes on two CPU cores)"
 	@echo "make test       the default tests (five minutes on two cores)"
-	@echo "make test-promises  local = Ray = killed = resumed, whole runs on both (a few minutes)"
+	@echo "make test-promises  local = Ray = killed = resumed, whole runs on both (a quarter of an hour)"
 	@echo "make test-slow  the long tests"
 	@echo "make chaos      thirty kills and four drained nodes in one run, another under an autoscaler (a quarter of an hour)"
 	@echo "make docs-check run every command that docs/cluster.md and docs/rewards.md show"

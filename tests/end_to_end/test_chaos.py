@@ -89,7 +89,8 @@ class Chaos:
         """Seconds until a worker of the same pool works."""
         self.loading: dict[str, list[float]] = {}
         self.left: list[float] = []
-        """Seconds from the notice until no worker of a node that drains is left on it."""
+        """Seconds from the notice until no worker of a node that drains is left on it, or until its
+        end."""
         self.placed: list[float] = []
         """Seconds until the last worker of a killed node began to load elsewhere."""
         self.errors: list[BaseException] = []
