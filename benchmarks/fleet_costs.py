@@ -78,21 +78,19 @@ def played(workers: int, *, restart: float, cores: float) -> dict[str, Scenario]
         "restart": restart,
         "cores": cores,
     }
+
+    def scenario(units: int, rollout: Draws, **own: Any) -> Scenario:
+        return Scenario(units=units * workers, rollout=rollout, **{**common, **own})
+
     short = max(0.2, workers / UNITS_A_SECOND)
     tail = Draws(mean=0.4, spread=0.8, seed=1)
     # two of many die amid their units; more at once would load torch on all cores
     victims = 1 if workers < 32 else 2
     kills = [(1.15 + 2.4 * place, 8 * place) for place in range(victims)]
     return {
-        "1 s each": Scenario(units=2 * workers, rollout=Draws(mean=1.0), **common),
-        "short units": Scenario(units=8 * workers, rollout=Draws(mean=short), **common),
-        "heavy tail": Scenario(
-            units=6 * workers,
-            rollout=tail,
-            **common | {"rewards": [Draws(mean=0.02, spread=0.8, seed=2)]},
-        ),
-        "heavy tail, one round ahead": Scenario(
-            units=6 * workers, rollout=tail, max_staleness=1, **common | {"update": 1.2}
-        ),
-        "deaths": Scenario(units=6 * workers, rollout=Draws(mean=0.5), kills=kills, **common),
+        "1 s each": scenario(2, Draws(mean=1.0)),
+        "short units": scenario(8, Draws(mean=short)),
+        "heavy tail": scenario(6, tail, rewards=[Draws(mean=0.02, spread=0.8, seed=2)]),
+        "heavy tail, one round ahead": scenario(6, tail, max_staleness=1, update=1.2),
+        "deaths": scenario(6, Draws(mean=0.5), kills=kills),
     }

@@ -3,6 +3,7 @@ with workers that sleep and a learner that sleeps."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from benchmarks.fleet_scenario import Scenario
 from benchmarks.fleet_sleepers import ROWS, SleepingReward, SleepingRollout, prompts_of
@@ -148,7 +150,7 @@ def restart_seconds(real: RealFleet, times: int = 2) -> list[float]:
             try:
                 ray.get(ray_actor.ping.remote(), timeout=60)
                 break
-            except ray.exceptions.RayActorError:
+            except RayActorError:
                 time.sleep(0.05)
         found.append(time.monotonic() - start)
         real.wait()
@@ -165,5 +167,5 @@ def start_ray() -> None:
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )

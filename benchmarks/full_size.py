@@ -56,8 +56,9 @@ def stable_diffusion_xl(small: bool = False) -> Any:
     down: Any = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     up: Any = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
     made: Any = StableDiffusionXLPipeline
+    network: Any = UNet2DConditionModel  # it says one number where one for each block does too
     return made(
-        unet=UNet2DConditionModel(
+        unet=network(
             sample_size=16 if small else 128,
             down_block_types=down,
             up_block_types=up,

@@ -200,8 +200,9 @@ def ray_worker(small: bool) -> None:
     from rlalign.alignment.models import Model
     from rlalign.config import RuntimeSettings
     from rlalign.engine.pieces import Rollout, Score
-    from rlalign.runtime.actors import create_policy_worker, create_reward_worker
+    from rlalign.runtime.actors import create_reward_worker
     from rlalign.runtime.engine import RayEngine
+    from rlalign.runtime.groups import create_policy_worker
     from rlalign.runtime.rewards import RewardActors
     from rlalign.runtime.roles import ROLLOUT, reward_role
     from rlalign.runtime.workers import PolicySource

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -104,6 +105,8 @@ def way_table(url: str) -> Table:
     table = Table("64 pictures", "in process ms", "over HTTP ms", "of which encoding ms")
     for side in (32, 512):
         media, prompts = drawn(64, side), ["a"] * 64
+        here: Any
+        there: Any
         here, there = (
             build("rewards", {"name": "jpeg"}),
             build("rewards", {"name": "http", "url": url, "batch": 64}),

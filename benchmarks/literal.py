@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from literal_ddpo import LiteralDDPO
@@ -60,7 +61,8 @@ class Literal:
     def __init__(self, run: Run, train_batch: int) -> None:
         self.run = run
         self.policy = run.policy.load("cpu")
-        self.loop = LiteralDDPO(self.policy, run.algorithm, run.learner, train_batch=train_batch)
+        algorithm: Any = run.algorithm
+        self.loop = LiteralDDPO(self.policy, algorithm, run.learner, train_batch=train_batch)
         self.score = run.rewards[0].load("cpu")
 
     def round(self, number: int) -> torch.Tensor:

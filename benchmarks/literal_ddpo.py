@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ class LiteralDDPO:
         *,
         train_batch: int,
     ) -> None:
-        self.unet, self.vae = policy.network, policy.family.vae
-        pipeline = policy.family.pipeline
+        family: Any = policy.family
+        self.unet, self.vae, pipeline = policy.network, family.vae, family.pipeline
         self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
         self.scheduler, self.algorithm, self.settings, self.train_batch = (
             pipeline.scheduler,

@@ -28,8 +28,9 @@ from rlalign.core.records import Plan, Unit, UnitKey
 from rlalign.engine import Work
 from rlalign.engine.pieces import Rollout, ScoredAdvance
 from rlalign.policies.base import OWN_SIZE, Condition, PolicyRecipe
-from rlalign.runtime.actors import create_policy_worker, create_reward_worker
+from rlalign.runtime.actors import create_reward_worker
 from rlalign.runtime.engine import RayEngine
+from rlalign.runtime.groups import create_policy_worker
 from rlalign.runtime.rewards import RewardActors
 from rlalign.runtime.roles import ROLLOUT, reward_role
 from rlalign.runtime.workers import PolicySource

@@ -74,7 +74,7 @@ class Trl:
 
     def __init__(self, run: Run) -> None:
         from accelerate import PartialState
-        from trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+        from trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # pyright: ignore
 
         PartialState(cpu=True)  # its trainer writes to Accelerate's log before it has one
         self._run = run
@@ -113,7 +113,7 @@ class Trl:
 
 def config_of(run: Run) -> Any:
     """TRL's settings for the same work: batches of a unit's size, as many updates."""
-    from trl import DDPOConfig
+    from trl import DDPOConfig  # pyright: ignore
 
     rows = run.samples_per_unit
     samples = run.prompts.per_round * run.prompts.samples_per_prompt

@@ -17,6 +17,7 @@ metrics.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import statistics
 import sys
@@ -27,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 from rich.console import Console
 from rich.table import Table
 
@@ -110,7 +110,7 @@ def fleet_of(run: Run, seconds: float, size: int) -> Any:
     from rlalign.runtime.training.fleet import Fleet
 
     class SleepingFleet(Fleet):
-        def members(self) -> dict[str, dict[int, ActorHandle]]:
+        def members(self) -> Any:
             return self._members
 
         def _worker(self, role: Role, number: int) -> Any:
@@ -136,7 +136,7 @@ def main() -> None:
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     console, table = (
         Console(width=110),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -21,7 +22,7 @@ class SleeperFamily(Family):
 
     def __init__(self, seconds: float) -> None:
         self.path, self.device, self.seconds = VariancePreserving.scaled_linear(), "cpu", seconds
-        self.network = torch.nn.Linear(1, 1, bias=False)
+        self.network: Any = torch.nn.Linear(1, 1, bias=False)
 
     def encode(self, prompts: Sequence[str], plan: Plan = OWN_SIZE) -> Condition:
         empty = Words({"embeds_BLD": torch.zeros(len(prompts), 1, 1)})

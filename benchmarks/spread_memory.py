@@ -58,7 +58,8 @@ def prepare(folder: Path, layers: int) -> Any:
     torch.set_num_threads(1)
     write_pipeline(folder / "model", FAMILIES["flux"], seed=1)
     place = folder / "model" / "transformer"
-    config = FluxTransformer2DModel.load_config(place)
+    kind: Any = FluxTransformer2DModel
+    config = kind.load_config(place)
     config |= {
         "num_layers": layers // 4,
         "num_single_layers": layers,
@@ -67,7 +68,7 @@ def prepare(folder: Path, layers: int) -> Any:
         "axes_dims_rope": (16, 24, 24),
     }
     torch.manual_seed(1)
-    network = FluxTransformer2DModel.from_config(config)
+    network = kind.from_config(config)
     count = sum(weight.numel() for weight in network.parameters())
     network.save_pretrained(place)
     print(f"{count / 1e6:.0f} M parameters, {4 * count / 1e9:.2f} GB in float32", flush=True)

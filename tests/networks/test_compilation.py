@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import torch
 
 from rlalign.algorithms._advantages import PromptStatistics
 from rlalign.algorithms.ddpo import DDPO
+from rlalign.alignment.loop import train_local
 from rlalign.core.records import Plan
 from rlalign.core.registry import UserError, build
 from rlalign.learning.learner import Learner
 from rlalign.learning.settings import LearnerSettings
 from rlalign.networks import compilation
 from rlalign.policies.base import Policy
+from tests.runs import small_run
 from tests.toy import ToyFamily, ToyNetwork, ToyPolicy, collect, make_units
 
 PLAN = Plan(steps=2, eta=1.0, guidance=2.0)
@@ -205,6 +208,37 @@ def test_compiled_rollouts_and_learners_have_a_ratio_of_one() -> None:
     with torch.no_grad():
         torch.testing.assert_close(answer(policy), answer(BlockPolicy()), rtol=1e-5, atol=1e-6)
     assert first_ratio(policy, lanes=2) <= 1e-5
+
+
+def coarse(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+    """A compiler whose code for gradients answers a hundredth more than its code without them."""
+    more = 1.01 if torch.is_grad_enabled() else 1.0
+    return lambda *inputs: [more * one for one in graph(*inputs)]
+
+
+@pytest.mark.promise
+def test_a_run_refuses_a_compiler_whose_gradients_are_of_other_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rollouts compile without gradients and the learner with them: the check of the ratio ends the
+    run before its first update, and names the setting."""
+    settings = (
+        "policy={name: tiny, compile: true}",
+        "rewards=[{name: jpeg}]",
+        "rounds=1",
+        "plan.steps=2",
+        "learner.shards=1",
+        "runtime.rollout.workers=1",
+    )
+    monkeypatch.setattr(compilation, "SETTINGS", {"dynamic": False, "backend": coarse})
+    with pytest.raises(UserError, match=r"before the first update must be <= .* set .*") as told:
+        train_local(small_run(*settings), tmp_path / "run", resume=False, on_record=lambda _: None)
+    assert "policy.compile to false, or widen the clip range" in str(told.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    # the same code for both is let through
+    monkeypatch.setattr(compilation, "SETTINGS", {"dynamic": False, "backend": "eager"})
+    train_local(small_run(*settings), tmp_path / "same", resume=False, on_record=lambda _: None)
+    assert (tmp_path / "same" / "checkpoints").exists()
 
 
 @pytest.mark.slow
