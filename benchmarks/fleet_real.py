@@ -138,7 +138,7 @@ class RealFleet:
         return dict(zip(numbers, pids, strict=True))
 
 
-def restart_seconds(real: RealFleet, times: int = 2) -> list[float]:
+def restart_seconds(real: RealFleet, times: int = 5) -> list[float]:
     """From a rollout worker's death until it answers the coordinator again."""
     found = []
     for _ in range(times):

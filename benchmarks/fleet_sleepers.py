@@ -21,13 +21,27 @@ def prompts_of(rollout: float, reward: float) -> tuple[str, ...]:
     return (f"{rollout!r} {reward!r}",) * ROWS
 
 
+PLAIN = {
+    "rlalign.engine": (),
+    "rlalign.engine.pieces": ("Rollout",),
+    "rlalign.runtime.weights": ("WeightsRef", "Manifest"),
+}
+"""Module -> its classes that a worker is handed, and whose modules need torch."""
+
+
 def _leave_torch_out() -> None:
-    """Has this process read a rollout as a plain record. The class that could do it needs torch,
-    which is 300 MB and seconds of CPU for each of 64 processes."""
-    for name in ("rlalign.engine", "rlalign.engine.pieces"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    pieces: Any = sys.modules["rlalign.engine.pieces"]
-    pieces.Rollout = type("Rollout", (), {})
+    """Has this process read what it is handed as plain records. The classes that could do it need
+    torch, which is 300 MB and seconds of CPU for each of 64 processes."""
+    for name, classes in PLAIN.items():
+        module: Any = sys.modules.setdefault(name, types.ModuleType(name))
+        for one in classes:
+            setattr(module, one, type(one, (), {}))
+
+
+def _check_torch_is_out() -> None:
+    """Raises where this process has loaded torch after all: times would be those of imports."""
+    if "torch" in sys.modules:
+        raise RuntimeError("a worker that sleeps was handed a record whose module needs torch")
 
 
 class Sleeper:
@@ -50,6 +64,7 @@ class SleepingRollout(Sleeper):
     def do(self, work: Any, tag: Any, tensors: Any = None) -> tuple[Any, Any, Any]:
         from rlalign.runtime.gauges import shown
 
+        _check_torch_is_out()
         prompts = work.unit.prompts
         seconds = float(prompts[0].split()[0])
         with shown(f"{work.unit.key} under v{tag[1]}"):
@@ -66,6 +81,7 @@ class SleepingReward(Sleeper):
     ) -> tuple[Any, float]:
         from rlalign.runtime.gauges import shown
 
+        _check_torch_is_out()
         seconds = float(prompts[0].split()[1])
         with shown(f"nothing of {unit}"):
             time.sleep(seconds)
