@@ -54,7 +54,7 @@ class PipelineRecipe(PolicyRecipe):
     )
     compile: Annotated[bool, Before(False)] = Field(
         default=False,
-        description="the denoiser's blocks through torch.compile: faster, and other last bits",
+        description="the denoiser's blocks through torch.compile: for GPUs; other last bits",
     )
     channels_last: Annotated[bool, Before(False)] = Field(
         default=False,
