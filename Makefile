@@ -96,7 +96,7 @@ test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow or promise" --timeout 3600 $(PYTEST_ARGS)
 
 chaos: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m slow -s tests/end_to_end/test_chaos.py tests/end_to_end/test_autoscaler.py
+	$(BIN)/python -m pytest -q -m slow tests/end_to_end/test_chaos.py tests/end_to_end/test_autoscaler.py
 
 docs-check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow -s tests/docs

@@ -35,8 +35,8 @@ def prepare_environment(address: str | None, auth_mode: str = "") -> None:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # would ship the working directory
         # how soon a dead learner is noticed; polling takes its time
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        # a process more, that restarts learners whose node's notice runs out amid a round
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0" if address is None else "1",
+        # on a cluster rlalign.runtime.training.watch starts it, on the driver's node
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         # today's default of the next release; silences a warning
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

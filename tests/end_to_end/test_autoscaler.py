@@ -188,6 +188,11 @@ def test_it_grows_shrinks_and_loses_spot_nodes(
     operator.until("the learner has another", lambda: operator.has_moved("RayTrainWorker", gone))
     operator.rounds("two rounds after that, too")
 
+    # what watches over the learner's node stays with the driver, and keeps no other from going
+    watched_from = operator.home("PreemptionWatcher")
+    assert watched_from is not None
+    assert not {"rollout", "learner"} & set(watched_from["Resources"])
+
     # it shrinks: nodes on which nothing is left go
     control.ask(folder, rollout_workers=1)
     operator.until(f"{MOST} to 1 nodes for rollouts", lambda: operator.groups()["rollout"] == 1)

@@ -136,7 +136,7 @@ def test_what_fleet_and_sampling_give_their_reward_workers(monkeypatch: pytest.M
     made.__dict__ |= {
         "_run": run,
         "owner": "",
-        "_places_are_cores": True,
+        "places_are_cores": True,
         "_rewards": {reward_role("x"): run.rewards[0]},
     }
     made._worker(reward_role("x"), 0)

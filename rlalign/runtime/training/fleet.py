@@ -47,7 +47,7 @@ class Fleet:
         self._run = run
         self.nodes = nodes or Nodes()
         self.owner = name_owner(run.name)
-        self._places_are_cores = places_are_cores
+        self.places_are_cores = places_are_cores
         self._rewards: dict[Role, Reward] = {
             reward_role(r.title): r for r in run.rewards_for("evaluate")
         }
@@ -178,7 +178,7 @@ class Fleet:
         return left is not None and left < 0
 
     def _worker(self, role: Role, number: int) -> ActorHandle:
-        counts = self._places_are_cores or number < self._first[role]
+        counts = self.places_are_cores or number < self._first[role]
         if role == ROLLOUT:
             source = policy_source(self._run, self.encoder)
             return create_policy_worker(self.owner, number, source, counts=counts)

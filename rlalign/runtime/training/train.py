@@ -136,13 +136,18 @@ def _fit_until_over(run: Run, folder: Path, fleet: Fleet) -> Failure | None:
     """``fit``, again for a learner that has left its node; with what it ended for."""
     told: Failure | str | None = LEAVES
     while isinstance(told, str):
-        told = fit(run, folder, fleet.coordinator, fleet.encoder)
+        told = fit(
+            run, folder, fleet.coordinator, fleet.encoder, nodes_may_go=fleet.places_are_cores
+        )
     return told
 
 
-def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failure | str | None:
+def fit(
+    run: Run, folder: Path, coordinator: Any, encoder: Any = None, *, nodes_may_go: bool = False
+) -> Failure | str | None:
     """Runs the learner under Ray Train V2 until it returns; a killed one is started again
-    ``max_attempts`` times, and as often as its node is taken away with notice.
+    ``max_attempts`` times, and, where ``nodes_may_go``, as often as its node is taken away with
+    notice.
 
     Answers with what the learner ended for, where it could not go on: a coordinator that died since
     has forgotten it. LEAVES says that it goes on on another node.
@@ -152,10 +157,12 @@ def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failur
 
     from rlalign.runtime.reservation import bundle_of
     from rlalign.runtime.roles import LEARNER
+    from rlalign.runtime.training.watch import WatchHere
 
     # Ray Train keeps its own files in a folder that goes with the run
     learner = run.runtime.learner
     scratch = folder / ".train"
+    callbacks: Any = [WatchHere()] if nodes_may_go else None
     trainer = TorchTrainer(
         learn,
         train_loop_config={
@@ -175,6 +182,7 @@ def fit(run: Run, folder: Path, coordinator: Any, encoder: Any = None) -> Failur
             name=f"{run.name}-{uuid.uuid4().hex[:6]}",
             storage_path=str(scratch),
             failure_config=FailureConfig(max_failures=run.runtime.max_attempts),
+            callbacks=callbacks,
         ),
     )
 
