@@ -56,6 +56,7 @@ class FakeFleet:
         self.looks = 0
         self.wanted = {ROLLOUT: 2}
         self.encoder = None
+        self.places_are_cores = False
         self.nodes = Nodes()
 
     def scale(self, asked: control.Asked) -> bool:
@@ -147,7 +148,9 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(tmp_path: Path, actor: Any, learner: Any, on_record: Any = lambda _: None) -> None:
         monkeypatch.setattr(fleet, "Fleet", lambda *_, **__: FakeFleet(actor))
         monkeypatch.setattr(
-            train, "fit", lambda run, folder, coordinator, _: learner(run, folder, coordinator)
+            train,
+            "fit",
+            lambda run, folder, coordinator, *_, **__: learner(run, folder, coordinator),
         )
         train._supervise(small_run(), tmp_path, on_record, dashboard="", places_are_cores=True)
 
