@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlalign.cli.common import print_columns
+from rlalign.cli.standing import folder_rows, nodes, pools, progress
 from rlalign.core.registry import UserError, nearest
 from rlalign.storage import (
     Place,
@@ -149,7 +150,7 @@ def status(run: RunName, address: Address = "") -> None:
     place = _find_folder(run, address)
     if place is not None:
         with look_at(place) as folder:
-            print_columns(_folder_rows(status_of(folder)))
+            print_columns(folder_rows(status_of(folder)))
         return
     cluster = _cluster(address)
     job = cluster.job(run)
@@ -159,85 +160,10 @@ def status(run: RunName, address: Address = "") -> None:
     rows = {
         "job": f"{run}: {job['status'].lower()}{message}",
         "run folder": (job.get("metadata") or {}).get("folder", ""),
-        **_progress(found, over=not is_running),
+        **progress(found, over=not is_running),
     }
-    rows |= _pools(found) if is_running else {}
-    print_columns(rows | _nodes(found, over=not is_running))
-
-
-def _folder_rows(found: Mapping[str, Any]) -> dict[str, str]:
-    """What the status.json of a run folder says."""
-    job = f", job {found['job']}" if found.get("job") else ""
-    over = found["state"] not in ("starting", "running", "stopping")
-    rows = {
-        "run": f"{found['name']}: {found['state']}{job}",
-        **_progress(found, over=over),
-        **_pools(found),
-        **_nodes(found, over=over),
-    }
-    if found.get("dashboard"):
-        rows["Ray dashboard"] = found["dashboard"]
-    rows["said"] = (
-        f"{time.time() - found['updated']:.0f} s ago by process {found['process']} on"
-        f" {found['host']}"
-    )
-    return rows
-
-
-def _pools(found: Mapping[str, Any]) -> dict[str, str]:
-    """How the workers of each role stand, and what is left to do."""
-    rows = {}
-    for role, pool in found.get("pools", {}).items():
-        states = ", ".join(
-            f"{pool[s]} {s}" for s in ("ready", "starting", "lost") if pool[s] or s == "ready"
-        )
-        restarts = f", {pool['restarts']} restarts" if pool["restarts"] else ""
-        rows[f"{role} workers"] = f"{states} of {pool['wanted']}, {pool['busy']} busy{restarts}"
-    if "queue" in found:
-        rows["queue"] = f"{found['queue']} units under way"
-    return rows
-
-
-def _nodes(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:
-    """Which nodes hold the run, unless it is ``over``, and the hours that it has used of them."""
-    said = found.get("nodes")
-    if not said:
-        return {}
-    drained = f"{said['drained']} had to go so far" if said["drained"] else ""
-    now = [f"{said['used']} in use", f"{said['draining']} draining" if said["draining"] else ""]
-    held = ", ".join(part for part in (*([] if over else now), drained) if part)
-    kinds = [f"{row['group'] or 'no group'} {row['hours']:.2f}" for row in said["kinds"]]
-    by_kind = f" ({', '.join(kinds)})" if len(kinds) > 1 else ""
-    return ({"nodes": held} if held else {}) | {
-        "node hours": f"{said['hours']:.2f}{by_kind}; {said['cpu_hours']:.2f} CPU hours,"
-        f" {said['gpu_hours']:.2f} GPU hours"
-    }
-
-
-def _progress(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:
-    """Round, reward and time of a run; ``over`` leaves out the time that is left."""
-    if not found.get("round"):
-        return {"round": "none done yet"}
-    rows = {"round": f"{found['round']} of {found['rounds']}"}
-    if "reward" in found:
-        rows["reward"] = f"{found['reward']:.4f}"
-    rows["seconds a round"] = f"{found['seconds_per_round']:.1f}"
-    # a reward that takes a tenth of a round or more is worth a look
-    slow = {title: s for title, s in found.get("reward_shares", {}).items() if s >= 0.1}
-    if slow:
-        said = [f"{title} {100 * share:.0f} %" for title, share in slow.items()]
-        rows["slow rewards"] = f"{', '.join(said)} of the last round"
-    if not over:
-        rows["time left"] = _clock(found["eta_seconds"])
-    return rows
-
-
-def _clock(seconds: float) -> str:
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {left:02d} s" if minutes else f"{left} s"
+    rows |= pools(found) if is_running else {}
+    print_columns(rows | nodes(found, over=not is_running))
 
 
 def logs(

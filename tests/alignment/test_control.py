@@ -71,8 +71,8 @@ def test_the_status_command_tells_nodes_and_their_hours(
 ) -> None:
     """Of a run that has ended the hours alone are left, and the nodes that had to go."""
     kinds = [
-        {"group": name, "market": "", "cpus": 4.0, "gpus": gpus, "hours": hours}
-        for name, gpus, hours in (("", 0.0, 0.5), ("spot", 1.0, 1.25))
+        {"group": name, "market": market, "cpus": 4.0, "gpus": gpus, "hours": hours}
+        for name, market, gpus, hours in (("", "", 0.0, 0.5), ("cards", "spot", 2.0, 1.25))
     ]
     hours = {"hours": 1.75, "cpu_hours": 7.0, "gpu_hours": 1.25}
     status = control.Status(tmp_path, 10, name="test")
@@ -85,7 +85,8 @@ def test_the_status_command_tells_nodes_and_their_hours(
     assert "nodes 3 in use, 1 draining, 2 had to go so far" in said[0]
     assert "nodes 2 had to go so far" in said[1]
     for one in said:
-        assert "node hours 1.75 (no group 0.50, spot 1.25); 7.00 CPU hours, 1.25 GPU hours" in one
+        assert "node hours 1.75 (4 CPU: 0.50; cards, spot, 4 CPU, 2 GPU: 1.25); 7.00 CPU" in one
+        assert "7.00 CPU hours, 1.25 GPU hours" in one
 
 
 def test_what_is_not_a_round_changes_nothing(tmp_path: Path) -> None:
