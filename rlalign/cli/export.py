@@ -13,7 +13,7 @@ from rlalign.alignment.models import Model, find_model
 from rlalign.cli.common import refuse_url
 from rlalign.cli.evaluate import MODEL_HELP
 from rlalign.core.files import replacing
-from rlalign.core.registry import UserError
+from rlalign.core.registry import Recipe, UserError
 
 if TYPE_CHECKING:
     from rlalign.networks.exports import Rounding
@@ -63,7 +63,7 @@ def export(
     else:
         save = policy.save_merged if merged else policy.save
         rounding = _write_folder(save, target, dtype, note)
-        call = _loader(target)
+        call = _loader(target, model.recipe)
     if rounding.difference:
         print(
             f"{dtype}: numbers moved by at most {rounding.difference:.2g}, most in {rounding.name}"
@@ -143,11 +143,16 @@ def note_of(model: Model) -> dict[str, str]:
     return {NOTE: json.dumps(content, sort_keys=True)}
 
 
-def _loader(folder: Path) -> str:
-    """The call of diffusers that loads an exported folder; parts that a pipeline lacks must be
-    named to it."""
-    if not (folder / "model_index.json").is_file():
+def _loader(folder: Path, recipe: Recipe) -> str:
+    """What loads an exported folder: a call of diffusers, to which parts that a pipeline lacks must
+    be named, or a line of a run file where the model is none of diffusers'."""
+    from rlalign.networks.lora import FILE
+
+    # a pipeline of two denoisers has a file for the adapter of each
+    if any(folder.glob(f"{FILE.partition('.')[0]}*")):
         return f"pipeline.load_lora_weights({str(folder)!r})"
+    if not (folder / "model_index.json").is_file():
+        return f"'policy: {{name: {recipe.name}, path: {folder}}}' in a run file"
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     lacks = [n for n, kind in index.items() if kind == [None, None] and n.endswith("_3")]
     absent = "".join(f", {name}=None" for name in lacks)

@@ -4,21 +4,27 @@ the metadata, and merged pipelines of a bfloat16 run."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import rlalign
+from rlalign.alignment.api import load_policy
+from rlalign.alignment.loop import train_local
 from rlalign.cli import main
 from rlalign.config import Run, dump, identity_of, parse_run, resolved
+from rlalign.core.registry import build
 from rlalign.learning import checkpoint
 from rlalign.networks import lora
 from rlalign.policies.base import Policy
+from tests.runs import points_run
 from tests.toy import save_pipeline
 
 ROUND = 3
@@ -209,3 +215,23 @@ def test_a_mistake_is_one_message_and_writes_nothing(
         assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
         assert expected in printed.err
     assert {path.name for path in tmp_path.iterdir()} == {"taken.safetensors"}
+
+
+def test_a_model_that_is_none_of_diffusers_is_read_by_the_line_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = points_run("rounds=1", "policy.lora_rank=2", "evaluate.every=0")
+    train_local(run, tmp_path / "run", resume=False, on_record=lambda _: None)
+    assert call(tmp_path / "run", tmp_path / "made") == 0
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    found = re.fullmatch(r"(.*): '(policy: .*)' in a run file loads it", said)
+    assert found is not None, said
+    policy = yaml.safe_load(found[2])["policy"]
+    assert policy == {"name": "points", "path": str(tmp_path / "made")}
+    again = build("policies", policy, "policy").load("cpu")
+    trained = load_policy(tmp_path / "run")
+    x, condition = torch.ones(3, 2, 1, 1), trained.encode(["left"] * 3)
+    level = trained.path.levels(10)[4]
+    with torch.no_grad():
+        here, there = (p.denoise(x, level, condition, 1.0)[1] for p in (trained, again))
+    torch.testing.assert_close(here, there)
