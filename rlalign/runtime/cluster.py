@@ -20,7 +20,7 @@ from rlalign.runtime.address import Address, auth_mode, find_address, refuse_whe
 from rlalign.runtime.placement import Bundle, Node
 from rlalign.runtime.roles import LEARNER, ROLLOUT
 from rlalign.runtime.temporary import short_tmpdir, temporary_folder
-from rlalign.runtime.token import cluster_token
+from rlalign.runtime.token import cluster_token, make_token
 from rlalign.web.client import keep_from_proxies
 from rlalign.web.token import is_loopback
 
@@ -141,6 +141,7 @@ def start_ray(say: Callable[[str], None], **settings: Any) -> Any:
     files or does not start."""
     prepare_environment(None)
     folder = temporary_folder(say)
+    make_token()
     import ray
 
     # Ray's own messages go to its log files
