@@ -189,8 +189,7 @@ def test_it_grows_shrinks_and_loses_spot_nodes(
     operator.rounds("two rounds after that, too")
 
     # what watches over the learner's node stays with the driver, and keeps no other from going
-    watched_from = operator.home("PreemptionWatcher")
-    assert watched_from is not None
+    watched_from = operator.until("it is watched", lambda: operator.home("PreemptionWatcher"))
     assert not {"rollout", "learner"} & set(watched_from["Resources"])
 
     # it shrinks: nodes on which nothing is left go

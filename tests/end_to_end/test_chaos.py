@@ -12,6 +12,7 @@ and what of it was loading, which depends on the model and not on Ray.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -201,8 +202,11 @@ class Chaos:
     def _named(self, kind: str) -> dict[str, Any]:
         import ray
 
-        names = sorted(n for n in ray.util.list_named_actors() if f"/{kind}" in n)
-        return {name: ray.get_actor(name) for name in names}
+        found = {}
+        for name in sorted(n for n in ray.util.list_named_actors() if f"/{kind}" in n):
+            with contextlib.suppress(ValueError):  # ended since it was listed
+                found[name] = ray.get_actor(name)
+        return found
 
     def _scores(self, pool: str) -> bool:
         """Whether some worker of a reward's pool scores a picture, now."""
