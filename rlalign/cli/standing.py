@@ -17,7 +17,7 @@ def folder_rows(found: Mapping[str, Any]) -> dict[str, str]:
     rows = {
         "run": f"{found['name']}: {found['state']}{job}",
         **progress(found, over=over),
-        **pools(found),
+        **({} if over else pools(found)),
         **nodes(found, over=over),
     }
     if found.get("dashboard"):

@@ -69,7 +69,8 @@ def test_the_status_command_names_the_rewards_that_take_long(
 def test_the_status_command_tells_nodes_and_their_hours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a run that has ended the hours alone are left, and the nodes that had to go."""
+    """Of a run that has ended the hours alone are left, and the nodes that had to go; nothing is
+    said of its workers."""
     kinds = [
         {"group": name, "market": market, "cpus": 4.0, "gpus": gpus, "hours": hours}
         for name, market, gpus, hours in (("", "", 0.0, 0.5), ("cards", "spot", 2.0, 1.25))
@@ -77,6 +78,8 @@ def test_the_status_command_tells_nodes_and_their_hours(
     hours = {"hours": 1.75, "cpu_hours": 7.0, "gpu_hours": 1.25}
     status = control.Status(tmp_path, 10, name="test")
     status.write(nodes={"used": 3, "draining": 1, "drained": 2, **hours, "kinds": kinds})
+    pool = {"ready": 1, "starting": 0, "lost": 0, "wanted": 1, "busy": 0, "restarts": 0}
+    status.write(pools={"rollout": pool})
     said = []
     for state in ("running", "stopped"):
         status.write(state=state)
@@ -84,6 +87,7 @@ def test_the_status_command_tells_nodes_and_their_hours(
         said.append(" ".join(capsys.readouterr().out.split()))
     assert "nodes 3 in use, 1 draining, 2 had to go so far" in said[0]
     assert "nodes 2 had to go so far" in said[1]
+    assert "rollout workers 1 ready of 1" in said[0] and "workers" not in said[1]
     for one in said:
         assert "node hours 1.75 (4 CPU: 0.50; cards, spot, 4 CPU, 2 GPU: 1.25); 7.00 CPU" in one
         assert "7.00 CPU hours, 1.25 GPU hours" in one

@@ -208,7 +208,7 @@ def test_it_grows_shrinks_and_loses_spot_nodes(
         print(f"\n{len(operator.lines)} rounds made, {state['round']} of them different")
         for what, seconds in operator.took.items():
             print(f"{seconds:6.1f} s  {what}")
-        print(f"node hours: {state['nodes']}")
+        print(f"{state['nodes']['hours']:.2f} node hours")
     longer = points_run(*SETTINGS, f"rounds={state['round'] + 2}")
     train_local(longer, folder, resume=True, on_record=lambda _: None)
     train_local(longer, tmp_path / "undisturbed", resume=False, on_record=lambda _: None)

@@ -308,7 +308,7 @@ def test_thirty_kills_change_nothing(
         )
         print(
             "drained node: left by its workers after"
-            f" {[round(s, 1) for s in chaos.left]} s; {state['nodes']}"
+            f" {[round(s, 1) for s in chaos.left]} s; {state['nodes']['hours']:.2f} node hours"
         )
         print(
             f"rounds redone after a learner's death: {chaos.redone} (a checkpoint every"
