@@ -84,7 +84,7 @@ def played(workers: int, *, restart: float, cores: float) -> dict[str, Scenario]
 
     short = max(0.2, workers / UNITS_A_SECOND)
     tail = Draws(mean=0.4, spread=0.8, seed=1)
-    # two of many die amid their units; more at once would load torch on all cores
+    # two of many die amid their units; more at once would start on all cores
     victims = 1 if workers < 32 else 2
     kills = [(1.15 + 2.4 * place, 8 * place) for place in range(victims)]
     return {

@@ -105,13 +105,11 @@ def way_table(url: str) -> Table:
     table = Table("64 pictures", "in process ms", "over HTTP ms", "of which encoding ms")
     for side in (32, 512):
         media, prompts = drawn(64, side), ["a"] * 64
-        here: Any
-        there: Any
-        here, there = (
-            build("rewards", {"name": "jpeg"}),
-            build("rewards", {"name": "http", "url": url, "batch": 64}),
-        )
-        scorers = {"here": (here, here.load("cpu")), "there": (there, there.load("cpu"))}
+        rewards: dict[str, Any] = {
+            "here": build("rewards", {"name": "jpeg"}),
+            "there": build("rewards", {"name": "http", "url": url, "batch": 64}),
+        }
+        scorers = {name: (reward, reward.load("cpu")) for name, reward in rewards.items()}
         took: dict[str, list[float]] = {"here": [], "there": [], "encoding": []}
         for turn in range(6):
             for name, (reward, scorer) in scorers.items():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlalign.cli.common import print_columns
-from rlalign.cli.standing import folder_rows, nodes, pools, progress
+from rlalign.cli.standing import folder_rows, node_rows, pool_rows, progress_rows
 from rlalign.core.registry import UserError, nearest
 from rlalign.storage import (
     Place,
@@ -160,10 +160,10 @@ def status(run: RunName, address: Address = "") -> None:
     rows = {
         "job": f"{run}: {job['status'].lower()}{message}",
         "run folder": (job.get("metadata") or {}).get("folder", ""),
-        **progress(found, over=not is_running),
+        **progress_rows(found, over=not is_running),
     }
-    rows |= pools(found) if is_running else {}
-    print_columns(rows | nodes(found, over=not is_running))
+    rows |= pool_rows(found) if is_running else {}
+    print_columns(rows | node_rows(found, over=not is_running))
 
 
 def logs(

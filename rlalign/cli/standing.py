@@ -16,9 +16,9 @@ def folder_rows(found: Mapping[str, Any]) -> dict[str, str]:
     over = found["state"] not in ("starting", "running", "stopping")
     rows = {
         "run": f"{found['name']}: {found['state']}{job}",
-        **progress(found, over=over),
-        **({} if over else pools(found)),
-        **nodes(found, over=over),
+        **progress_rows(found, over=over),
+        **({} if over else pool_rows(found)),
+        **node_rows(found, over=over),
     }
     if found.get("dashboard"):
         rows["Ray dashboard"] = found["dashboard"]
@@ -29,7 +29,7 @@ def folder_rows(found: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def pools(found: Mapping[str, Any]) -> dict[str, str]:
+def pool_rows(found: Mapping[str, Any]) -> dict[str, str]:
     """How the workers of each role stand, and what is left to do."""
     rows = {}
     for role, pool in found.get("pools", {}).items():
@@ -43,7 +43,7 @@ def pools(found: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def nodes(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:
+def node_rows(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:
     """Which nodes hold the run, unless it is ``over``, and the hours that it has used of them."""
     said = found.get("nodes")
     if not said:
@@ -65,7 +65,7 @@ def _kind(row: Mapping[str, Any]) -> str:
     return ", ".join(part for part in (row["group"], row["market"], *sizes) if part)
 
 
-def progress(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:
+def progress_rows(found: Mapping[str, Any], *, over: bool) -> dict[str, str]:
     """Round, reward and time of a run; ``over`` leaves out the time that is left."""
     if not found.get("round"):
         return {"round": "none done yet"}
